@@ -1,0 +1,29 @@
+"""nasdet: fast detection operators, and architecture searches for object detectors that run.
+
+``nasdet.ops`` holds the operators, ``nasdet.nn`` modules over them; ``nasdet.spaces``, ``nasdet.search``,
+``nasdet.detectors``, ``nasdet.data`` and ``nasdet.engine`` run the searches. ``nasdet info`` (or ``python -m nasdet info``)
+says what can run on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from nasdet._version import __version__
+
+_SUBMODULES = ("arch", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
+
+__all__ = ["__version__", "use_backend", *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"nasdet.{name}")
+    if name == "use_backend":
+        return importlib.import_module("nasdet._dispatch").use_backend
+    raise AttributeError(f"module 'nasdet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,56 @@
+"""Loads nasdet's shared libraries into torch, once, and remembers why one is not there.
+
+A missing or unloadable library never breaks the import: the operators then fall back to their references and
+``why_not`` says what is wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("nasdet", "FRAGMENT")  # schemas are defined here, by the op modules
+
+_FOLDER = Path(__file__).parent
+_MARKERS = {"cpu": "nasdet::_cpu_isa", "cuda": "nasdet::_cuda_runtime"}  # an op that each library defines
+_ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+_reasons: dict[str, str | None] = {}
+
+
+def _load(name: str) -> str | None:
+    """Load one library; the reason why not, or None. A second copy in one process would crash it, hence the marker."""
+    if name == "cuda" and torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if torch._C._dispatch_has_kernel(_MARKERS[name]):
+        return None
+    path = _FOLDER / f"libnasdet_{name}.so"
+    if not path.is_file():
+        return f"{path.name} is not installed; build nasdet from source (pip install .) to have it"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+def why_not(name: str) -> str | None:
+    """Why library ``"cpu"`` or ``"cuda"`` is not loaded, or None when it is."""
+    if name not in _reasons:
+        _reasons[name] = _load(name)
+    return _reasons[name]
+
+
+def cpu_isa() -> str | None:
+    """The instruction set whose kernels run on this CPU: baseline, avx2, avx512 or avx512_bf16; None without the library."""
+    return None if why_not("cpu") else _ISA_NAMES[torch.ops.nasdet._cpu_isa()]
+
+
+def cuda_runtime() -> int | None:
+    """The CUDA runtime version (13000 = 13.0) linked into the CUDA library; None without the library."""
+    return None if why_not("cuda") else int(torch.ops.nasdet._cuda_runtime())
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a loaded library implements ``nasdet::<op>`` for ``"CPU"`` or ``"CUDA"``."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"nasdet::{op}", device))

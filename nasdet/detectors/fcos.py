@@ -1,0 +1,213 @@
+"""FCOS (Tian et al., 2019) with its later improvements.
+
+Centre sampling, GIoU loss, centerness on the box branch, and regression targets normalised by the stride.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nasdet.detectors.parts.assign import assign_locations, size_ranges, usable_objects
+from nasdet.detectors.parts.boxes import decode_ltrb, encode_ltrb
+from nasdet.detectors.parts.locations import flatten_levels, pyramid_points
+from nasdet.detectors.parts.losses import (
+    at_least_float32,
+    centerness_loss,
+    centerness_target,
+    giou_loss,
+    mean_over_ranks,
+    sigmoid_focal_loss,
+)
+from nasdet.detectors.parts.postprocess import finish_image, top_candidates
+
+Outputs = dict[str, list[Tensor]]
+
+
+class FCOSHead(nn.Module):
+    """The predictors: class logits on the class feature, distances and centerness on the box feature.
+
+    ``distances = relu(scale_level * conv(box_feature))`` in strides, with one learnable scale per level.
+    """
+
+    def __init__(self, box_channels: int, cls_channels: int, num_classes: int, levels: int, prior: float) -> None:
+        super().__init__()
+        self.cls_logits = nn.Conv2d(cls_channels, num_classes, 3, padding=1)
+        self.box_pred = nn.Conv2d(box_channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(box_channels, 1, 3, padding=1)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(levels))
+        biases = ((self.cls_logits, math.log(prior / (1 - prior))), (self.box_pred, 0.0), (self.centerness, 0.0))
+        for conv, bias in biases:
+            nn.init.normal_(conv.weight, std=0.01)
+            if conv.bias is not None:
+                nn.init.constant_(conv.bias, bias)
+
+    def forward(self, box_feature: Tensor, cls_feature: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One level's features to logits ``[N, K, H, W]``, distances ``[N, 4, H, W]``, centerness ``[N, 1, H, W]``."""
+        box = self.box_pred(box_feature)
+        distances = F.relu(box * self.scales[level].to(box.dtype))
+        return self.cls_logits(cls_feature), distances, self.centerness(box_feature)
+
+
+class FCOS(nn.Module):
+    """The one-stage detector FCOS, composed of a backbone, a neck and towers.
+
+    ``backbone(images)`` gives feature maps by name; ``neck(maps)`` the pyramid, described by ``neck.strides`` and
+    ``neck.channels``; ``towers(level)`` the box and the class feature, described by ``towers.box_channels`` and
+    ``towers.cls_channels``. ``ranges`` are the object sizes each level answers for, in pixels; by default FCOS's own.
+
+    The remaining options: ``center_radius`` of centre sampling in strides; ``prior``, the class probability at the
+    start; ``focal_alpha`` and ``focal_gamma``; at detection, ``score_threshold`` on the class probability,
+    ``candidates`` per level before and ``max_detections`` per image after suppression at IoU ``nms_threshold``.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        towers: nn.Module,
+        *,
+        num_classes: int,
+        ranges: Sequence[tuple[float, float]] | None = None,
+        center_radius: float = 1.5,
+        prior: float = 0.01,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        score_threshold: float = 0.05,
+        candidates: int = 1000,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {num_classes}")
+        if not 0 < prior < 1:
+            raise ValueError(f"prior must be between 0 and 1, got {prior}")
+        self.strides: tuple[int, ...] = tuple(_described(neck, "neck", "strides").values())
+        box_channels = _described(towers, "towers", "box_channels")
+        cls_channels = _described(towers, "towers", "cls_channels")
+        self.ranges = list(ranges) if ranges is not None else size_ranges(self.strides)
+        if len(self.ranges) != len(self.strides):
+            raise ValueError(f"ranges must have one entry per level ({len(self.strides)}), got {len(self.ranges)}")
+        self.num_classes = num_classes
+        self.center_radius = center_radius
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.candidates, self.max_detections = candidates, max_detections
+        self.backbone = backbone
+        self.neck = neck
+        self.towers = towers
+        self.head = FCOSHead(box_channels, cls_channels, num_classes, len(self.strides), prior)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Images ``[N, 3, H, W]`` to per-level lists.
+
+        ``cls`` logits ``[N, K, H, W]``, ``box`` distances (l, t, r, b) in strides ``[N, 4, H, W]``, ``centerness``
+        logits ``[N, 1, H, W]``.
+        """
+        outputs: Outputs = {"cls": [], "box": [], "centerness": []}
+        for index, level in enumerate(self.neck(self.backbone(images)).values()):
+            cls, box, centerness = self.head(*self.towers(level), index)
+            outputs["cls"].append(cls)
+            outputs["box"].append(box)
+            outputs["centerness"].append(centerness)
+        return outputs
+
+    def loss(self, outputs: Outputs, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The three losses as scalars: ``loss_cls`` (focal), ``loss_box`` (GIoU), ``loss_centerness`` (cross-entropy).
+
+        Targets hold ``boxes`` ``[M, 4]`` in batch pixels, int64 ``labels`` ``[M]`` in 0..K-1, and may hold ``iscrowd``
+        ``[M]``: crowds are left out. The class and centerness sums are divided by the number of positive locations,
+        the box sum, weighted by the centerness target, by the sum of those weights; both are means over the ranks of
+        a distributed run. Every parameter gets a gradient, also when no image has an object. Float32 inside.
+        """
+        with torch.autocast(outputs["cls"][0].device.type, enabled=False):
+            logits, boxes, centerness = (
+                at_least_float32(flatten_levels(outputs[name])) for name in ("cls", "box", "centerness")
+            )
+            labels, distances = self._targets(outputs["cls"], targets)
+            positive = (labels >= 0).to(logits.dtype)
+            quality = centerness_target(distances) * positive
+            positives = mean_over_ranks(positive.sum()).clamp(min=1.0)
+            weight = mean_over_ranks(quality.sum()).clamp(min=1e-6)
+            origin = distances.new_zeros(2)
+            box = giou_loss(decode_ltrb(origin, boxes), decode_ltrb(origin, distances), quality)
+            return {
+                "loss_cls": sigmoid_focal_loss(logits, labels, self.focal_alpha, self.focal_gamma) / positives,
+                "loss_box": box / weight,
+                "loss_centerness": centerness_loss(centerness.squeeze(-1), quality, positive) / positives,
+            }
+
+    @torch.no_grad()
+    def _targets(self, maps: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Labels ``[N, L]`` (-1: background) and distances in strides ``[N, L, 4]`` (1 where background)."""
+        if len(targets) != maps[0].shape[0]:
+            raise ValueError(f"targets must have one entry per image ({maps[0].shape[0]}), got {len(targets)}")
+        points = pyramid_points(maps, self.strides)
+        flat = torch.cat(points)
+        scale = torch.cat([flat.new_full((len(p), 1), s) for p, s in zip(points, self.strides, strict=True)])
+        labels = flat.new_full((len(targets), len(flat)), -1, dtype=torch.int64)
+        distances = flat.new_ones((len(targets), len(flat), 4))
+        for index, target in enumerate(targets):
+            objects, classes = usable_objects(target)
+            self._check_labels(classes, index)
+            if not len(objects):
+                continue
+            match = assign_locations(points, self.strides, self.ranges, objects, self.center_radius)
+            found = match >= 0
+            match = match.clamp(min=0)
+            labels[index] = torch.where(found, classes[match], -1)
+            encoded = encode_ltrb(flat, objects[match]) / scale
+            distances[index] = torch.where(found[:, None], encoded, 1.0)
+        return labels, distances
+
+    def _check_labels(self, labels: Tensor, image: int) -> None:
+        if labels.device.type != "cpu" or not len(labels):
+            return  # elsewhere the look at the values would stall the device once per image
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"labels must be in 0..{self.num_classes - 1}, got {low}..{high} in image {image} of the batch"
+            )
+
+    @torch.no_grad()
+    def detect(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Detections per image, best first, inside the valid area ``sizes`` ``[(h, w)]`` of the batch.
+
+        Each has ``boxes`` float32 ``[n, 4]`` in batch pixels, ``scores`` ``[n]``, ``labels`` int64 ``[n]``. A location
+        with class probability p above the threshold scores ``sqrt(p * centerness)``; suppression is per class.
+        """
+        count = outputs["cls"][0].shape[0]
+        if len(sizes) != count:
+            raise ValueError(f"sizes must have one entry per image ({count}), got {len(sizes)}")
+        points = pyramid_points(outputs["cls"], self.strides)
+        results = []
+        for image, (height, width) in enumerate(sizes):
+            levels = [self._level_candidates(outputs, level, image, points[level]) for level in range(len(points))]
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
+            size = (int(height), int(width))
+            results.append(finish_image(boxes, scores, labels, size, self.nms_threshold, self.max_detections))
+        return results
+
+    def _level_candidates(
+        self, outputs: Outputs, level: int, image: int, points: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cls, box, centerness = (
+            at_least_float32(outputs[name][level][image]).flatten(1).T for name in ("cls", "box", "centerness")
+        )
+        probability = cls.sigmoid()
+        scores = (probability * centerness.sigmoid()).sqrt()
+        scores, location, labels = top_candidates(scores, probability > self.score_threshold, self.candidates)
+        return decode_ltrb(points[location], box[location] * self.strides[level]), scores, labels
+
+
+def _described(module: nn.Module, name: str, attribute: str) -> Any:
+    value = getattr(module, attribute, None)
+    if value is None:
+        raise TypeError(f"{name} must say its {attribute}, got a {type(module).__name__} without")
+    return value

@@ -1,0 +1,70 @@
+"""Feature pyramid (Lin et al., 2017) with the extra levels of RetinaNet and FCOS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FPN(nn.Module):
+    """Top-down pyramid over a backbone's maps, then ``extra_levels`` coarser ones.
+
+    ``P_i = conv3x3(lateral1x1(C_i) + up2(M_{i+1}))``, nearest upsampling, no norm. Extra levels are 3x3 convolutions of
+    stride 2: the first on the coarsest ``P`` (``extra_source="p5"``) or the coarsest ``C`` (``"c5"``), each next one
+    on the ReLU of the one before (RetinaNet, section 4).
+
+    ``in_channels`` and ``strides`` are a backbone's ``channels`` and ``strides``; each stride must be a power of two
+    and twice the one before. Maps the neck was not told of are passed over. The result is a dict ``p3, p4, ...``
+    (named by log2 of the stride), finest first; ``strides`` and ``channels`` describe it.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        channels: int = 256,
+        *,
+        extra_levels: int = 2,
+        extra_source: str = "p5",
+    ) -> None:
+        super().__init__()
+        if not in_channels or set(in_channels) != set(strides):
+            raise ValueError(f"in_channels and strides must name the same maps, got {[*in_channels]} and {[*strides]}")
+        if extra_source not in ("p5", "c5"):
+            raise ValueError(f"extra_source must be 'p5' or 'c5', got {extra_source!r}")
+        if channels < 1 or extra_levels < 0:
+            raise ValueError(f"channels must be positive and extra_levels >= 0, got {channels} and {extra_levels}")
+        self.inputs = tuple(sorted(in_channels, key=lambda name: strides[name]))
+        ladder = [strides[name] for name in self.inputs]
+        doubling = all(coarse == 2 * fine for fine, coarse in zip(ladder, ladder[1:], strict=False))
+        if ladder[0] < 1 or ladder[0] & (ladder[0] - 1) or not doubling:
+            raise ValueError(f"strides must be powers of two, each twice the one before, got {ladder}")
+        self.extra_source = extra_source
+        self.lateral = nn.ModuleList(nn.Conv2d(in_channels[name], channels, 1) for name in self.inputs)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.inputs)
+        first = channels if extra_source == "p5" else in_channels[self.inputs[-1]]
+        self.extra = nn.ModuleList(
+            nn.Conv2d(channels if index else first, channels, 3, stride=2, padding=1) for index in range(extra_levels)
+        )
+        ladder += [ladder[-1] * 2 ** (index + 1) for index in range(extra_levels)]
+        self.strides = {f"p{stride.bit_length() - 1}": stride for stride in ladder}
+        self.channels = dict.fromkeys(self.strides, channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias if module.bias is not None else module.weight)
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Maps by the backbone's names to ``{"p3": [N, channels, H, W], ...}``."""
+        maps = [lateral(features[name]) for lateral, name in zip(self.lateral, self.inputs, strict=True)]
+        for index in range(len(maps) - 1, 0, -1):
+            coarse = F.interpolate(maps[index], size=maps[index - 1].shape[-2:], mode="nearest")
+            maps[index - 1] = maps[index - 1] + coarse
+        levels = [output(map_) for output, map_ in zip(self.output, maps, strict=True)]
+        source = levels[-1] if self.extra_source == "p5" else features[self.inputs[-1]]
+        for index, conv in enumerate(self.extra):
+            levels.append(conv(F.relu(source) if index else source))
+            source = levels[-1]
+        return dict(zip(self.strides, levels, strict=True))

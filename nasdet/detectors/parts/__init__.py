@@ -1,0 +1,1 @@
+"""Parts shared by the detectors: locations, boxes, assignment, losses, post-processing."""

@@ -1,0 +1,162 @@
+"""ResNet backbones (He et al., 2015) with torchvision's parameter names and stride placement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nasdet.detectors.norm import norm_layer
+
+LEVELS = ("c2", "c3", "c4", "c5")
+
+
+def _conv(inp: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the first carries the stride."""
+
+    expansion = 1
+
+    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool) -> None:
+        super().__init__()
+        self.conv1 = _conv(inp, planes, 3, stride)
+        self.bn1 = norm_layer(norm, planes)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = norm_layer(norm, planes)
+        self.downsample = _shortcut(inp, planes, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 and a shortcut; the 3x3 carries the stride, or the first 1x1 with ``stride_in_1x1``."""
+
+    expansion = 4
+
+    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool) -> None:
+        super().__init__()
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        out = planes * self.expansion
+        self.conv1 = _conv(inp, planes, 1, first)
+        self.bn1 = norm_layer(norm, planes)
+        self.conv2 = _conv(planes, planes, 3, second)
+        self.bn2 = norm_layer(norm, planes)
+        self.conv3 = _conv(planes, out, 1)
+        self.bn3 = norm_layer(norm, out)
+        self.downsample = _shortcut(inp, out, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+def _shortcut(inp: int, out: int, stride: int, norm: str) -> nn.Sequential | None:
+    if stride == 1 and inp == out:
+        return None
+    return nn.Sequential(_conv(inp, out, 1, stride), norm_layer(norm, out))
+
+
+BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier: images ``[N, 3, H, W]`` to a dict of feature maps.
+
+    The result maps each name in ``outputs`` (of ``c2`` to ``c5``, strides 4 to 32) to ``[N, C, H / stride,
+    W / stride]``, sizes rounded up. ``strides`` and ``channels`` say the same by name. Stages after the last output
+    are not built. Parameter names are torchvision's, whatever the norm.
+
+    ``width`` multiplies the channels, rounded to a multiple of 8 (1.0 is the published net). ``norm`` is one of
+    :data:`nasdet.detectors.norm.NORMS`. ``frozen_stages`` counts the parts, from the stem on, that do not train and
+    whose norms stay in evaluation mode: 0 none, 1 the stem, 2 the stem and ``c2``, as Detectron's FREEZE_AT.
+    ``stride_in_1x1`` moves a bottleneck's stride to its first convolution, as in the paper and in Caffe's weights.
+    """
+
+    def __init__(
+        self,
+        depth: int = 50,
+        *,
+        width: float = 1.0,
+        norm: str = "bn",
+        frozen_stages: int = 0,
+        outputs: Sequence[str] = LEVELS,
+        stride_in_1x1: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
+        if not width > 0:
+            raise ValueError(f"width must be positive, got {width}")
+        if isinstance(outputs, str) or not outputs or any(name not in LEVELS for name in outputs):
+            raise ValueError(f"outputs must be names among {', '.join(LEVELS)}, got {outputs!r}")
+        self.outputs = tuple(name for name in LEVELS if name in outputs)
+        stages = LEVELS.index(self.outputs[-1]) + 1
+        if not 0 <= frozen_stages <= stages + 1:
+            raise ValueError(f"frozen_stages must be in 0..{stages + 1}, got {frozen_stages}")
+        self.frozen_stages = frozen_stages
+        block, counts = BLOCKS[depth]
+        planes = [max(8, round(64 * 2**stage * width / 8) * 8) for stage in range(4)]
+        self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(norm, planes[0])
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inp = planes[0]
+        for stage in range(stages):
+            blocks = []
+            for index in range(counts[stage]):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(inp, planes[stage], stride, norm, stride_in_1x1))
+                inp = planes[stage] * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        indices = {name: LEVELS.index(name) for name in self.outputs}
+        self.strides = {name: 4 * 2**index for name, index in indices.items()}
+        self.channels = {name: planes[index] * block.expansion for name, index in indices.items()}
+        self.unused_weights = ("fc.", *(f"layer{stage + 1}." for stage in range(stages, 4)))
+        self._initialise()
+        self._freeze()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _parts(self) -> list[tuple[str, list[nn.Module]]]:
+        stages = [(LEVELS[stage], [self.get_submodule(f"layer{stage + 1}")]) for stage in range(self._stage_count())]
+        return [("stem", [self.conv1, self.bn1]), *stages]
+
+    def _stage_count(self) -> int:
+        return LEVELS.index(self.outputs[-1]) + 1
+
+    def _freeze(self) -> None:
+        for _, modules in self._parts()[: self.frozen_stages]:
+            for module in modules:
+                module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> ResNet:
+        """As for any module, but frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[N, 3, H, W]`` to the maps named in ``outputs``."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
+        features = {}
+        for stage in range(self._stage_count()):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+            if LEVELS[stage] in self.outputs:
+                features[LEVELS[stage]] = x
+        return features

@@ -1,0 +1,1 @@
+"""The one training loop, training, evaluation, checkpoints and distributed runs."""

@@ -1,0 +1,133 @@
+"""Several processes training one model: ``torchrun`` starts them, DDP keeps their weights equal.
+
+Every function here also works, and does nothing special, in an ordinary single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def active() -> bool:
+    """Whether a process group stands."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 when alone."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 when alone."""
+    return dist.get_world_size() if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files and shows its progress: rank 0, also before the group stands."""
+    return (rank() if active() or not launched() else int(os.environ["RANK"])) == 0
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` (or another launcher that sets ``RANK`` and ``WORLD_SIZE``) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this process: ``device`` when given, else ``cuda:LOCAL_RANK`` when there is a GPU, else the CPU."""
+    if device is not None:
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one that is here, got {chosen} but torch finds no GPU")
+        if chosen.type == "cuda" and chosen.index is None:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return chosen
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that ``torchrun`` announces (nccl on GPU, gloo on CPU) for the time of the block.
+
+    Does nothing when no launcher started this process, or when the group already stands.
+    """
+    if not launched() or active():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if active():
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every process, in rank order, on every process (plain Python data of our own ranks)."""
+    if not active():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean of each named value over the processes that have it."""
+    columns: dict[str, list[float]] = {}
+    for row in gather_objects(dict(values)):
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in columns.items()}
+
+
+class LossModule(nn.Module):
+    """A detector whose ``forward`` returns its loss terms, which is what DDP must see to average gradients.
+
+    ``forward(images, targets) -> dict[str, Tensor]`` is ``model.loss(model(images), targets)``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return self.model.loss(self.model(images), targets)  # type: ignore[operator]  # a detector's method, not a tensor
+
+
+def wrap(model: nn.Module, device: torch.device, *, find_unused: bool = False) -> nn.Module:
+    """``LossModule(model)``, inside DDP when several processes train.
+
+    SyncBN comes from ``sync_batch_norm``, called *before* this. ``find_unused`` is for models that leave some
+    parameters without a gradient in some steps (sampled paths).
+    """
+    module = LossModule(model)
+    if not active():
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=find_unused)
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` with every BatchNorm as SyncBatchNorm when several GPUs train; unchanged otherwise (CPU has none)."""
+    if active() and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model

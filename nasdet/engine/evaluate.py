@@ -1,0 +1,138 @@
+"""From a model and a data set to detections in COCO's form, and to their average precision."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nasdet._files import write_json
+from nasdet.data.base import DetectionDataset
+from nasdet.data.loader import make_eval_loader
+from nasdet.data.transforms import Batch, Resize
+from nasdet.engine import distributed
+from nasdet.engine.average_precision import available_backends, coco_ap
+from nasdet.engine.checkpoint import LAST, load_into, load_weights
+from nasdet.spaces.assemble import ModelConfig, build_model
+
+__all__ = ["available_backends", "coco_ap", "detect_all", "detect_batch", "evaluate", "load_run"]
+
+
+@torch.inference_mode()
+def detect_batch(
+    model: nn.Module, batch: Batch, *, device: torch.device, channels_last: bool = False, amp: bool = False
+) -> list[dict[str, Tensor]]:
+    """Detections of one batch in the pixels of the stored images, on the CPU.
+
+    Per image ``boxes`` float32 ``[n, 4]`` (x1, y1, x2, y2), ``scores`` ``[n]``, ``labels`` ``[n]``, best first.
+    ``model`` is put into evaluation mode. ``amp`` runs it in bfloat16.
+    """
+    model.eval()
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    images = batch.images.to(device, memory_format=layout, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        outputs = model(images)
+    found = []
+    for detection, (sy, sx) in zip(model.detect(outputs, batch.sizes), batch.scales, strict=True):  # type: ignore[operator]  # a detector's method
+        boxes = detection["boxes"].float().cpu() / torch.tensor([sx, sy, sx, sy])
+        found.append({"boxes": boxes, "scores": detection["scores"].float().cpu(), "labels": detection["labels"].cpu()})
+    return found
+
+
+def detect_all(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    short: int,
+    long: int | None = None,
+    batch: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
+    amp: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """COCO results of every image of ``dataset``, in its order, the same list on every rank.
+
+    Images are scaled to ``short`` / ``long`` pixels (see ``nasdet.data.transforms.Resize``); boxes are x, y, width,
+    height in pixels of the stored images (to 0.01), ``category_id`` is the file's, scores are to 1e-6. Several
+    processes share the images. The model is left in the mode it came in.
+    """
+    device, was_training = torch.device(device), model.training
+    rank, ranks = distributed.rank(), distributed.world_size()
+    loader = make_eval_loader(dataset, batch, Resize(short, long), workers=workers, rank=rank, world_size=ranks)
+    hidden = not (progress and distributed.is_main())
+    look: dict[str, Any] = {"file": sys.stderr, "leave": False, "mininterval": 0.5 if sys.stderr.isatty() else 10.0}
+    bar = tqdm(loader, desc="evaluate", unit="batch", disable=hidden, **look)
+    results: list[tuple[int, list[dict[str, Any]]]] = []
+    try:
+        for images in bar:
+            found = detect_batch(model, images, device=device, channels_last=channels_last, amp=amp)
+            for target, detection in zip(images.targets, found, strict=True):
+                rows = coco_results(detection, int(target["image_id"]), dataset.category_ids)
+                results.append((int(target["image_id"]), rows))
+    finally:
+        model.train(was_training)
+    place = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    everything = [entry for share in distributed.gather_objects(results) for entry in share]
+    everything.sort(key=lambda entry: place[entry[0]])
+    return [row for _, rows in everything for row in rows]
+
+
+def coco_results(detection: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's detections as COCO results."""
+    rows = []
+    for (x1, y1, x2, y2), score, label in zip(
+        detection["boxes"].tolist(), detection["scores"].tolist(), detection["labels"].tolist(), strict=True
+    ):
+        box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
+        rows.append({"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": round(score, 6)})
+    return rows
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    out: str | Path | None = None,
+    step: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Average precision of ``model`` on ``dataset``: ``coco_ap``'s figures, with ``split``, the role of the data set.
+
+    ``options`` go to ``detect_all``. With ``out``, ``eval.json`` and ``detections.json`` are written there (for another
+    role than test, ``eval-ROLE.json`` and ``detections-ROLE.json``). ``step`` is noted.
+    """
+    results = detect_all(model, dataset, **options)
+    summary = {"split": dataset.role, **({} if step is None else {"step": step})}
+    summary |= coco_ap(dataset.ground_truth(), results)
+    if out is not None and distributed.is_main():
+        suffix = "" if dataset.role == "test" else f"-{dataset.role}"
+        write_json(Path(out) / f"detections{suffix}.json", results)
+        write_json(Path(out) / f"eval{suffix}.json", summary)
+    distributed.barrier()
+    return summary
+
+
+def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelConfig]:
+    """The model of a training run, ready for detection, and its configuration.
+
+    Weights are ``weights.safetensors`` (or ``.pt``) of a finished run, else those of the last checkpoint. Raises
+    ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit.
+    """
+    run = Path(run)
+    if not (run / "model.json").is_file():
+        raise FileNotFoundError(f"{run}: not the folder of a training run: it has no model.json")
+    config = ModelConfig.load(run / "model.json")
+    candidates = [run / "weights.safetensors", run / "weights.pt", run / LAST]
+    source = next((path for path in candidates if path.is_file()), None)
+    if source is None:
+        raise FileNotFoundError(f"{run}: it has no weights and no checkpoint yet")
+    model = build_model(config)
+    load_into("model", model, load_weights(source), source)
+    return model.to(device).eval(), config

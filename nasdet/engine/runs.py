@@ -1,0 +1,102 @@
+"""The folder of a run: what was asked for, on what machine, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nasdet._files import read_json, write_json
+from nasdet.engine import distributed
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    from nasdet._version import __version__
+
+    found = {"nasdet": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def machine(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far, in bytes: allocated on a GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def recorded(
+    out: str | Path,
+    verb: str,
+    arguments: Mapping[str, Any],
+    *,
+    seed: int,
+    device: torch.device,
+    command: Sequence[str] | None = None,
+    resume: bool = False,
+    **facts: Any,
+) -> Iterator[dict[str, Any]]:
+    """Keep ``out/run.json`` while the block runs; yields its content, to which the block may add plain data.
+
+    ``status`` is ``"running"``, then ``"done"``, ``"interrupted"`` or, with ``error``, ``"failed"``. A resumed
+    run keeps its first start and adds to its ``seconds``. ``facts`` (data, skipped records, deviations, ...) are
+    stored as they are. Only rank 0 writes.
+    """
+    path = Path(out) / "run.json"
+    before = read_json(path) if resume and path.exists() else {}
+    began = time.monotonic()
+    info: dict[str, Any] = {
+        "verb": verb,
+        "status": "running",
+        "command": list(command) if command is not None else None,
+        "arguments": dict(arguments),
+        "seed": seed,
+        "started": before.get("started") or _now(),
+        "device": str(device),
+        "machine": machine(device),
+        "processes": distributed.world_size(),
+        "versions": versions(),
+        **facts,
+    }
+    _write(path, info)
+    try:
+        yield info
+        info["status"] = "done"
+    except KeyboardInterrupt:
+        info["status"] = "interrupted"
+        raise
+    except BaseException as error:
+        info["status"], info["error"] = "failed", str(error) or type(error).__name__
+        raise
+    finally:
+        info["finished"] = _now()
+        info["seconds"] = round(float(before.get("seconds") or 0) + time.monotonic() - began, 3)
+        info["peak_memory"] = peak_memory(device)
+        _write(path, info)
+
+
+def _write(path: Path, info: Mapping[str, Any]) -> None:
+    if distributed.is_main():
+        write_json(path, {key: value for key, value in info.items() if value is not None})
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,230 @@
+"""One training run: a model, its data and the loop, in a run folder."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasdet.arch import save_card
+from nasdet.data.base import DetectionDataset
+from nasdet.data.folder import DataFolder
+from nasdet.data.loader import make_loader
+from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize
+from nasdet.engine import distributed
+from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
+from nasdet.engine.evaluate import evaluate
+from nasdet.engine.loop import Loop
+from nasdet.engine.optim import Schedule, clip_gradients, make_sgd, scaled_lr, set_lr
+from nasdet.engine.records import append_line, read_lines
+from nasdet.engine.runs import recorded
+from nasdet.spaces.assemble import ModelConfig, build_model
+
+# What may differ between a run and its continuation without changing a single weight.
+_FREE = ("workers", "log_every", "checkpoint_every", "eval_every", "eval_batch", "device", "lr")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the defaults are the papers' (FCOS and FAD 1x on COCO: 90,000 steps of 16 images).
+
+    ``batch`` is images per step over all processes. ``lr=None`` is 0.01 for 16 images, scaled linearly with
+    ``batch``. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the gradient's 2-norm, None does not.
+    ``amp`` computes the model in bfloat16. ``flip`` mirrors half of the images. ``eval_every`` steps the test part is
+    evaluated for the curve in the report, 0 never; nothing is chosen by it. ``device=None`` takes the GPU where there
+    is one.
+    """
+
+    steps: int = 90_000
+    batch: int = 16
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay: str = "step"
+    warmup: str = "constant"
+    warmup_steps: int | None = None
+    clip: float | None = None
+    amp: bool = False
+    channels_last: bool = True
+    flip: bool = True
+    seed: int = 0
+    workers: int = 2
+    log_every: int = 20
+    checkpoint_every: int = 500
+    eval_every: int = 0
+    eval_batch: int = 4
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "checkpoint_every", "eval_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("workers", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
+            raise ValueError(f"clip must be a positive number or None, got {self.clip}")
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """The learning rate by step."""
+        lr = scaled_lr(0.01, self.batch) if self.lr is None else self.lr
+        return Schedule(lr, self.steps, decay=self.decay, warmup=self.warmup, warmup_steps=self.warmup_steps)
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run must repeat, as plain data."""
+        kept = {key: value for key, value in asdict(self).items() if key not in _FREE}
+        return kept | {"learning_rate": self.schedule().lr}
+
+
+def train(
+    config: TrainConfig,
+    data: DataFolder,
+    model_config: ModelConfig,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    resume: bool = False,
+    command: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a detector on ``data.train()``, evaluate it on ``data.test()``, and return the run's folder.
+
+    The folder gets run.json, split.json, model.json, card.json (when the towers are a card's), metrics.jsonl,
+    checkpoints, weights.safetensors, eval.json and detections.json. The test part is only reported on. ``weights``
+    are the backbone's pretrained ones. Under ``torchrun`` every process calls this.
+
+    Raises ``ValueError`` for a model that does not fit the data, for a folder that already holds a run without
+    ``resume``, and, as ``NonFiniteLoss``, for a loss that is not finite.
+    """
+    out, device = Path(out), distributed.local_device(config.device)
+    categories = tuple(model_config.categories)
+    if model_config.num_classes != len(data.categories) or (categories and categories != tuple(data.categories)):
+        raise ValueError(
+            f"model must have the {len(data.categories)} categories of {data.path}, got {model_config.num_classes} "
+            f"({', '.join(categories[:3])}...)"
+        )
+    with distributed.process_group(device):
+        if config.batch % distributed.world_size():
+            raise ValueError(f"batch must be a multiple of {distributed.world_size()} processes, got {config.batch}")
+        seed_everything(config.seed)
+        source = None if resume and (out / LAST).exists() else weights
+        model = build_model(model_config, weights=source).to(device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stub
+        model = distributed.sync_batch_norm(model, device)
+        optimizer = make_sgd(model, config.schedule().lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        loop = Loop(
+            out,
+            steps=config.steps,
+            state={"model": model, "optimizer": optimizer},
+            seed=config.seed,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            resume=resume,
+            progress=progress,
+            config=config.fixed() | _named(model_config) | {"split": data.split.sha256},
+        )
+        facts = {"data": str(data.path.resolve()), "skipped": data.skipped or None, "weights": weights and str(weights)}
+        arguments = asdict(config)
+        with recorded(
+            out, "train", arguments, seed=config.seed, device=device, command=command, resume=resume, **facts
+        ):
+            _write_inputs(out, data, model_config)
+            run = _Training(config, model_config, model, optimizer, device, out, progress)
+            run.go(loop, data.train(), data.test())
+    return out
+
+
+def _named(model_config: ModelConfig) -> dict[str, Any]:
+    return {f"model.{key}": value for key, value in model_config.to_json().items()}
+
+
+def _write_inputs(out: Path, data: DataFolder, model_config: ModelConfig) -> None:
+    if not distributed.is_main():
+        return
+    data.split.save(out / "split.json")
+    model_config.save(out / "model.json")
+    if model_config.card is not None:
+        save_card(model_config.card, out / "card.json")
+
+
+@dataclass
+class _Training:
+    """The moving parts of one run."""
+
+    config: TrainConfig
+    model_config: ModelConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    out: Path
+    progress: bool
+
+    def go(self, loop: Loop, dataset: DetectionDataset, test: DetectionDataset) -> None:
+        loop.run(self.stepper(self.batches(dataset, loop.start)), on_step=lambda done: self.look(done, test))
+        if distributed.is_main():
+            save_weights(self.model, self.out)
+        self.report(self.config.steps, self.evaluate(test, self.out, self.config.steps))
+
+    def batches(self, dataset: DetectionDataset, start: int) -> Iterator[Batch]:
+        config, size = self.config, (self.model_config.short_side, self.model_config.long_side)
+        transforms: list[Any] = [Resize(*size), *([HorizontalFlip()] if config.flip else [])]
+        loader = make_loader(
+            dataset,
+            config.batch // distributed.world_size(),
+            Compose(transforms),
+            seed=config.seed,
+            start_step=start,
+            steps=config.steps,
+            workers=config.workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=self.device.type == "cuda",
+        )
+        # The iterator, and with it the workers, is made in the first step: after the loop has taken over the signals.
+        return itertools.chain.from_iterable(iter(loader) for _ in range(1))
+
+    def stepper(self, batches: Iterator[Batch]) -> Callable[[int], Mapping[str, Tensor]]:
+        schedule, module = self.config.schedule(), distributed.wrap(self.model, self.device)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
+
+        def step(index: int) -> Mapping[str, Tensor]:
+            module.train()
+            set_lr(self.optimizer, schedule.at(index))
+            batch = next(batches).to(self.device, layout, non_blocking=True)
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+                terms = module(batch.images, batch.targets)
+            loss = torch.stack(list(terms.values())).sum()
+            loss.backward()
+            norm = clip_gradients(parameters, self.config.clip)
+            self.optimizer.step()
+            return {"loss": loss, **terms, "grad_norm": norm}
+
+        return step
+
+    def look(self, done: int, test: DetectionDataset) -> None:
+        """The periodic evaluation."""
+        if self.config.eval_every and done % self.config.eval_every == 0 and done < self.config.steps:
+            self.report(done, self.evaluate(test, None, done))
+
+    def evaluate(self, test: DetectionDataset, out: Path | None, step: int) -> dict[str, Any]:
+        config = self.config
+        options = {"batch": config.eval_batch, "workers": config.workers, "channels_last": config.channels_last}
+        size = {"short": self.model_config.short_side, "long": self.model_config.long_side}
+        place = {"device": self.device, "amp": config.amp, "progress": self.progress}
+        return evaluate(self.model, test, out=out, step=step, **options, **size, **place)
+
+    def report(self, done: int, summary: Mapping[str, Any]) -> None:
+        """One line of precision per step, also when a finished run is resumed."""
+        file = self.out / "metrics.jsonl"
+        if distributed.is_main() and not any(line["step"] == done and "AP" in line for line in read_lines(file)):
+            append_line(file, {"step": done, "AP": summary["AP"], "AP50": summary["AP50"]})

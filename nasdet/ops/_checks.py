@@ -1,0 +1,42 @@
+"""Checks shared by the public operators: "name must be X, got Y"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def checked_maps(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The feature maps of a mixing op: one shape, one device, promoted to their widest dtype (also under autocast)."""
+    if isinstance(xs, Tensor) or not isinstance(xs, Sequence):
+        raise TypeError(f"xs must be a sequence of tensors, got {type(xs).__name__}")
+    if len(xs) == 0:
+        raise ValueError("xs must hold at least one map, got none")
+    for index, x in enumerate(xs):
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"xs[{index}] must be a float32, float64, float16 or bfloat16 tensor, got {kind}")
+        if x.shape != xs[0].shape:
+            raise ValueError(f"xs[{index}] must have shape {tuple(xs[0].shape)}, got {tuple(x.shape)}")
+        if x.device != xs[0].device:
+            raise ValueError(f"xs[{index}] must be on {xs[0].device}, got {x.device}")
+    dtype = xs[0].dtype
+    for x in xs:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in xs]
+
+
+def checked_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A parameter of the given shape on ``like``'s device, in the dtype of the arithmetic: float32; float64 for float64."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+    return value.to(torch.float64 if like.dtype == torch.float64 else torch.float32)

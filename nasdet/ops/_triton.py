@@ -1,0 +1,20 @@
+"""Registers a Triton launcher as the kernel of ``nasdet::<op>_triton`` the first time that it is needed."""
+
+from __future__ import annotations
+
+import importlib
+
+from nasdet._library import LIBRARY
+
+_registered: set[str] = set()
+
+
+def ensure_registered(op: str) -> None:
+    """Import ``nasdet.kernels.<op>`` (and with it triton) and register its ``forward`` and ``backward`` launchers."""
+    if op in _registered:
+        return
+    kernels = importlib.import_module(f"nasdet.kernels.{op}")
+    for device in ("CUDA", "CPU"):  # the CPU only under Triton's interpreter
+        LIBRARY.impl(f"{op}_triton", kernels.forward, device)
+        LIBRARY.impl(f"{op}_backward_triton", kernels.backward, device)
+    _registered.add(op)

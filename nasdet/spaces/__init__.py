@@ -1,0 +1,20 @@
+"""Search spaces by name. A space makes supernets, derives and draws cards, and builds them.
+
+One more space is one more folder here and one more line in :data:`SPACES`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Loaded on demand: a card of one method needs no other method's modules.
+SPACES: dict[str, str] = {"fad": "nasdet.spaces.fad:FADSpace"}
+
+
+def space_class(method: str) -> Any:
+    """The class of a search space by its method's name, such as ``FADSpace`` by ``"fad"``."""
+    if method not in SPACES:
+        raise ValueError(f"method must be one of {', '.join(SPACES)}, got {method!r}")
+    module, name = SPACES[method].split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,153 @@
+"""A whole model from plain data: detector, backbone, pyramid and towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nasdet._files import read_json, write_json
+from nasdet.arch import Card
+from nasdet.detectors import BACKBONES, DETECTORS
+from nasdet.detectors.norm import NORMS
+from nasdet.spaces import space_class
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a run's ``model.json`` holds: enough to build the model again and to load its weights.
+
+    ``backbone`` and ``width`` (a multiplier of its channels), ``fpn_channels`` and ``levels`` of the pyramid;
+    ``norm`` of the backbone and ``frozen_stages``; ``categories``, the class names in the order of the labels, and
+    their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
+    ``inner_channels`` and ``cells`` in the place of the card's own where given; ``short_side`` and ``long_side``, the
+    picture size it was trained for, in pixels.
+    """
+
+    detector: str = "fcos"
+    backbone: str = "resnet50"
+    width: float = 1.0
+    fpn_channels: int = 256
+    levels: int = 5
+    norm: str = "frozen_bn"
+    frozen_stages: int = 0
+    num_classes: int = 80
+    categories: tuple[str, ...] = ()
+    towers: str | dict[str, Any] = PLAIN
+    tower_convs: int = 4
+    inner_channels: int | dict[str, int] | None = None
+    cells: int | None = None
+    short_side: int = 800
+    long_side: int = 1333
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, names in (("detector", tuple(DETECTORS)), ("backbone", tuple(BACKBONES)), ("norm", NORMS)):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+        for name in ("fpn_channels", "levels", "num_classes", "tower_convs", "short_side", "long_side"):
+            _positive(name, getattr(self, name))
+        if isinstance(self.frozen_stages, bool) or not isinstance(self.frozen_stages, int) or self.frozen_stages < 0:
+            raise ValueError(f"frozen_stages must be a non-negative integer, got {self.frozen_stages!r}")
+        if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not 0 < self.width < 100:
+            raise ValueError(f"width must be a positive number, got {self.width!r}")
+        if self.long_side < self.short_side:
+            raise ValueError(f"long_side must be at least short_side {self.short_side}, got {self.long_side}")
+        if self.cells is not None:
+            _positive("cells", self.cells)
+        if isinstance(self.categories, str) or not all(isinstance(name, str) for name in self.categories):
+            raise TypeError(f"categories must be a list of names, got {self.categories!r}")
+        object.__setattr__(self, "categories", tuple(self.categories))
+        if self.categories and len(self.categories) != self.num_classes:
+            raise ValueError(f"categories must be {self.num_classes} names (num_classes), got {len(self.categories)}")
+        if isinstance(self.towers, Mapping):
+            object.__setattr__(self, "towers", Card.from_json(self.towers).to_json())
+        elif self.towers != PLAIN:
+            raise ValueError(f"towers must be {PLAIN!r} or a card's JSON, got {self.towers!r}")
+        if not isinstance(self.options, Mapping):
+            raise TypeError(f"options must be an object, got {type(self.options).__name__}")
+
+    @property
+    def card(self) -> Card | None:
+        """The card of the towers; None for plain ones."""
+        return Card.from_json(self.towers) if isinstance(self.towers, Mapping) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as a JSON object."""
+        return asdict(self) | {"categories": list(self.categories)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> ModelConfig:
+        """The configuration of a JSON object; an unknown key is an error."""
+        if not isinstance(value, Mapping):
+            raise TypeError(f"model must be an object, got {type(value).__name__}")
+        known = [item.name for item in fields(cls)]
+        if unknown := sorted(set(value) - set(known)):
+            raise ValueError(f"model keys must be among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+        return cls(**value)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the configuration as JSON, atomically."""
+        return write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelConfig:
+        """Read a configuration; an error names the file."""
+        value = read_json(path)
+        try:
+            return cls.from_json(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def build_towers(config: ModelConfig, *, backend: str | None = None) -> nn.Module | None:
+    """The towers of a configuration: a card's module, or None for the detector's plain ones."""
+    card = config.card
+    if card is None:
+        return None
+    space = space_class(card.method)
+    towers: nn.Module = space.build(
+        card, config.fpn_channels, inner_channels=config.inner_channels, cells=config.cells, backend=backend
+    )
+    if not hasattr(towers, "box_channels"):
+        raise ValueError(
+            f"towers must be a card with the groups box and cls, got {card.name!r} with {', '.join(card.genotype)}"
+        )
+    return towers
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    towers: nn.Module | None = None,
+    weights: str | Path | None = None,
+    backend: str | None = None,
+) -> nn.Module:
+    """The detector of a configuration.
+
+    ``towers`` stand in the place of the configured ones (a supernet); ``weights`` is a local file with the backbone's
+    pretrained weights; ``backend`` chooses the mixing ops' backend. Weights are drawn from torch's global generator.
+    """
+    return DETECTORS[config.detector](
+        config.backbone,
+        config.num_classes,
+        width=config.width,
+        fpn_channels=config.fpn_channels,
+        levels=config.levels,
+        tower_convs=config.tower_convs,
+        towers=build_towers(config, backend=backend) if towers is None else towers,
+        norm=config.norm,
+        weights=weights,
+        frozen_stages=config.frozen_stages,
+        **config.options,
+    )

@@ -1,0 +1,120 @@
+"""Drives CMakeLists.txt, the one description of the build.
+
+Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS, NASDET_PYBIND=1|0,
+NASDET_SANITIZE=1, MAX_JOBS, CMAKE_ARGS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+WITH_PYBIND = os.environ.get("NASDET_PYBIND", "1") != "0"
+
+
+def torch_include() -> str:
+    """The folder of PyTorch's headers, found without importing torch: under pip's isolation it is not importable."""
+    candidates = [os.environ.get("NASDET_TORCH_INCLUDE")]
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.submodule_search_locations:
+        candidates.append(str(Path(spec.submodule_search_locations[0]) / "include"))
+    candidates += [str(Path(sysconfig.get_path(key)) / "torch" / "include") for key in ("purelib", "platlib")]
+    tried = [folder for folder in dict.fromkeys(candidates) if folder]
+    for folder in tried:
+        if (Path(folder) / "torch/csrc/stable/library.h").is_file():
+            return folder
+    raise SystemExit(
+        "nasdet needs the headers of PyTorch >= 2.10. Install torch first, or set NASDET_TORCH_INCLUDE. Tried: "
+        + ", ".join(tried)
+    )
+
+
+class Library(Extension):
+    """A file that CMake builds. A ``lib*`` one is no Python module and keeps its plain name."""
+
+    def __init__(self, name: str, optional: bool = False):
+        super().__init__(name, sources=[], optional=optional)
+
+
+class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2].startswith("lib"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def cmake(self, installed: Path) -> None:
+        build = Path(self.build_temp).resolve() / "cmake"
+        arguments = [
+            f"-DNASDET_VERSION={self.distribution.get_version()}",
+            f"-DNASDET_TORCH_INCLUDE={torch_include()}",
+            f"-DCMAKE_INSTALL_PREFIX={installed}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DNASDET_CUDA={os.environ.get('NASDET_CUDA', 'auto')}",
+            f"-DNASDET_PYBIND={'ON' if WITH_PYBIND else 'OFF'}",
+            f"-DNASDET_SANITIZE={'ON' if os.environ.get('NASDET_SANITIZE') == '1' else 'OFF'}",
+        ]
+        if archs := os.environ.get("NASDET_CUDA_ARCHS"):
+            arguments.append(f"-DNASDET_CUDA_ARCHS={archs}")
+        if WITH_PYBIND:
+            import pybind11
+
+            arguments.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+        if ninja := shutil.which("ninja"):
+            # An isolated build's ninja lies in a temporary folder, which the path in CMake's cache would outlive.
+            arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        arguments += os.environ.get("CMAKE_ARGS", "").split()
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(build), *arguments],
+            ["cmake", "--build", str(build), "-j", jobs],
+            ["cmake", "--install", str(build)],
+        ):
+            subprocess.run(command, check=True)
+
+    def build_extensions(self) -> None:
+        installed = Path(self.build_temp).resolve() / "installed"
+        shutil.rmtree(installed, ignore_errors=True)
+        self.cmake(installed)
+        built = []
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            source = installed / target.name
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+                built.append(extension)
+            elif not extension.optional:
+                raise SystemExit(f"CMake did not build {source.name}; it built {sorted(p.name for p in installed.iterdir())}")
+        self.extensions = built
+
+
+def package_names() -> list[str]:
+    """Every package by name: kernels/ lies outside nasdet/, so an implicit list would lose it."""
+    inside = sorted(str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "nasdet").rglob("__init__.py"))
+    return [name for name in inside if name != "nasdet.kernels"] + ["nasdet.kernels"]
+
+
+extensions = [Library("nasdet.libnasdet_cpu"), Library("nasdet.libnasdet_cuda", optional=True)]
+options = {}
+if WITH_PYBIND:
+    extensions.append(Library("nasdet._C"))
+else:
+    options["bdist_wheel"] = {"py_limited_api": False, "python_tag": "py3"}
+
+setup(
+    packages=package_names(),
+    package_dir={"nasdet.kernels": "kernels"},
+    package_data={"nasdet.arch": ["published/*.json"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild},
+    options=options,
+)

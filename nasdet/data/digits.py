@@ -36,7 +36,8 @@ def write_digits(
 
     Train and val share neither a scan nor a part of a photograph. The same arguments and library versions give the same
     bytes; picture i does not depend on how many there are. Everything is written to a hidden folder beside ``out`` and
-    renamed when complete, so ``out`` is never half there.
+    renamed when complete, so ``out`` is never half there; a killed process leaves only ``.{name}.*.partial``, which may
+    be deleted.
 
     Args:
         out: folder to make. If it is not empty it must be a complete set made with the same arguments, which is then

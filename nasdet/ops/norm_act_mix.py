@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nasdet import _dispatch
@@ -82,8 +81,8 @@ def _reference(
     for p, x in enumerate(xs):
         z = x.to(weights.dtype)
         if normalized is None or normalized[p]:
-            z = F.group_norm(z, num_groups, gn_weight[p], gn_bias[p], eps)
-        term = weights[p] * F.relu(z)
+            z = torch.group_norm(z, num_groups, gn_weight[p], gn_bias[p], eps)
+        term = weights[p] * torch.relu(z)
         total = term if total is None else total + term
     assert total is not None
     return total.to(xs[0].dtype)

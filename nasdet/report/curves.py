@@ -130,7 +130,7 @@ def _dress(axes: Any, log: bool) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_ylim()
-        if math.log10(high / low) < 1.3:
+        if math.log10(high) - math.log10(low) < 1.3:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -188,7 +188,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             Line(key, [(s, 100 * v) for s, v in series(rows, key) if v >= 0], COLORS[i], markers=True)
             for i, key in enumerate(precisions)
         ]
-        result.append(_lines_figure(lines, "Average precision", "in points", floor=0))
+        result.append(_precision_figure(lines, "Average precision"))
     rates = [key for key in keys if re.fullmatch(r"lr\w*", key)]
     positive = all(value > 0 for key in rates for _, value in series(rows, key))
     lines = [Line(key, series(rows, key), COLORS[i % 8]) for i, key in enumerate(rates)]
@@ -204,6 +204,12 @@ def _loss_figure(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], title: 
     log = all(value > 0 for line in lines for _, value in line.faint or line.points)
     note = f"{'log scale, ' if log else ''}bold: smoothed, faint: as logged"
     return _lines_figure(lines, title, note if any(line.faint for line in lines) else "", log=log)
+
+
+def _precision_figure(lines: Sequence[Line], title: str) -> str:
+    # From 0, and to 1 point at least: a detector that has learnt nothing looks like it.
+    highest = max((value for line in lines for _, value in line.points), default=0.0)
+    return _lines_figure(lines, title, "in points", floor=0, top=1 if highest < 1 else None)
 
 
 def _lines_figure(lines: Sequence[Line], title: str, note: str = "", **options: Any) -> str:
@@ -226,7 +232,7 @@ def together(named: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> list[s
         losses += [Line(name, smooth(series(rows, "loss")), COLORS[i % 8])] if series(rows, "loss") else []
     log = all(value > 0 for line in losses for _, value in line.points)
     return [
-        _lines_figure(precisions, "AP while training", "in points", floor=0) if len(precisions) > 1 else "",
+        _precision_figure(precisions, "AP while training") if len(precisions) > 1 else "",
         _lines_figure(losses, "Loss while training", f"smoothed{', log scale' if log else ''}", log=log)
         if len(losses) > 1
         else "",

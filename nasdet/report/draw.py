@@ -79,18 +79,29 @@ def draw_detections(
             continue
         _outline(painter, place, class_color(label), width, is_crowd)
         shown.append((place, label, score))
+    _write_labels(painter, font, shown, categories, canvas.size)
+    return canvas
+
+
+def _write_labels(
+    painter: ImageDraw.ImageDraw,
+    font: Any,
+    shown: Sequence[tuple[Rectangle, int, float | None]],
+    categories: Sequence[str] | None,
+    size: tuple[int, int],
+) -> None:
+    """The labels of ``shown`` (box, label, score; the surest last), which chooses its place first."""
     taken: list[Rectangle] = []
     places = []
     for place, label, score in reversed(shown):
         text = str(label) if categories is None else str(categories[label])
         text = text if score is None else f"{text} {score:.2f}"
-        spot = _label_spot(painter, font, text, place, canvas.size, taken)
+        spot = _label_spot(painter, font, text, place, size, taken)
         taken.append(spot)
         places.append((spot, text, class_color(label)))
     for spot, text, color in reversed(places):
         painter.rectangle(spot, fill=color)
         painter.text((spot[0] + 3, spot[1] + 1), text, fill=_ink(color), font=font)
-    return canvas
 
 
 def _as_list(values: Any) -> list[Any]:

@@ -41,7 +41,7 @@ def choose(run: Run, most: int) -> tuple[list[Picture], list[str], str]:
     folder = _data_folder(run)
     if folder is None:
         return [], [], "the data folder of the run cannot be reached from here"
-    wanted = {entry["image_id"] for entry in run.detections or []}
+    wanted = {entry["image_id"] for entry in run.detections or []} or _tested(run)
     try:
         best = _annotations(folder, run, wanted)
     except (
@@ -126,12 +126,15 @@ def _objects(value: Any) -> bool:
 
 def _evaluated(run: Run, images: list[dict[str, Any]], wanted: set[Any]) -> list[dict[str, Any]]:
     """The evaluated pictures in the order of their ids: those of the stored test split, else those with a detection."""
-    split = run.split or {}
-    lists = [split, *(value for value in split.values() if isinstance(value, dict))]
-    test = next((part["test"] for part in lists if isinstance(part.get("test"), list)), None)
-    ids = {i for i in test if isinstance(i, int | str)} if test else set()
-    ids = ids if wanted <= ids else wanted
+    tested = _tested(run)
+    ids = tested if wanted <= tested else wanted
     return sorted((entry for entry in images if entry["id"] in ids), key=lambda entry: entry["id"])
+
+
+def _tested(run: Run) -> set[int]:
+    """The image ids of the stored split's test part."""
+    ids = (run.split or {}).get("test")
+    return {i for i in ids if isinstance(i, int)} if isinstance(ids, list) else set()
 
 
 def _image_file(folder: Path, annotations: Path, name: str) -> Path | None:

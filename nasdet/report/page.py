@@ -42,7 +42,7 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     """
     content = read_run(run)
     target = Path(out) if out is not None else Path(run) / "report.html"
-    pictured = sum(1 for part in content.all() if part.detections) or 1
+    pictured = sum(1 for part in content.all() if part.detections is not None) or 1
     page = ""
     for budget in (900_000, 500_000, 200_000, 0):
         page = _page(content, budget // pictured)
@@ -245,30 +245,23 @@ def _alphas(run: Run) -> str:
     histories = alphas.histories(run.alphas)
     cells = graph.find_cells({"genotype": (run.card or {}).get("genotype")})
     shown = [
-        alphas.group_figures(group, history, choice_names(run, group), cells.get(group))
+        alphas.group_figures(group, history, choice_names(run, group, len(history[-1][1][0])), cells.get(group))
         for group, history in histories.items()
     ]
     # Kind by kind, so that the groups stand side by side.
     return "".join(grid(part) for part in zip(*shown, strict=True))
 
 
-def choice_names(run: Run, group: str) -> list[str] | None:
-    """The names of the columns of the alphas, where the run recorded them; a last ``none`` need not be written."""
+def choice_names(run: Run, group: str, width: int) -> list[str] | None:
+    """The names of the ``width`` columns of the alphas, if recorded; a last ``none`` may be left out."""
     card = run.card or {}
-    last = run.alphas[-1] if run.alphas else {}
-    width = 0
-    rows = last.get("alphas", {}).get(group)
-    if isinstance(rows, list) and rows and isinstance(rows[0], list):
-        width = len(rows[0])
-    for place in (last, run.info, run.info.get("arguments"), card.get("settings"), card.get("source")):
+    for place in (run.info, run.info.get("arguments"), card.get("settings"), card.get("source")):
         for key in ("choices", "transformations"):
             names = place.get(key) if isinstance(place, dict) else None
             names = names.get(group) if isinstance(names, dict) else names
-            if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-                if len(names) == width - 1:
-                    return [*names, "none"]
-                if len(names) == width:
-                    return names
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                if len(names) in (width, width - 1):
+                    return [*names, "none"][:width]
     return None
 
 

@@ -21,7 +21,7 @@ def picture_section(run: Run, budget: int, most: int = 8) -> str:
 
     The pictures are evenly spaced over those that were evaluated, in the order of their ids: none is picked by result.
     """
-    if not run.detections:
+    if run.detections is None:
         return ""
     chosen, categories, why = choose(run, most)
     if not chosen:

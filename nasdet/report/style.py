@@ -165,6 +165,7 @@ img{display:block;width:100%;height:auto;border-radius:8px}
 .categories b{text-align:right;font-weight:600;font-variant-numeric:tabular-nums}
 footer{padding-top:26px;padding-bottom:44px;color:var(--muted);font-size:.86rem}
 @media(max-width:520px){
+  .panels{grid-template-columns:1fr 1fr}
   .pair{grid-template-columns:1fr}
   figure{padding:12px 10px}
   th,td{padding:7px 7px}
@@ -177,6 +178,10 @@ footer{padding-top:26px;padding-bottom:44px;color:var(--muted);font-size:.86rem}
   .heatmap tbody th{padding-right:4px}
 }
 @media print{
+  body{background:#fff}
+  .heatmap{min-width:0}.heatmap th,.heatmap td{padding:0;font-size:.68rem}
+  .heat{min-width:20px;padding:2px 0;border-width:1px}
+  .heatmap thead th{font-size:.55rem;letter-spacing:-.04em}.panel p{white-space:normal}
   nav{display:none}
   body{font-size:10.5pt}
   *{print-color-adjust:exact;-webkit-print-color-adjust:exact}

@@ -122,8 +122,9 @@ def repeat(kind, index=0):
 
 
 NAN = float("nan")
+BAD_BOX = "annotation 10 of image 1: bad box: bbox must be [x, y, width, height], four finite numbers, got"
 FAULTS = {
-    # id: (plant, what the message ends with, reason, skipped count or None when skipping cannot help)
+    # id: (plant, what the message says after the file)
     "outside": (
         annotation(bbox=[41, 5, 10, 8]),
         "annotation 10 of image 1: box outside the image: bbox is [41, 5, 10, 8], the image is 40x30 (width x height)",
@@ -141,17 +142,21 @@ FAULTS = {
         annotation(bbox=[4, 5, 3, -8]),
         "annotation 10 of image 1: box without area: bbox is [4, 5, 3, -8] ([x, y, width, height])",
     ),
+    "thinner than float32": (
+        annotation(bbox=[30, 5, 1e-9, 8]),
+        "annotation 10 of image 1: box without area: bbox is [30, 5, 1e-09, 8]: nothing is left in float32",
+    ),
     "nan box": (
         annotation(bbox=[4, NAN, 3, 8]),
-        "annotation 10 of image 1: bad box: bbox must be [x, y, width, height], four finite numbers, got [4, nan, 3, 8]",
+        f"{BAD_BOX} [4, nan, 3, 8]",
     ),
     "three numbers": (
         annotation(bbox=[4, 5, 3]),
-        "annotation 10 of image 1: bad box: bbox must be [x, y, width, height], four finite numbers, got [4, 5, 3]",
+        f"{BAD_BOX} [4, 5, 3]",
     ),
     "huge integer": (
         annotation(bbox=[4, 5, 3, 10**400]),
-        f"annotation 10 of image 1: bad box: bbox must be [x, y, width, height], four finite numbers, got [4, 5, 3, {10**400}]",
+        f"{BAD_BOX} [4, 5, 3, {10**400}]",
     ),
     "bad area": (
         annotation(area=-1),
@@ -205,8 +210,14 @@ def test_a_planted_fault_names_file_and_record_and_can_be_skipped(make_coco, pla
     [
         ([], "segmentation has no polygon"),
         ([[1, 2, 3, 4]], "a polygon must be [x1, y1, x2, y2, ...], numbers near the image, at least three points"),
-        ([[1, 2, 3, 4, 5, NAN]], "a polygon must be [x1, y1, x2, y2, ...], numbers near the image, at least three points"),
-        ([[1, 2, 3, 4, 5, 1e9]], "a polygon must be [x1, y1, x2, y2, ...], numbers near the image, at least three points"),
+        (
+            [[1, 2, 3, 4, 5, NAN]],
+            "a polygon must be [x1, y1, x2, y2, ...], numbers near the image, at least three points",
+        ),
+        (
+            [[1, 2, 3, 4, 5, 1e9]],
+            "a polygon must be [x1, y1, x2, y2, ...], numbers near the image, at least three points",
+        ),
         ("abc", "segmentation must be a list of polygons or an RLE object with size and counts"),
         ({"size": [40, 30], "counts": [1200]}, "RLE size must be [height, width] = [30, 40], got [40, 30]"),
         ({"size": [30, 40], "counts": [1]}, "RLE counts must sum to height x width = 1200, got 1"),
@@ -216,7 +227,20 @@ def test_a_planted_fault_names_file_and_record_and_can_be_skipped(make_coco, pla
         ({"size": [30, 40], "counts": "é"}, "RLE counts must be integers >= 0, or their compressed string"),
         ({"size": [30, 40], "counts": None}, "RLE counts must be integers >= 0, or their compressed string"),
     ],
-    ids=["empty", "two points", "nan", "far", "text", "size", "short", "negative", "short string", "cut", "utf8", "none"],
+    ids=[
+        "empty",
+        "two points",
+        "nan",
+        "far",
+        "text",
+        "size",
+        "short",
+        "negative",
+        "short string",
+        "cut",
+        "utf8",
+        "none",
+    ],
 )
 def test_a_bad_segmentation_matters_only_when_masks_are_wanted(make_coco, segmentation, detail):
     folder = make_coco(plant=annotation(segmentation=segmentation))
@@ -230,7 +254,9 @@ def test_a_bad_segmentation_matters_only_when_masks_are_wanted(make_coco, segmen
 
 def test_masks_need_segmentations(make_coco):
     folder = make_coco(plant=drop("annotations", "segmentation"))
-    with pytest.raises(DataError, match=r"annotation 10 of image 1: missing key: 'segmentation' \(masks were asked for\)"):
+    with pytest.raises(
+        DataError, match=r"annotation 10 of image 1: missing key: 'segmentation' \(masks were asked for\)"
+    ):
         load(folder, masks=True)
 
 
@@ -325,7 +351,9 @@ def test_a_truncated_image_is_found_on_reading_or_by_the_scan(make_coco, damage,
 def test_an_image_of_another_size_than_annotated_is_refused(make_coco):
     folder = make_coco()
     Image.new("RGB", (30, 40)).save(folder / "train" / "1.png")
-    with pytest.raises(DataError, match="image 1 .*: image size mismatch: the file is 30x40, its annotation says 40x30"):
+    with pytest.raises(
+        DataError, match="image 1 .*: image size mismatch: the file is 30x40, its annotation says 40x30"
+    ):
         load(folder)[0]
 
 

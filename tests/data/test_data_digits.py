@@ -47,7 +47,9 @@ def test_boxes_and_areas_are_exactly_the_visible_ink(digits_folder):
     for dataset in (folder.train(), folder.test()):
         for _, target in dataset:
             assert len(target["labels"]) <= 8
-            assert target["masks"].sum(0).max() <= 1 or not len(target["masks"])  # what is hidden belongs to one digit only
+            assert target["masks"].sum(0).max() <= 1 or not len(
+                target["masks"]
+            )  # what is hidden belongs to one digit only
             for box, mask, area in zip(target["boxes"], target["masks"], target["area"], strict=True):
                 rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
                 assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]

@@ -71,7 +71,9 @@ def test_a_tampered_file_is_refused(make_coco, tmp_path, change):
     document = json.loads(file.read_text())
     change(document)
     file.write_text(json.dumps(document))
-    with pytest.raises(DataError, match=r"split.json: sha256: split does not match its hash: stored \w{12}, its content"):
+    with pytest.raises(
+        DataError, match=r"split.json: sha256: split does not match its hash: stored \w{12}, its content"
+    ):
         Split.load(file)
 
 
@@ -211,7 +213,9 @@ def test_unknown_folders(tmp_path, make_coco):
         open_data(tmp_path)
     path = make_coco()
     (path / "annotations" / "instances_train2.json").write_text("{}")
-    with pytest.raises(DataError, match=r"ambiguous data folder: instances_train.json, instances_train2.json: keep one"):
+    with pytest.raises(
+        DataError, match=r"ambiguous data folder: instances_train.json, instances_train2.json: keep one"
+    ):
         open_data(path)
     path = make_coco(name="other")
     (path / "annotations" / "instances_train.json").unlink()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,3 +310,57 @@ def search(tmp_path: Path, data: Path) -> Path:
 @pytest.fixture
 def train(tmp_path: Path, data: Path) -> Path:
     return make_train(tmp_path / "train", data, 0.4, make_card())
+
+
+@pytest.fixture(scope="session")
+def fake() -> SimpleNamespace:
+    """The builders above, for tests that need a folder of their own."""
+    return SimpleNamespace(**{name: value for name, value in globals().items() if name.startswith(("make_", "write"))})
+
+
+class Page(HTMLParser):
+    """A parsed page that fails where tags do not close in order."""
+
+    VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.headings: list[str] = []
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open and self._open[-1] == tag, f"</{tag}> closes {self._open[-3:]}"
+        self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style", "script"):
+            self.words.append(data)
+        if self._open and self._open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def parse() -> type[Page]:
+    return Page

@@ -257,3 +257,25 @@ def test_backend_reaches_every_mixing_op(monkeypatch: pytest.MonkeyPatch) -> Non
     FADSpace().supernet(12, 6, cells=2, backend="reference")(x)
     FADSpace.build(PAPER, 12, 6, backend="reference")(x)
     assert len(seen) > 20 and set(seen) == {"reference"}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("subset", "options"), [("full", {}), ("full", {"decouple": False}), ("darts", {})], ids=str)
+def test_fused_supernet_is_the_reference_supernet(
+    subset: str, options: dict[str, Any], memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    net = FADSpace(subset, **options).supernet(24, 12, cells=2)
+    net.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks this form
+    x = torch.randn(2, 24, 9, 7).to(memory_format=memory_format)
+    results = []
+    for backend in ("reference", None):
+        set_backend(net, backend)
+        net.zero_grad()
+        box, cls = net(x)
+        (box.square().mean() + cls.square().mean()).backward()
+        results.append([box.detach(), cls.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 2 + len(list(net.parameters()))
+    for theirs, ours in zip(*results, strict=True):
+        error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-12)
+        assert float(error) < 1e-3, f"relative error {float(error):.1e}"

@@ -1,0 +1,109 @@
+"""Compiles every Triton kernel ahead of time, exactly as its launcher would start it, and prints what each one uses.
+
+Run as a program: ``python aot_compile.py ARCH...``. The launchers run on meta tensors with ``JITFunction.run`` replaced by a
+recorder, so signatures, constants and warps are those of real calls; no GPU and no driver is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from nasdet.kernels import mix, norm_act_mix
+
+MAPS, SHAPE, GROUPS = 12, (2, 96, 100, 152), 32  # RepShare's node on P3
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+Launch = tuple[JITFunction, dict[str, Any], int]  # kernel, arguments by name, warps
+
+
+def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) -> list[Launch]:
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **kwargs: Any) -> None:
+        launches.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, num_warps))
+
+    xs = [torch.empty(SHAPE, dtype=dtype, device="meta", memory_format=memory_format) for _ in range(MAPS)]
+    weights = torch.empty(MAPS, device="meta")
+    gamma, beta = torch.empty(2, MAPS, SHAPE[1], device="meta").unbind()
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        y = mix.forward(xs, weights)
+        mix.backward(y, xs, weights, True, True)
+        y, mean, rstd = norm_act_mix.forward(xs, weights, gamma, beta, GROUPS, 1e-5, [1] * MAPS)
+        norm_act_mix.backward(y, xs, weights, gamma, beta, mean, rstd, GROUPS, [1] * MAPS)
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
+    """What Triton's own binder makes of the arguments: tensors of the allocator are aligned to 16 bytes and more."""
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    aligned = [["tt.divisibility", 16]]
+    for position, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple("*" + NAMES[x.dtype] for x in value)
+            attributes |= {(position, index): aligned for index in range(len(value))}
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+            attributes[(position,)] = aligned
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            if not parameter.do_not_specialize and value % 16 == 0:
+                attributes[(position,)] = aligned
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(kernel: JITFunction, arguments: dict[str, Any], warps: int, arch: int) -> dict[str, Any]:
+    compiled = triton.compile(
+        source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    ptx = compiled.asm["ptx"]
+    narrow = len(re.findall(r"ld\.global\.b16|ld\.global\.b8", ptx))  # one element of a 16-bit map at a time
+    return {**used, "shared": compiled.metadata.shared, "narrow_loads": narrow, "wide_loads": ptx.count("ld.global.v4")}
+
+
+def main(archs: list[int]) -> None:
+    report: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for layout, memory_format in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
+            for kernel, arguments, warps in recorded_launches(dtype, memory_format):
+                module = kernel.fn.__module__.rpartition(".")[2].strip("_")
+                name = f"{module}.{kernel.fn.__name__}"
+                if any(isinstance(value, tuple) for value in arguments.values()):
+                    name += f"-{NAMES[dtype]}" + (f"-{layout}" if module != "mix" else "")
+                for arch in archs:
+                    if f"{name}-sm{arch}" not in report:
+                        report[f"{name}-sm{arch}"] = resources(kernel, arguments, warps, arch)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])

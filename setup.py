@@ -1,7 +1,7 @@
 """Drives CMakeLists.txt, the one description of the build.
 
 Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS, NASDET_PYBIND=1|0,
-NASDET_SANITIZE=1, MAX_JOBS, CMAKE_ARGS.
+NASDET_SANITIZE=1, NASDET_BUILD_DIR (where CMake works; a build there again compiles only what changed), MAX_JOBS, CMAKE_ARGS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -51,8 +53,7 @@ class CMakeBuild(build_ext):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
-    def cmake(self, installed: Path) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
+    def cmake(self, folder: Path, installed: Path) -> None:
         arguments = [
             f"-DNASDET_VERSION={self.distribution.get_version()}",
             f"-DNASDET_TORCH_INCLUDE={torch_include()}",
@@ -74,16 +75,17 @@ class CMakeBuild(build_ext):
         arguments += os.environ.get("CMAKE_ARGS", "").split()
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(build), *arguments],
-            ["cmake", "--build", str(build), "-j", jobs],
-            ["cmake", "--install", str(build)],
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *arguments],
+            ["cmake", "--build", str(folder), "-j", jobs],
+            ["cmake", "--install", str(folder)],
         ):
             subprocess.run(command, check=True)
 
     def build_extensions(self) -> None:
-        installed = Path(self.build_temp).resolve() / "installed"
+        work = Path(os.environ.get("NASDET_BUILD_DIR") or self.build_temp).resolve()
+        installed = work / "installed"
         shutil.rmtree(installed, ignore_errors=True)
-        self.cmake(installed)
+        self.cmake(work / "cmake", installed)
         built = []
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
@@ -97,6 +99,22 @@ class CMakeBuild(build_ext):
         self.extensions = built
 
 
+class CleanBuild(build):
+    """Without it the wheel of a second build would hold what an earlier one left: a library, a module that is gone."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries know nothing of Python: without the pybind11 module one wheel serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if WITH_PYBIND else ("py3", "none", platform)
+
+
 def package_names() -> list[str]:
     """Every package by name: kernels/ lies outside nasdet/, so an implicit list would lose it."""
     inside = sorted(str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "nasdet").rglob("__init__.py"))
@@ -104,17 +122,13 @@ def package_names() -> list[str]:
 
 
 extensions = [Library("nasdet.libnasdet_cpu"), Library("nasdet.libnasdet_cuda", optional=True)]
-options = {}
 if WITH_PYBIND:
     extensions.append(Library("nasdet._C"))
-else:
-    options["bdist_wheel"] = {"py_limited_api": False, "python_tag": "py3"}
 
 setup(
     packages=package_names(),
     package_dir={"nasdet.kernels": "kernels"},
     package_data={"nasdet.arch": ["published/*.json"]},
     ext_modules=extensions,
-    cmdclass={"build_ext": CMakeBuild},
-    options=options,
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

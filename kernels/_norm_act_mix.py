@@ -35,6 +35,15 @@ def tile_of(image, first_channel, first_pixel, channels, pixels, CHANNELS_LAST: 
 
 
 @triton.jit
+def map_of(xs, index):
+    """The pointer to map ``index``: chosen by selects, since a tuple has no run-time index."""
+    x = xs[0]
+    for p in tl.static_range(1, len(xs)):
+        x = tl.where(index == p, xs[p], x)
+    return x
+
+
+@triton.jit
 def affine_of(mean, rstd, gamma, beta, p, image, c, end, normalized, batch, channels, groups):
     """What map p does to channels c < end: z = scale x + shift, xhat = r x + offset. Without norm, z = xhat = x."""
     row = (p * batch + image).to(tl.int64) * groups + c // (channels // groups)
@@ -68,36 +77,37 @@ def moments_kernel(
     chunk = program % chunks
     first_channel = program // chunks % channel_blocks * BLOCK_C
     image = program // chunks // channel_blocks % batch
-    this_map = program // chunks // channel_blocks // batch
+    p = program // chunks // channel_blocks // batch
     first = chunk.to(tl.int64) * (BLOCK_P * STEPS)
     steps = tl.minimum(STEPS, tl.cdiv(pixels - first, BLOCK_P))
-    for p in tl.static_range(len(xs)):
-        if (this_map == p) & ((normalized >> p) & 1 != 0):
-            # Each element of the tile keeps the moments of its own pixels (Welford 1962): no large mean costs digits, and
-            # nothing crosses threads before the end.
-            mean = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-            square = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-            seen = 0.0
-            for step in range(0, steps):
-                at, inside = tile_of(
-                    image, first_channel, first + step * BLOCK_P, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P
-                )
-                seen += 1.0
-                x = tl.load(xs[p] + at, mask=inside, other=0.0).to(tl.float32)
-                delta = tl.where(inside, x - mean, 0.0)
-                mean += delta / seen
-                square += delta * (x - mean)
-            # Only the last step can have left an element out.
-            last = first + (steps - 1) * BLOCK_P + tl.arange(0, BLOCK_P)
-            count = tl.where(last < pixels, seen, seen - 1.0)[None, :]
-            total = tl.minimum(pixels - first, BLOCK_P * STEPS).to(tl.float32)  # pixels
-            center = tl.sum(mean * count, axis=1) / total
-            spread = mean - center[:, None]
-            square_sum = tl.sum(square + count * spread * spread, axis=1)
-            c = first_channel + tl.arange(0, BLOCK_C)
-            row = (p * batch + image).to(tl.int64) * channels + c
-            tl.store(means + row * chunks + chunk, center, mask=c < channels)
-            tl.store(squares + row * chunks + chunk, square_sum, mask=c < channels)
+    if (normalized >> p) & 1 != 0:
+        # Each element of the tile keeps the moments of its own pixels (Welford 1962): no large mean costs digits, and
+        # nothing crosses threads before the end.
+        x_map = map_of(xs, p)
+        mean = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        square = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+        seen = 0.0
+        for step in range(0, steps):
+            at, inside = tile_of(
+                image, first_channel, first + step * BLOCK_P, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P
+            )
+            seen += 1.0
+            share = 1.0 / seen
+            x = tl.load(x_map + at, mask=inside, other=0.0).to(tl.float32)
+            delta = tl.where(inside, x - mean, 0.0)
+            mean += delta * share
+            square += delta * (x - mean)
+        # Only the last step can have left an element out.
+        last = first + (steps - 1) * BLOCK_P + tl.arange(0, BLOCK_P)
+        count = tl.where(last < pixels, seen, seen - 1.0)[None, :]
+        total = tl.minimum(pixels - first, BLOCK_P * STEPS).to(tl.float32)  # pixels
+        center = tl.sum(mean * count, axis=1) / total
+        spread = mean - center[:, None]
+        square_sum = tl.sum(square + count * spread * spread, axis=1)
+        c = first_channel + tl.arange(0, BLOCK_C)
+        row = (p * batch + image).to(tl.int64) * channels + c
+        tl.store(means + row * chunks + chunk, center, mask=c < channels)
+        tl.store(squares + row * chunks + chunk, square_sum, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["normalized", "batch", "channels", "pixels", "groups", "chunks", "chunk_pixels"])
@@ -230,29 +240,28 @@ def sums_kernel(
     chunk = program % chunks
     first_channel = program // chunks % channel_blocks * BLOCK_C
     image = program // chunks // channel_blocks % batch
-    this_map = program // chunks // channel_blocks // batch
+    p = program // chunks // channel_blocks // batch
     first = chunk.to(tl.int64) * (BLOCK_P * STEPS)
     steps = tl.minimum(STEPS, tl.cdiv(pixels - first, BLOCK_P))
     c = first_channel + tl.arange(0, BLOCK_C)
     scale, shift, r, offset = affine_of(
-        mean, rstd, gamma, beta, this_map, image, c, channels, normalized, batch, channels, groups
+        mean, rstd, gamma, beta, p, image, c, channels, normalized, batch, channels, groups
     )
-    for p in tl.static_range(len(xs)):
-        if this_map == p:
-            sum_a = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-            sum_b = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
-            for step in range(0, steps):
-                at, inside = tile_of(
-                    image, first_channel, first + step * BLOCK_P, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P
-                )
-                x = tl.load(xs[p] + at, mask=inside, other=0.0).to(tl.float32)
-                g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-                keep = x * scale[:, None] + shift[:, None] > 0.0
-                sum_a += tl.where(keep, g, 0.0)
-                sum_b += tl.where(keep, g * (x * r[:, None] + offset[:, None]), 0.0)
-            row = (p * batch + image).to(tl.int64) * channels + c
-            tl.store(part_a + row * chunks + chunk, tl.sum(sum_a, axis=1), mask=c < channels)
-            tl.store(part_b + row * chunks + chunk, tl.sum(sum_b, axis=1), mask=c < channels)
+    x_map = map_of(xs, p)
+    sum_a = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    sum_b = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
+    for step in range(0, steps):
+        at, inside = tile_of(
+            image, first_channel, first + step * BLOCK_P, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P
+        )
+        x = tl.load(x_map + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        keep = x * scale[:, None] + shift[:, None] > 0.0
+        sum_a += tl.where(keep, g, 0.0)
+        sum_b += tl.where(keep, g * (x * r[:, None] + offset[:, None]), 0.0)
+    row = (p * batch + image).to(tl.int64) * channels + c
+    tl.store(part_a + row * chunks + chunk, tl.sum(sum_a, axis=1), mask=c < channels)
+    tl.store(part_b + row * chunks + chunk, tl.sum(sum_b, axis=1), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["normalized", "batch", "channels", "pixels", "groups", "chunks"])

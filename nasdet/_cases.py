@@ -13,12 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """``make(inputs)`` returns the op's positional and keyword arguments. ``large`` cases are for benchmarks only."""
+    """``make(inputs)`` returns the op's positional and keyword arguments.
+
+    ``large`` cases are for benchmarks only; ``condition`` is how much the case magnifies a rounding of its inputs.
+    """
 
     id: str
     make: Callable[[Inputs], tuple[Sequence[Any], Mapping[str, Any]]]
     large: bool = False
-    overflow: bool = False  # magnitudes that float16 cannot hold
+    condition: float = 1.0
 
 
 class Inputs:

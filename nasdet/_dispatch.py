@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Op:
     reference: Callable[..., Any]  # a few lines of PyTorch; also the fallback
     backends: Sequence[Backend]
     cases: Sequence[Case]
-    differentiable: Sequence[int] = field(default=())  # positions of the arguments with gradients
+    reduce_len: Callable[..., int]  # how many terms the longest sum of the forward has, for the tolerance
+    differentiable: Sequence[int] = ()  # positions of the arguments with gradients (tensors or lists of tensors)
 
 
 OPS: dict[str, Op] = {}

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_mix(std::vector<Tensor> xs, Tensor w
     measure_pixels(call);
     const auto kernel = NASDET_KERNEL(norm_act_mix_pixels_forward);
     torch::stable::parallel_for(0, a.batch * call.blocks, 1, [&](int64_t begin, int64_t end) {
-      const auto scratch = call.scratch(2 * a.maps * a.channels);
+      const auto scratch = call.scratch(3 * a.maps * a.channels);
       for (int64_t t = begin; t < end; ++t) kernel(a, t / call.blocks, t % call.blocks, scratch.get());
     });
   } else {

@@ -45,16 +45,17 @@ namespace {
 template <class T> NASDET_INLINE vec<T> maximum(vec<T> a, vec<T> b) { return a < b ? b : a; }  // NaN in a stays
 template <class T> NASDET_INLINE T square_root(T v) { return T(__builtin_sqrt(double(v))); }
 
-// What one map does to one channel: z = scale x + shift, xhat = rstd x + offset.
-template <class T> struct Channel { T scale, shift, rstd, offset; };
+// What one map does to one channel: z = scale (x - mean) + shift, xhat = rstd (x - mean). Subtracting the mean first keeps
+// the digits that folding it into the shift would lose where it is much larger than the deviation.
+template <class T> struct Channel { T mean, scale, shift, rstd; };
 
 template <class T>
 NASDET_INLINE Channel<T> channel_of(const NormActMixArgs& a, int64_t map, int64_t image, int64_t channel) {
-  if (!a.normalized[map]) return {T(1), T(0), T(1), T(0)};
+  if (!a.normalized[map]) return {T(0), T(1), T(0), T(1)};
   const int64_t group = channel / (a.channels / a.groups), at = (map * a.batch + image) * a.groups + group;
   const T mean = static_cast<const T*>(a.mean)[at], rstd = static_cast<const T*>(a.rstd)[at];
   const T gamma = static_cast<const T*>(a.gamma)[map * a.channels + channel], beta = static_cast<const T*>(a.beta)[map * a.channels + channel];
-  return {gamma * rstd, beta - mean * gamma * rstd, rstd, -mean * rstd};
+  return {mean, gamma * rstd, beta, rstd};
 }
 
 // dx = keep * (w gamma rstd) g - c1 - c2 xhat, with keep = [z > 0].

@@ -80,12 +80,11 @@ template <class S> void pixels_moments(const NormActMixArgs& a, int64_t map, int
 template <class S> void pixels_forward(const NormActMixArgs& a, int64_t image, int64_t block, void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // scale and shift of every map
+  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // mean, scale and shift of every map
   for (int64_t p = 0; p < a.maps; ++p)
     for (int64_t c = 0; c < a.channels; ++c) {
       const Channel<T> ch = channel_of<T>(a, p, image, c);
-      rows[2 * p][c] = ch.scale;
-      rows[2 * p + 1][c] = ch.shift;
+      rows[3 * p][c] = ch.mean, rows[3 * p + 1][c] = ch.scale, rows[3 * p + 2][c] = ch.shift;
     }
   const Block at = block_of(a, image, block);
   const T* w = static_cast<const T*>(a.weights);
@@ -98,9 +97,10 @@ template <class S> void pixels_forward(const NormActMixArgs& a, int64_t image, i
       vec<T> sum[V] = {};
       for (int64_t p = 0; p < a.maps; ++p) {
         const S* x = static_cast<const S*>(a.xs[p]) + at.offset + i;
-        const T *scale = rows[2 * p] + c, *shift = rows[2 * p + 1] + c;
+        const T *mean = rows[3 * p] + c, *scale = rows[3 * p + 1] + c, *shift = rows[3 * p + 2] + c;
         for (int v = 0; v < V; ++v) {
-          const vec<T> z = load_column<K>(scale + v * W, n) * load_column<K>(x + v * W, n) + load_column<K>(shift + v * W, n);
+          const vec<T> centered = load_column<K>(x + v * W, n) - load_column<K>(mean + v * W, n);
+          const vec<T> z = load_column<K>(scale + v * W, n) * centered + load_column<K>(shift + v * W, n);
           sum[v] += splat<T>(w[p]) * maximum<T>(z, vec<T>{});
         }
       }
@@ -115,28 +115,28 @@ template <class S> void pixels_forward(const NormActMixArgs& a, int64_t image, i
 template <class S> void pixels_sums(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, double* sum_a, double* sum_b, void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // scale, shift, rstd, offset
+  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // mean, scale, shift, rstd
   for (int64_t c = 0; c < a.channels; ++c) {
     const Channel<T> ch = channel_of<T>(a, map, image, c);
-    rows[0][c] = ch.scale, rows[1][c] = ch.shift, rows[2][c] = ch.rstd, rows[3][c] = ch.offset;
+    rows[0][c] = ch.mean, rows[1][c] = ch.scale, rows[2][c] = ch.shift, rows[3][c] = ch.rstd;
     sum_a[c] = sum_b[c] = 0;
   }
   const Block at = block_of(a, image, block);
   const S *x = static_cast<const S*>(a.xs[map]) + at.offset, *grad = static_cast<const S*>(a.grad) + at.offset;
   over_channels<4, W>(a.channels, [&](auto columns, int64_t c, int64_t n) __attribute__((always_inline)) {
     constexpr int K = decltype(columns)::value, V = kVectors<K>;
-    vec<T> scale[V], shift[V], rstd[V], offset[V], total_a[V] = {}, total_b[V] = {};
+    vec<T> mean[V], scale[V], shift[V], rstd[V], total_a[V] = {}, total_b[V] = {};
     for (int v = 0; v < V; ++v) {
-      scale[v] = load_column<K>(rows[0] + c + v * W, n), shift[v] = load_column<K>(rows[1] + c + v * W, n);
-      rstd[v] = load_column<K>(rows[2] + c + v * W, n), offset[v] = load_column<K>(rows[3] + c + v * W, n);
+      mean[v] = load_column<K>(rows[0] + c + v * W, n), scale[v] = load_column<K>(rows[1] + c + v * W, n);
+      shift[v] = load_column<K>(rows[2] + c + v * W, n), rstd[v] = load_column<K>(rows[3] + c + v * W, n);
     }
     for (int64_t r = 0; r < at.pixels; ++r)
       for (int v = 0; v < V; ++v) {
         const int64_t i = r * a.channels + c + v * W;
-        const vec<T> value = load_column<K>(x + i, n), upstream = load_column<K>(grad + i, n);
+        const vec<T> value = load_column<K>(x + i, n) - mean[v], upstream = load_column<K>(grad + i, n);
         const vec<T> g = scale[v] * value + shift[v] > vec<T>{} ? upstream : vec<T>{};
         total_a[v] += g;
-        total_b[v] += g * (rstd[v] * value + offset[v]);
+        total_b[v] += g * (rstd[v] * value);
       }
     for (int v = 0; v < V; ++v)
       for (int64_t l = 0; l < n; ++l) sum_a[c + v * W + l] = double(total_a[v][l]), sum_b[c + v * W + l] = double(total_b[v][l]);
@@ -146,7 +146,7 @@ template <class S> void pixels_sums(const NormActMixArgs& a, int64_t map, int64_
 template <class S> void pixels_backward(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // scale, shift, direct, slope, constant
+  const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // mean, scale, shift, direct, slope, constant
   const T w = static_cast<const T*>(a.weights)[map];
   const int64_t width = a.channels / a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {
@@ -154,8 +154,8 @@ template <class S> void pixels_backward(const NormActMixArgs& a, int64_t map, in
     group_gradient<T>(a, map, image, g, &c1, &c2);
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       const Channel<T> ch = channel_of<T>(a, map, image, c);
-      rows[0][c] = ch.scale, rows[1][c] = ch.shift, rows[2][c] = w * ch.scale;
-      rows[3][c] = c2 * ch.rstd, rows[4][c] = c2 * ch.offset + c1;
+      rows[0][c] = ch.mean, rows[1][c] = ch.scale, rows[2][c] = ch.shift;
+      rows[3][c] = w * ch.scale, rows[4][c] = c2 * ch.rstd, rows[5][c] = c1;
     }
   }
   const Block at = block_of(a, image, block);
@@ -164,15 +164,15 @@ template <class S> void pixels_backward(const NormActMixArgs& a, int64_t map, in
   const bool stream = a.streaming && a.channels % W == 0;
   over_channels<4, W>(a.channels, [&](auto columns, int64_t c, int64_t n) __attribute__((always_inline)) {
     constexpr int K = decltype(columns)::value, V = kVectors<K>;
-    vec<T> row[5][V];
-    for (int k = 0; k < 5; ++k)
+    vec<T> row[6][V];
+    for (int k = 0; k < 6; ++k)
       for (int v = 0; v < V; ++v) row[k][v] = load_column<K>(rows[k] + c + v * W, n);
     for (int64_t r = 0; r < at.pixels; ++r)
       for (int v = 0; v < V; ++v) {
         const int64_t i = r * a.channels + c + v * W;
-        const vec<T> value = load_column<K>(x + i, n), upstream = load_column<K>(grad + i, n);
-        const vec<T> g = row[0][v] * value + row[1][v] > vec<T>{} ? row[2][v] * upstream : vec<T>{};
-        const vec<T> result = g - (row[3][v] * value + row[4][v]);
+        const vec<T> value = load_column<K>(x + i, n) - row[0][v], upstream = load_column<K>(grad + i, n);
+        const vec<T> g = row[1][v] * value + row[2][v] > vec<T>{} ? row[3][v] * upstream : vec<T>{};
+        const vec<T> result = g - (row[4][v] * value + row[5][v]);
         if (K && stream) store_streaming(dx + i, result);
         else store_column<K>(dx + i, result, n);
       }

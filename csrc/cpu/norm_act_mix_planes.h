@@ -49,16 +49,16 @@ void add_channel(const S* x, arithmetic_t<S>* sum, S* out, int64_t count, arithm
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
   constexpr bool kAdd = kStep == Step::middle || kStep == Step::last, kOut = kStep == Step::last || kStep == Step::only;
-  const vec<T> scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), weight = splat<T>(w), zero = {};
+  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), weight = splat<T>(w), zero = {};
   int64_t i = 0;
   for (; i + W <= count; i += W) {
-    vec<T> value = weight * maximum<T>(scale * load(x + i) + shift, zero);
+    vec<T> value = weight * maximum<T>(scale * (load(x + i) - mean) + shift, zero);
     if (kAdd) value += load(sum + i);
     if (kOut) store_to<kStreaming>(out + i, value);
     else store(sum + i, value);
   }
   if (i < count) {
-    vec<T> value = weight * maximum<T>(scale * load_part(x + i, count - i) + shift, zero);
+    vec<T> value = weight * maximum<T>(scale * (load_part(x + i, count - i) - mean) + shift, zero);
     if (kAdd) value += load_part(sum + i, count - i);
     if (kOut) store_part(out + i, value, count - i);
     else store_part(sum + i, value, count - i);
@@ -101,7 +101,7 @@ template <class S>
 void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithmetic_t<S>>& ch, double* sum_a, double* sum_b) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const vec<T> scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), rstd = splat<T>(ch.rstd), offset = splat<T>(ch.offset), zero = {};
+  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), rstd = splat<T>(ch.rstd), zero = {};
   double total_a = 0, total_b = 0;
   for (int64_t begin = 0; begin < count; begin += 1024 * W) {
     const int64_t end = begin + 1024 * W < count ? begin + 1024 * W : count;
@@ -109,17 +109,17 @@ void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithm
     int64_t i = begin;
     for (; i + 2 * W <= end; i += 2 * W)
       for (int u = 0; u < 2; ++u) {
-        const vec<T> value = load(x + i + u * W);
+        const vec<T> value = load(x + i + u * W) - mean;
         const vec<T> g = scale * value + shift > zero ? load(grad + i + u * W) : zero;
         part_a[u] += g;
-        part_b[u] += g * (rstd * value + offset);
+        part_b[u] += g * (rstd * value);
       }
     for (; i < end; i += W) {
       const int64_t left = end - i < W ? end - i : W;
-      const vec<T> value = load_part(x + i, left);
+      const vec<T> value = load_part(x + i, left) - mean;
       const vec<T> g = scale * value + shift > zero ? load_part(grad + i, left) : zero;
       part_a[0] += g;
-      part_b[0] += g * (rstd * value + offset);
+      part_b[0] += g * (rstd * value);
     }
     total_a += double(horizontal_sum<T>(part_a[0] + part_a[1]));
     total_b += double(horizontal_sum<T>(part_b[0] + part_b[1]));
@@ -132,17 +132,16 @@ template <class S, bool kStreaming>
 void channel_gradient(const S* x, const S* grad, S* dx, int64_t count, const Channel<arithmetic_t<S>>& ch, const Gradient<arithmetic_t<S>>& k) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const vec<T> scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), direct = splat<T>(k.direct), zero = {};
-  // c1 + c2 xhat = c2 rstd x + (c2 offset + c1)
-  const vec<T> slope = splat<T>(k.c2 * ch.rstd), constant = splat<T>(k.c2 * ch.offset + k.c1);
+  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), direct = splat<T>(k.direct), zero = {};
+  const vec<T> slope = splat<T>(k.c2 * ch.rstd), constant = splat<T>(k.c1);
   int64_t i = 0;
   for (; i + W <= count; i += W) {
-    const vec<T> value = load(x + i);
+    const vec<T> value = load(x + i) - mean;
     const vec<T> g = scale * value + shift > zero ? direct * load(grad + i) : zero;
     store_to<kStreaming>(dx + i, g - (slope * value + constant));
   }
   if (i < count) {
-    const vec<T> value = load_part(x + i, count - i);
+    const vec<T> value = load_part(x + i, count - i) - mean;
     const vec<T> g = scale * value + shift > zero ? direct * load_part(grad + i, count - i) : zero;
     store_part(dx + i, g - (slope * value + constant), count - i);
   }

@@ -60,10 +60,13 @@ def run(
     as_json: bool = False,
 ) -> int:
     """Evaluate, and print the figures."""
+    import torch
+
     from nasdet._files import read_json
     from nasdet.data import Split, open_data
     from nasdet.engine import distributed
     from nasdet.engine.evaluate import evaluate, load_run
+    from nasdet.engine.layout import training_layout
 
     where = distributed.local_device(device)
     model, config = load_run(folder, where)
@@ -78,7 +81,10 @@ def run(
         raise ValueError(f"{data}: its categories must be those of {folder}: {', '.join(config.categories[:5])}, ...")
     dataset = opened.test() if split == "test" else opened.search_val()
     with distributed.process_group(where):
+        layout = training_layout(model, where)
+        model = model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
         options: dict[str, Any] = {"batch": batch, "workers": workers, "device": where, "amp": amp}
+        options["channels_last"] = layout is torch.channels_last
         size: dict[str, Any] = {"short": config.short_side, "long": config.long_side}
         summary = evaluate(model, dataset, out=folder if own else None, **options, **size)
         if distributed.is_main():

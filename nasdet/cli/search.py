@@ -49,9 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         epilog=(
             "examples:\n"
             "  nasdet data digits --out digits                  make a small real data set\n"
-            "  nasdet search fad --data digits --out runs/tiny --preset tiny\n"
+            "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip\n"
             "  nasdet search fad --data VOCdevkit/VOC2012 --out runs/voc --weights resnet50.pth\n"
-            "  nasdet search fad --data digits --out runs/tiny --preset tiny --resume   go on after a stop\n"
+            "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip --resume   go on after a stop\n"
             "  nasdet train --card runs/tiny/card.json --data digits --out runs/net     retrain the result"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,6 +78,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add("--lr", type=float, metavar="X", help="learning rate of the weights (paper: 0.004; tiny: 0.01)")
     add("--arch-lr", type=float, metavar="X", help="learning rate of the alphas (paper: 0.0003; tiny: 0.003)")
+    add("--no-flip", action="store_false", dest="flip", default=None, help="do not mirror pictures (for digits, text)")
     add("--seed", type=int, metavar="N", help="of everything random (0)")
     add("--workers", type=int, metavar="N", help="processes that read pictures (2)")
     add("--amp", action="store_const", const=True, help="bfloat16 autocast")

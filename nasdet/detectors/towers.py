@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nasdet.detectors.norm import norm_layer
+from nasdet.detectors.norm import group_count, norm_layer
+from nasdet.nn import GroupNormReLU
 
 
 def _tower(channels: int, convs: int, norm: str) -> nn.Sequential:
@@ -18,7 +19,10 @@ def _tower(channels: int, convs: int, norm: str) -> nn.Sequential:
         nn.init.normal_(conv.weight, std=0.01)
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-        layers += [conv, norm_layer(norm, channels), nn.ReLU(inplace=True)]
+        if norm == "gn":
+            layers += [conv, GroupNormReLU(group_count(channels), channels)]
+        else:
+            layers += [conv, norm_layer(norm, channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 

@@ -50,7 +50,7 @@ class FADSearchConfig:
     most ``long_side`` pixels; SGD at ``lr`` with linear warm-up from 1/3 (``warmup_steps``; None: 500, or a tenth of
     a short run) and a drop to a tenth after ``drop`` of the steps; Adam at ``arch_lr``. ``space``, ``repshare``,
     ``decouple`` and ``released_h``: see :class:`FADSpace`; ``score``: see :func:`nasdet.spaces.fad.decode`.
-    ``retrain_cells`` is written into the card.
+    ``retrain_cells`` is written into the card; ``flip`` mirrors half of the images.
     """
 
     steps: int = 17_500
@@ -80,6 +80,7 @@ class FADSearchConfig:
     retrain_cells: int = 2
     amp: bool = False
     channels_last: bool = True
+    flip: bool = True
     seed: int = 0
     workers: int = 2
     log_every: int = 20
@@ -261,7 +262,7 @@ class _FADRun:
         loader = make_loader(
             dataset,
             config.batch,
-            Compose([Resize(config.short_side, config.long_side), HorizontalFlip()]),
+            Compose([Resize(config.short_side, config.long_side), *([HorizontalFlip()] if config.flip else [])]),
             seed=seed,
             start_step=start,
             steps=config.steps,
@@ -335,6 +336,7 @@ def deviations(config: FADSearchConfig, data: DataFolder, pretrained: bool) -> l
         "the alphas are in no SGD group, and their gradient is taken at the current weights; the released code keeps "
         "them in SGD and takes it on a copy that is never updated",
     ]
+    found.append("biases learn at the weights' rate and decay with them; the released code: twice the rate, no decay")
     if config.score == "softmax":
         found.append("edges are compared by softmax, the paper's words; the released code compares raw alphas")
     if config.space == "full":

@@ -20,6 +20,7 @@ from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
+from nasdet.engine.layout import training_layout
 from nasdet.engine.loop import Loop
 from nasdet.engine.optim import Schedule, clip_gradients, make_sgd, scaled_lr, set_lr
 from nasdet.engine.records import append_line, read_lines
@@ -116,8 +117,8 @@ def train(
         seed_everything(config.seed)
         source = None if resume and (out / LAST).exists() else weights
         model = build_model(model_config, weights=source).to(device)
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from its stub
+        layout = training_layout(model, device, config.channels_last)
+        model = model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
         model = distributed.sync_batch_norm(model, device)
         optimizer = make_sgd(model, config.schedule().lr, momentum=config.momentum, weight_decay=config.weight_decay)
         loop = Loop(
@@ -137,7 +138,7 @@ def train(
             out, "train", arguments, seed=config.seed, device=device, command=command, resume=resume, **facts
         ):
             _write_inputs(out, data, model_config)
-            run = _Training(config, model_config, model, optimizer, device, out, progress)
+            run = _Training(config, model_config, model, optimizer, device, layout, out, progress)
             run.go(loop, data.train(), data.test())
     return out
 
@@ -164,6 +165,7 @@ class _Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
+    layout: torch.memory_format
     out: Path
     progress: bool
 
@@ -194,12 +196,11 @@ class _Training:
     def stepper(self, batches: Iterator[Batch]) -> Callable[[int], Mapping[str, Tensor]]:
         schedule, module = self.config.schedule(), distributed.wrap(self.model, self.device)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        layout = torch.channels_last if self.config.channels_last else torch.preserve_format
 
         def step(index: int) -> Mapping[str, Tensor]:
             module.train()
             set_lr(self.optimizer, schedule.at(index))
-            batch = next(batches).to(self.device, layout, non_blocking=True)
+            batch = next(batches).to(self.device, self.layout, non_blocking=True)
             self.optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
                 terms = module(batch.images, batch.targets)
@@ -218,7 +219,8 @@ class _Training:
 
     def evaluate(self, test: DetectionDataset, out: Path | None, step: int) -> dict[str, Any]:
         config = self.config
-        options = {"batch": config.eval_batch, "workers": config.workers, "channels_last": config.channels_last}
+        channels_last = self.layout is torch.channels_last
+        options = {"batch": config.eval_batch, "workers": config.workers, "channels_last": channels_last}
         size = {"short": self.model_config.short_side, "long": self.model_config.long_side}
         place = {"device": self.device, "amp": config.amp, "progress": self.progress}
         return evaluate(self.model, test, out=out, step=step, **options, **size, **place)

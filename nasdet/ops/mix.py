@@ -128,6 +128,7 @@ OP = _dispatch.register(
             _dispatch.triton_backend(_run_triton, _first_map),
             _dispatch.reference_backend(_reference),
         ),
+        reduce_len=lambda xs, *_: len(xs),
         differentiable=(0, 1),
         cases=(
             _case("one-map", 1, 2, 3, 4, 5),

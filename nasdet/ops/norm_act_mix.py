@@ -201,7 +201,7 @@ def _case(
         gn_weight, gn_bias = inputs.affine(maps, shape[1])
         return (xs, inputs.weights(maps), gn_weight, gn_bias, groups), {"normalized": normalized}
 
-    return Case(name, make, large=large)
+    return Case(name, make, large=large, condition=max(1.0, abs(shift)))
 
 
 _REPSHARE = (False, False, True, True, True, True) * 2  # H(p1), H(p2), p3 and the dilated maps, both streams
@@ -217,6 +217,7 @@ OP = _dispatch.register(
             _dispatch.triton_backend(_run_triton, _first_map),
             _dispatch.reference_backend(_reference),
         ),
+        reduce_len=lambda xs, weights, gn_weight, gn_bias, groups: xs[0][0:1].numel() // groups,
         differentiable=(0, 1, 2, 3),
         cases=(
             _case("one-map", 1, (2, 32, 9, 7), 32),

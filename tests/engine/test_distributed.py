@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from nasdet.engine import distributed
+from nasdet.engine.loop import Loop
 from nasdet.engine.records import read_lines
 
 # One program for one process with batch 4 and for two with batch 2 each; it is killed once and resumed.
@@ -74,25 +77,36 @@ PROGRAM = """
 """
 
 
-def launch(script, out, processes, crash_at=-1, resume="fresh"):
+def launch(script, out, crash_at=-1, resume="fresh"):
+    """Two processes with the variables that torchrun sets; their exit codes and what they said."""
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(script), str(out), str(crash_at), resume]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(script), str(out), str(crash_at), resume]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=180)[1] for process in ranks]
+    return [process.returncode for process in ranks], "\n".join(said)
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, monkeypatch):
     script = tmp_path / "toy.py"
     script.write_text(textwrap.dedent(PROGRAM))
     alone, pair = tmp_path / "alone", tmp_path / "pair"
-    assert launch(script, alone, 1).returncode == 0
-    crashed = launch(script, pair, 2, crash_at=5)
-    assert crashed.returncode != 0 and (pair / "checkpoints" / "last.pt").exists()
-    resumed = launch(script, pair, 2, resume="resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", [str(script), str(alone), "-1", "fresh"])
+    runpy.run_path(str(script))
+    crashed, _ = launch(script, pair, crash_at=5)
+    assert crashed == [9, 9] and (pair / "checkpoints" / "last.pt").exists()
+    resumed, said = launch(script, pair, resume="resume")
+    assert resumed == [0, 0], said[-2000:]
     expected = torch.load(alone / "rank0.pt", weights_only=True)
     ranks = [torch.load(pair / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name, value in expected.items():
@@ -103,8 +117,8 @@ def test_two_processes_equal_one(tmp_path):
     for one, two in zip(ours, theirs, strict=True):
         assert two["rank"] == 0.5 and one["rank"] == 0
         assert two["loss_a"] == pytest.approx(one["loss_a"], rel=1e-4)
-    refused = launch(script, pair, 1, resume="resume")
-    assert refused.returncode != 0 and "processes: 2 -> 1" in refused.stderr
+    with pytest.raises(ValueError, match="processes: 2 -> 1"):
+        Loop(pair, steps=8, state={"model": nn.Linear(1, 1), "optimizer": nn.Linear(1, 1)}, resume=True)
 
 
 def test_alone_everything_is_plain(monkeypatch):

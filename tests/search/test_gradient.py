@@ -94,7 +94,7 @@ def test_step_is_first_order_alternation() -> None:
     gradients = torch.autograd.grad(value, weights)
     with torch.no_grad():
         for parameter, gradient in zip(weights, gradients, strict=True):
-            parameter -= 0.1 * gradient
+            parameter.sub_(0.1 * gradient)
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, msg=name)
     torch.testing.assert_close(found["arch_loss"], arch.detach())
@@ -145,7 +145,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="must not be empty, got 0 and 1"):
         Bilevel([model.frozen], [model.alpha])
     with pytest.raises(ValueError, match="clip must be positive or None, got 0"):
-        Bilevel([model.first.weight], [model.alpha], clip=0)
+        Bilevel(model.first.parameters(), [model.alpha], clip=0)
     with pytest.raises(ValueError, match="arch_loss must depend on the parameters of its side, got a constant"):
         search.arch_step(lambda: torch.ones(()))
     with pytest.raises(ValueError, match=r"weight_loss must return a scalar tensor, got \(2,\)"):

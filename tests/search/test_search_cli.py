@@ -31,7 +31,11 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_gives_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(arch, "info", "fad-paper", "--size", "800x1280", "--json") == 0
     info: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert (info["subnet"]["parameters"], info["macs_per_location"], info["locations"]) == (4_169_498, 4_143_360, 21_330)
+    assert (info["subnet"]["parameters"], info["macs_per_location"], info["locations"]) == (
+        4_169_498,
+        4_143_360,
+        21_330,
+    )
     assert info["total"]["parameters"] == sum(part["parameters"] for part in info["parts"])
     assert {part["name"] for part in info["parts"]} >= {"backbone", "neck", "towers", "head"}
 
@@ -59,7 +63,19 @@ def test_search_sizes() -> None:
 def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="the digits data set is made from scikit-learn's")
     data = write_digits(tmp_path / "digits", train=6, val=2, size=(64, 64))
-    words = ["fad", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny", "--steps", "2", "--batch", "1"]
+    words = [
+        "fad",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--preset",
+        "tiny",
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+    ]
     words += ["--size", "64x64", "--width", "0.125", "--fpn-channels", "12", "--inner-channels", "6", "--workers", "0"]
     words += ["--space", "sep", "--levels", "2", "--no-repshare"]
     assert call(search, *words) == 0

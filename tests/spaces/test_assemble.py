@@ -34,7 +34,7 @@ def test_json_round_trip_builds_the_same_model(towers: Any, tmp_path: Path) -> N
     config = ModelConfig(**SMALL, towers=towers, inner_channels=6, cells=1)
     again = ModelConfig.load(config.save(tmp_path / "model.json"))
     assert again == config and json.loads((tmp_path / "model.json").read_text()) == config.to_json()
-    models = []
+    models: list[dict[str, torch.Tensor]] = []
     for one in (config, again):
         torch.manual_seed(0)
         models.append(build_model(one).state_dict())
@@ -45,7 +45,8 @@ def test_json_round_trip_builds_the_same_model(towers: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(("towers", "kind"), [("plain", PlainTowers), (CARD, FADTower)], ids=["plain", "fad"])
 def test_towers_and_a_training_step(towers: Any, kind: type) -> None:
     model: Any = build_model(ModelConfig(**SMALL, towers=towers, inner_channels=6))
-    assert isinstance(model.towers, kind)
+    towers = model.towers
+    assert isinstance(towers, kind)
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     losses = model.loss(model(torch.randn(1, 3, 64, 64)), [target])
     torch.stack(list(losses.values())).sum().backward()
@@ -56,7 +57,11 @@ def test_a_supernet_takes_the_towers_place() -> None:
     supernet = FADSpace("subset1").supernet(12, 6)
     model: Any = build_model(ModelConfig(**SMALL), towers=supernet)
     assert model.towers is supernet
-    assert [tuple(t.shape) for t in model(torch.randn(1, 3, 64, 64))["cls"]] == [(1, 2, 8, 8), (1, 2, 4, 4), (1, 2, 2, 2)]
+    assert [tuple(t.shape) for t in model(torch.randn(1, 3, 64, 64))["cls"]] == [
+        (1, 2, 8, 8),
+        (1, 2, 4, 4),
+        (1, 2, 2, 2),
+    ]
 
 
 def test_inner_channels_and_cells_stand_in_for_the_card() -> None:
@@ -105,7 +110,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 def test_a_card_that_is_no_tower() -> None:
     card = FADSpace(groups=("mask",)).derive(FADSpace(groups=("mask",)).supernet(12, 6))
-    with pytest.raises(ValueError, match="towers must be a card with the groups box and cls, got 'fad-searched' with mask"):
+    with pytest.raises(
+        ValueError, match="towers must be a card with the groups box and cls, got 'fad-searched' with mask"
+    ):
         build_towers(ModelConfig(**SMALL, towers=card.to_json()))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nasdet.spaces.fad.genotype import SUBSETS
 from nasdet.spaces.fad.transformations import Pool, Unit, norm_groups, set_backend, transformation
 
 C = 12
-CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+CLOSE: Any = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The FAD module and its space: published counts, wiring, derivation, and the supernet against the net it stands for."""
+"""The FAD module and its space: published counts, wiring, derivation, the supernet against the net it stands for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Subnet(nn.Module):
         return self.head(*self.towers(x), 0)
 
 
-def cost(card: Card, locations: tuple[int, int] = (1, 1), **changes: int) -> tuple[int, int]:
+def cost(card: Card, locations: tuple[int, int] = (1, 1), **changes: Any) -> tuple[int, int]:
     parts = count(Subnet(FADSpace.build(card, **changes)), torch.empty(1, 256, *locations, device="meta"))
     return sum(part.parameters for part in parts), sum(part.macs for part in parts)
 
@@ -265,9 +265,10 @@ def test_fused_supernet_is_the_reference_supernet(
     subset: str, options: dict[str, Any], memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    net = FADSpace(subset, **options).supernet(24, 12, cells=2)
+    # In float64: in float32 an activation at ReLU's kink may fall on either side.
+    net = FADSpace(subset, **options).supernet(24, 12, cells=2).double()
     net.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks this form
-    x = torch.randn(2, 24, 9, 7).to(memory_format=memory_format)
+    x = torch.randn(2, 24, 9, 7, dtype=torch.float64).to(memory_format=memory_format)
     results = []
     for backend in ("reference", None):
         set_backend(net, backend)
@@ -277,5 +278,4 @@ def test_fused_supernet_is_the_reference_supernet(
         results.append([box.detach(), cls.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1]) == 2 + len(list(net.parameters()))
     for theirs, ours in zip(*results, strict=True):
-        error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-12)
-        assert float(error) < 1e-3, f"relative error {float(error):.1e}"
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)

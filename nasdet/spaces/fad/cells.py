@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nasdet.spaces.fad.genotype import INPUTS, NODES
-from nasdet.spaces.fad.transformations import Mixing, norm_groups, norm_relu
+from nasdet.nn import group_norm_relu
+from nasdet.spaces.fad.transformations import Mixing, norm_groups
 
 EdgeModules = Mapping[tuple[int, int], nn.Module]
 
@@ -68,7 +69,7 @@ class Reduction(Mixing):
         self.norm = nn.GroupNorm(norm_groups(channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_relu(self.conv(x), self.norm, overwrite=True, backend=self.backend)
+        return group_norm_relu(self.conv(x), self.norm, overwrite=True, backend=self.backend)
 
 
 class CellGroup(nn.Module):

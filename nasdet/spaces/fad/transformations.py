@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasdet.ops import norm_act_mix
+from nasdet.nn import group_norm_relu
 from nasdet.spaces.fad.genotype import CHAINS
 
 
@@ -49,21 +49,7 @@ class Unit(Mixing):
 
     def forward(self, x: Tensor) -> Tensor:
         """One representation; the convolution's output is handed over to the op as scratch for its gradient."""
-        return norm_relu(self.raw(x), self.norm, overwrite=True, backend=self.backend)
-
-
-def norm_relu(x: Tensor, norm: nn.GroupNorm, *, overwrite: bool = False, backend: str | None = None) -> Tensor:
-    """relu(norm(x)) as a mixture of one map with weight 1."""
-    return norm_act_mix(
-        [x],
-        norm.weight.new_ones(1),
-        norm.weight[None],
-        norm.bias[None],
-        norm.num_groups,
-        eps=norm.eps,
-        overwrite_inputs=overwrite,
-        backend=backend,
-    )
+        return group_norm_relu(self.raw(x), self.norm, overwrite=True, backend=self.backend)
 
 
 def standard(channels: int) -> Unit:

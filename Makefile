@@ -1,0 +1,106 @@
+# A fresh machine needs Python >= 3.10 with venv, and g++; nvcc is used where there is one. Everything else comes into
+# VENV, through constraints.txt. With PYTHON=<interpreter> the test targets use that environment instead and download
+# nothing: it must hold PyTorch and pytest, and dist/ a wheel that fits it (`make wheel-portable` fits every version).
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+BASE_PYTHON ?= python3
+ARGS ?=
+
+bin := $(abspath $(VENV))/bin
+pip := $(bin)/python -m pip
+sources := setup.py pyproject.toml CMakeLists.txt MANIFEST.in $(wildcard LICENSE README.md CHANGELOG.md) \
+  $(shell find nasdet kernels csrc -name __pycache__ -prune -o -not -name '*.so' -print)
+
+ifeq ($(origin PYTHON),command line)
+NASDET_PYTHON := $(PYTHON)
+endif
+ifneq ($(NASDET_PYTHON),)
+ready := existing
+python := env PYTHONPATH=$(CURDIR)/build/existing $(NASDET_PYTHON)
+else
+ready := install
+python := $(bin)/python
+endif
+
+# Tests run from an empty folder, so that what they import is what was installed.
+pytest := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
+  NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
+
+.PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan bench bench-gpu lint clean existing
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(VENV)/.torch: constraints.txt
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(pip) install --quiet --constraint constraints.txt torch numpy build
+	touch $@
+
+# The chain that a release goes through: sdist, then the wheel from the sdist alone. Kept in build/cmake, objects of
+# unchanged C++ sources are not compiled again.
+dist/.built: $(sources) $(VENV)/.torch
+	rm -rf dist build/sdist
+	mkdir -p dist build/sdist
+	$(bin)/python -m build --sdist --outdir dist . > build/sdist.log || { cat build/sdist.log; exit 1; }
+	tar xf dist/nasdet-*.tar.gz --strip-components=1 -C build/sdist
+	NASDET_BUILD_DIR=$(CURDIR)/build/cmake $(pip) wheel --no-deps --wheel-dir dist build/sdist
+	touch $@
+
+$(VENV)/.installed: dist/.built
+	wheel=$$(ls dist/nasdet-*.whl | grep -v py3-none); \
+	  $(pip) install --quiet --force-reinstall --no-deps "$$wheel"; \
+	  $(pip) install --quiet --constraint constraints.txt "$$wheel[detect,fast,triton,test]"
+	touch $@
+
+install: $(VENV)/.installed  ## build the wheel and install it with all extras into VENV (.venv)
+
+wheel: dist/.built  ## build dist/nasdet-*.tar.gz and the wheel from it
+
+wheel-portable: dist/.built  ## build a wheel without the pybind11 module, for every version of Python
+	NASDET_PYBIND=0 NASDET_BUILD_DIR=$(CURDIR)/build/cmake $(pip) wheel --no-deps --wheel-dir dist build/sdist
+
+existing:
+	@ls dist/nasdet-*.whl > /dev/null || { echo "dist/ holds no wheel: run 'make wheel-portable' first" >&2; exit 1; }
+	rm -rf build/existing
+	wheel=$$(ls dist/nasdet-*.whl | sort | tail -n 1); \
+	  $(NASDET_PYTHON) -m pip install --quiet --no-index --no-deps --target build/existing "$$wheel"
+
+demo: install  ## the main job: digits, a search, retraining, a comparison and its page in runs/demo
+	$(bin)/nasdet demo --out runs/demo $(ARGS)
+
+test: $(ready)  ## the fast tests, on the installed wheel
+	@$(pytest) $(python) -m pytest $(CURDIR)/tests -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(ready)  ## the tests that take minutes
+	@$(pytest) $(python) -m pytest $(CURDIR)/tests -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure
+	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/tests -m gpu $(ARGS)
+
+# The sanitizers' runtimes must come first in the process; libstdc++ with them, or exceptions are not understood.
+test-asan: install  ## the operators' tests under the address and undefined-behaviour sanitizers
+	rm -rf build/asan/site
+	NASDET_SANITIZE=1 NASDET_CUDA=0 NASDET_BUILD_DIR=$(CURDIR)/build/asan $(pip) install --quiet --no-deps \
+	  --target build/asan/site build/sdist
+	@preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	  $(pytest) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/site \
+	  LD_PRELOAD="$$preload" $(bin)/python -m pytest $(CURDIR)/tests/ops -m "not slow and not gpu" $(ARGS)
+
+bench: $(ready)  ## the benchmarks: speed and peak memory
+	@$(pytest) $(python) -m pytest $(CURDIR)/benchmarks -m "not gpu" $(ARGS)
+
+bench-gpu: $(ready)  ## the benchmarks that need a CUDA device
+	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/benchmarks -m gpu $(ARGS)
+
+lint: install  ## ruff and mypy
+	$(bin)/python -m ruff check .
+	$(bin)/python -m mypy
+
+clean:  ## remove everything that was built, and VENV
+	rm -rf build dist $(VENV) nasdet.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

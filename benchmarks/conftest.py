@@ -1,0 +1,119 @@
+"""Options and fixtures of the benchmarks. Each row of pytest-benchmark's JSON is one contestant of a race."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # this folder only: the repository's root would hide an installed nasdet
+
+from interleave import ReplayClock  # noqa: E402  (needs the line above)
+from machine import environment, measured_peaks  # noqa: E402
+from op_race import OpBench, Outcome, row_info, run_op  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("nasdet benchmarks")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="where to measure (cpu)")
+    group.addoption("--bench-threads", type=int, default=1, help="threads of the op benchmarks (1)")
+    group.addoption("--bench-rounds", type=int, default=11, help="interleaved rounds of the op benchmarks (11)")
+    group.addoption("--bench-step-threads", type=int, default=0, help="threads of a search step (0: all processors)")
+    group.addoption("--bench-step-rounds", type=int, default=3, help="interleaved rounds of a search step (3)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    if target := config.getoption("benchmark_json", None):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def bench_device(request: pytest.FixtureRequest) -> str:
+    device = str(request.config.getoption("--bench-device"))
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return device
+
+
+@pytest.fixture(scope="session")
+def bench_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The threads of the op benchmarks; set before anything is compiled, for torch.compile builds them in."""
+    threads, before = int(request.config.getoption("--bench-threads")), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bench_machine(bench_device: str, bench_threads: int) -> dict[str, Any]:
+    """Environment and measured peaks of the run."""
+    return {**environment(bench_device, bench_threads), "peaks": measured_peaks(bench_device, bench_threads)}
+
+
+CLOCK = ReplayClock()
+
+
+def replay(benchmark: Any, group: str, seconds: Any, info: dict[str, Any]) -> None:
+    """Enter measured times into pytest-benchmark's results, one round per time (needs ``timer=CLOCK.read``)."""
+    benchmark.group = group
+    benchmark.extra_info.update(info)
+    CLOCK.load(seconds)
+    benchmark.pedantic(CLOCK.step, rounds=len(seconds))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+
+
+@pytest.fixture(scope="session")
+def races() -> dict[Any, Any]:
+    """Finished races by what was raced: each is run once, by the first of its rows."""
+    return {}
+
+
+@pytest.fixture
+def op_row(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    races: dict[Any, Any],
+    bench_machine: dict[str, Any],
+    bench_device: str,
+    bench_threads: int,
+) -> Callable[..., None]:
+    """``op_row(bench, case, dtype, phase, contestant)``: run the race if need be, and enter the contestant's row."""
+
+    def enter(bench: OpBench, case: Any, dtype: str, phase: str, contestant: str) -> None:
+        key = (bench.op.name, case.id, dtype, phase)
+        if key not in races:
+            rounds = int(request.config.getoption("--bench-rounds"))
+            races[key] = _guarded(
+                lambda: run_op(bench, case, dtype, phase, device=bench_device, threads=bench_threads, rounds=rounds)
+            )
+        outcome = races[key]
+        if isinstance(outcome, Exception):
+            pytest.fail(f"{type(outcome).__name__}: {outcome}", pytrace=False)
+        if contestant in outcome.absent:
+            benchmark.skipped = True
+            pytest.skip(outcome.absent[contestant])
+        info = row_info(bench, outcome, contestant, dtype, phase, bench_device)
+        peaks = bench_machine["peaks"]
+        info["copy_share"] = info["bytes_per_s"] / peaks["copy_bytes_per_s"]
+        info["fma_share"] = info["flops_per_s"] / peaks["fma_flops_per_s"]
+        info |= {"bench": bench.op.name, "case": case.id, "environment": bench_machine}
+        replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
+
+    return enter
+
+
+def _guarded(run: Callable[[], Outcome]) -> Outcome | Exception:
+    """A race's failure is kept: every row of it fails with the same message, and the race isn't run again for each."""
+    try:
+        return run()
+    except Exception as error:
+        return error

@@ -1,0 +1,125 @@
+"""What a result depends on: machine, versions, threads; and the machine's own peaks, measured the same day."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nasdet
+from interleave import Clock, make_clock
+from nasdet import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Versions, processor and commit: plain data without host names or paths."""
+    return {
+        "machine": machine_name(device),
+        "cpu": cpu_model(),
+        "isa": _library.cpu_isa() or "none",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "nasdet": nasdet.__version__,
+        "build": build_info(),
+        "commit": commit(),
+    }
+
+
+def machine_name(device: str = "cpu") -> str:
+    """A name for the kind of machine, the folder of its results: processor and instruction set, or the GPU."""
+    words = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {_library.cpu_isa() or 'none'}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def cpu_model() -> str:
+    """The processor's name; family and model too, where a hypervisor hides the rest."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    name = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", fields.get("model name", "")).split()
+    if not name:
+        return platform.machine()
+    if not any(character.isdigit() for character in "".join(name)):
+        name += ["family", fields.get("cpu family", "?"), "model", fields.get("model", "?")]
+    return " ".join(name)
+
+
+def build_info() -> dict[str, Any]:
+    """Compilers and headers of the compiled part; empty without it."""
+    try:
+        from nasdet import _C
+    except ImportError:
+        return {}
+    return dict(_C.build_info())
+
+
+def commit() -> str:
+    """The commit of the source tree, with ``+`` when tracked files differ from it."""
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def _triton_version() -> str | None:
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("triton")
+    return None
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread on one processor while it measures with one thread; elsewhere, and with more, nothing happens."""
+    if threads != 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(before)})
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def measured_peaks(device: str, threads: int) -> dict[str, float]:
+    """The machine's own peaks: bytes/s of a large copy (read + write) and FLOP/s of a float32 matrix product.
+
+    The product stands for the multiply-add peak: BLAS reaches 90 to 100 % of it. TF32 is off.
+    """
+    clock = make_clock(device)
+    side = 8192 if device == "cuda" else 1536
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.empty_like(source)
+    a = torch.ones(side, side, device=device)
+    with pinned(threads):
+        copy = _median(clock, lambda: target.copy_(source))
+        product = _median(clock, lambda: torch.mm(a, a))
+    return {"copy_bytes_per_s": 2 * source.nbytes / copy, "fma_flops_per_s": 2 * side**3 / product}
+
+
+def _median(clock: Clock, call: Any, rounds: int = 7) -> float:
+    call()
+    return statistics.median(clock(call) for _ in range(rounds))

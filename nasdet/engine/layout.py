@@ -1,0 +1,24 @@
+"""In which memory order a model trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def training_layout(model: nn.Module, device: torch.device, channels_last: bool = True) -> torch.memory_format:
+    """``channels_last`` when it is wanted and safe, else contiguous.
+
+    On the CPU it is not safe for a strided 1x1 convolution of fewer than 16 channels (the shortcuts of a ResNet of
+    width below 0.25): its weight gradient writes past a workspace and corrupts memory (oneDNN issue 6035, seen with
+    torch 2.13.0; never from 16 channels on, nor in contiguous memory).
+    """
+    if not channels_last or (device.type == "cpu" and any(map(_overruns, model.modules()))):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _overruns(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.kernel_size == (1, 1) and max(module.stride) > 1 and module.in_channels // module.groups < 16

@@ -1,0 +1,41 @@
+"""Group normalisation and ReLU in one op: what follows nearly every convolution of a detection head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nasdet.ops import norm_act_mix
+
+
+def group_norm_relu(x: Tensor, norm: nn.GroupNorm, *, overwrite: bool = False, backend: str | None = None) -> Tensor:
+    """``relu(norm(x))`` for ``x [N, C, H, W]``, without storing the normalised map; ``norm`` must have its affine part.
+
+    ``overwrite`` lets backward write into ``x``: see :func:`nasdet.ops.norm_act_mix`.
+    """
+    if norm.weight is None:
+        raise ValueError("norm must be affine, got a GroupNorm without weight and bias")
+    gn_weight, gn_bias = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0)
+    return norm_act_mix(
+        [x],
+        norm.weight.new_ones(1),
+        gn_weight,
+        gn_bias,
+        norm.num_groups,
+        eps=norm.eps,
+        overwrite_inputs=overwrite,
+        backend=backend,
+    )
+
+
+class GroupNormReLU(nn.GroupNorm):
+    """Drop-in for ``nn.Sequential(nn.GroupNorm(...), nn.ReLU())`` on ``[N, C, H, W]``; parameters as in ``nn.GroupNorm``.
+
+    Half the memory traffic, and one map less in memory: backward recomputes what it needs from the input.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, backend: str | None = None) -> None:
+        super().__init__(num_groups, num_channels, eps)
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_relu(x, self, backend=self.backend)

@@ -1,0 +1,40 @@
+"""GroupNormReLU stands in for GroupNorm + ReLU: same parameters, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nasdet.nn import GroupNormReLU, group_norm_relu
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_equals_the_two_modules(layout: torch.memory_format) -> None:
+    fused, plain = GroupNormReLU(4, 12), nn.GroupNorm(4, 12)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.normal_()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 12, 5, 7).to(memory_format=layout)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = fused(a), torch.relu(plain(b))
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(a.grad, b.grad)
+    for mine, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_one_value_per_group_gives_relu_of_the_bias() -> None:
+    norm = GroupNormReLU(3, 3)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+    assert norm(torch.full((1, 3, 1, 1), 9.0)).flatten().tolist() == [0.0, 0.0, 2.0]
+
+
+def test_a_norm_without_affine_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="norm must be affine"):
+        group_norm_relu(torch.ones(1, 4, 2, 2), nn.GroupNorm(2, 4, affine=False))

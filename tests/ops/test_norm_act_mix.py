@@ -1,0 +1,118 @@
+"""What is particular to ``norm_act_mix``: its invariants, the in-place gradient, its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nasdet.ops import norm_act_mix
+
+
+def _inputs(maps: int = 2, channels: int = 8) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(2, channels, 5, 6, generator=generator) for _ in range(maps)]
+    weights = torch.rand(maps, generator=generator)
+    return xs, weights, torch.rand(maps, channels, generator=generator) + 0.5, torch.randn(maps, channels, generator=generator)
+
+
+def test_one_map_of_weight_one_is_group_norm_and_relu() -> None:
+    xs, _, gamma, beta = _inputs(1)
+    expected = F.relu(F.group_norm(xs[0], 4, gamma[0], beta[0]))
+    torch.testing.assert_close(norm_act_mix(xs, torch.ones(1), gamma, beta, 4), expected)
+
+
+def test_invariant_to_scale_and_shift_of_a_group() -> None:
+    xs, weights, gamma, beta = _inputs()
+    moved = [x * 3.0 + 7.0 for x in xs]
+    torch.testing.assert_close(
+        norm_act_mix(xs, weights, gamma, beta, 2, eps=0.0), norm_act_mix(moved, weights, gamma, beta, 2, eps=0.0), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gradient_of_a_normalised_map_is_orthogonal_to_shift_and_scale() -> None:
+    xs, weights, gamma, beta = _inputs(1)
+    x = xs[0].double().requires_grad_()
+    y = norm_act_mix([x], weights.double(), gamma.double(), beta.double(), 2, eps=0.0)
+    (gradient,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), x)
+    groups, grads = x.detach().reshape(2, 2, -1), gradient.reshape(2, 2, -1)
+    torch.testing.assert_close(grads.sum(-1), torch.zeros(2, 2, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close((grads * groups).sum(-1), torch.zeros(2, 2, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_a_constant_map_gives_relu_of_the_bias() -> None:
+    _, weights, gamma, beta = _inputs(1)
+    y = norm_act_mix([torch.full((1, 8, 3, 3), 4.0)], weights, gamma, beta, 4)
+    torch.testing.assert_close(y, (weights[0] * F.relu(beta[0]))[None, :, None, None].expand_as(y).contiguous())
+
+
+def test_maps_left_out_of_the_norm_ignore_their_rows() -> None:
+    xs, weights, gamma, beta = _inputs()
+    gamma[0] = float("nan")
+    y = norm_act_mix(xs, weights, gamma, beta, 4, normalized=[False, True])
+    expected = weights[0] * F.relu(xs[0]) + weights[1] * F.relu(F.group_norm(xs[1], 4, gamma[1], beta[1]))
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_overwriting_gives_the_same_gradients_in_the_maps_memory(layout: torch.memory_format) -> None:
+    xs, weights, gamma, beta = _inputs(3)
+    leaves = [x.to(memory_format=layout).requires_grad_() for x in xs]
+    parameters = [t.requires_grad_() for t in (weights, gamma, beta)]
+    plain = torch.autograd.grad(norm_act_mix(leaves, *parameters, 4).square().sum(), [*leaves, *parameters])
+
+    fresh = [x * 1 for x in leaves]
+    kept: list[Tensor] = []
+    for x in fresh:
+        x.register_hook(kept.append)
+    y = norm_act_mix(fresh, *parameters, 4, overwrite_inputs=True, backend="cpp")
+    overwritten = torch.autograd.grad(y.square().sum(), [*leaves, *parameters])
+    for a, b in zip(plain, overwritten, strict=True):
+        assert torch.equal(a, b)
+    assert {k.data_ptr() for k in kept} == {x.data_ptr() for x in fresh}
+
+
+def test_overwriting_a_map_that_another_node_saved_raises() -> None:
+    xs, weights, gamma, beta = _inputs(1)
+    x = xs[0].requires_grad_() * 1
+    other = x.square()  # saves x
+    y = norm_act_mix([x], weights, gamma, beta, 4, overwrite_inputs=True, backend="cpp")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.sum() + other.sum()).backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"num_groups": 3}, "num_groups must be a positive divisor of the 8 channels, got 3", id="groups"),
+        pytest.param({"num_groups": 0}, "num_groups must be a positive divisor", id="no-groups"),
+        pytest.param({"weights": torch.ones(3)}, r"weights must have shape \(2,\), got \(3,\)", id="weights"),
+        pytest.param({"gn_weight": torch.ones(8)}, r"gn_weight must have shape \(2, 8\), got \(8,\)", id="gamma"),
+        pytest.param({"gn_bias": torch.ones(2, 4)}, r"gn_bias must have shape \(2, 8\), got \(2, 4\)", id="beta"),
+        pytest.param({"normalized": [True]}, "normalized must have 2 entries, got 1", id="flags"),
+        pytest.param({"xs": [torch.ones(2, 8)]}, r"xs must hold maps of shape \(N, C, H, W\), got \(2, 8\)", id="rank"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
+    xs, weights, gamma, beta = _inputs()
+    arguments: dict[str, Any] = {"xs": xs, "weights": weights, "gn_weight": gamma, "gn_bias": beta, "num_groups": 4}
+    with pytest.raises(ValueError, match=message):
+        norm_act_mix(**(arguments | change))
+
+
+def test_raw_ops_pass_opcheck() -> None:
+    xs, weights, gamma, beta = _inputs()
+    leaves = [x.requires_grad_() for x in xs]
+    parameters = [t.requires_grad_() for t in (weights, gamma, beta)]
+    torch.library.opcheck(torch.ops.nasdet.norm_act_mix.default, (leaves, *parameters, 4, 1e-5, [1, 0], False))
+    with torch.no_grad():
+        _, mean, rstd = torch.ops.nasdet.norm_act_mix(xs, weights, gamma, beta, 4, 1e-5, [1, 1], False)
+    plain = [t.detach() for t in (weights, gamma, beta)]
+    arguments = (torch.randn(2, 8, 5, 6), [x.detach() for x in xs], *plain, mean, rstd, 4, [1, 1])
+    torch.library.opcheck(torch.ops.nasdet.norm_act_mix_backward.default, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(
+        torch.ops.nasdet.norm_act_mix_backward_.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

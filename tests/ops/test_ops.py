@@ -1,0 +1,151 @@
+"""Every op, every backend that runs on this CPU, every case: values, gradients, schema, compile, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+import nasdet.ops  # noqa: F401  enters every op in the registry
+from nasdet._dispatch import OPS, Backend, Op
+from nasdet.testing import Case, Inputs, assert_close, assert_gradient_matches, tolerance
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+ROWS = [
+    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
+    for op in OPS.values()
+    for backend in op.backends
+    if backend.name in ("cpp", "reference")
+    for case in op.cases
+    if not case.large
+]
+COMPILED_ROWS = [row for row in ROWS if row.values[1].name == "cpp"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN under deterministic algorithms, so reading what was never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _need(request: pytest.FixtureRequest) -> None:
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if isinstance(backend, Backend) and (reason := backend.available()):
+        request.getfixturevalue("require")(backend.name, reason)
+
+
+def _double(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.detach().double(), value)
+
+
+def _with_gradients(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The arguments with fresh leaves in the differentiable places, and those leaves."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    return tuple(tree_map_only(Tensor, leaf, a) if i in op.differentiable else a for i, a in enumerate(args)), leaves
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("op", "backend", "case"), ROWS)
+def test_values_and_gradients_match_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    raw, kwargs = case.make(Inputs(dtype))
+    args, leaves = _with_gradients(op, tuple(raw))
+    exact_args, exact_leaves = _with_gradients(op, tuple(_double(list(raw))))
+    y = op.call(*args, **kwargs, backend=backend.name)
+    exact = op.reference(*exact_args, **kwargs)
+    assert y.dtype == dtype
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    assert_close(y, exact, tolerance(dtype, op.reduce_len(*raw), scale * case.condition), "y")
+
+    upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    gradients = torch.autograd.grad(y, leaves, upstream, allow_unused=True)
+    expected = torch.autograd.grad(exact, exact_leaves, upstream.double(), allow_unused=True)
+    for index, (actual, wanted, leaf) in enumerate(zip(gradients, expected, leaves, strict=True)):
+        wanted = torch.zeros_like(leaf, dtype=torch.float64) if wanted is None else wanted
+        actual = torch.zeros_like(leaf) if actual is None else actual
+        assert actual.dtype == leaf.dtype
+        size = wanted.abs().max().item() if wanted.numel() else 0.0
+        bound = tolerance(leaf.dtype, exact.numel(), max(size, upstream.abs().max().item() if size else 0.0) * case.condition)
+        assert_gradient_matches(actual, wanted, bound, f"gradient of leaf {index}")
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), COMPILED_ROWS)
+def test_gradcheck(op: Op, backend: Backend, case: Case) -> None:
+    raw, kwargs = case.make(Inputs(torch.float64, seed=1))
+    args, leaves = _with_gradients(op, tuple(raw))
+    leaves = [leaf for leaf in leaves if 0 not in leaf.stride()]  # gradcheck writes into its inputs
+    if sum(leaf.numel() for leaf in leaves) > 4000:
+        leaves = leaves[len(leaves) // 2 :]
+    assert torch.autograd.gradcheck(
+        lambda *_: op.call(*args, **kwargs, backend=backend.name), leaves, fast_mode=True, atol=1e-6, nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), COMPILED_ROWS)
+def test_compiles_without_graph_breaks(op: Op, backend: Backend, case: Case) -> None:
+    raw, kwargs = case.make(Inputs(torch.float32))
+    args, leaves = _with_gradients(op, tuple(raw))
+
+    def step(*inputs: Any) -> Tensor:
+        return op.call(*inputs, **kwargs).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(*args), step(*args)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+    if y.numel():
+        actual = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+        wanted = torch.autograd.grad(expected.sum(), leaves, allow_unused=True)
+        for a, w in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), COMPILED_ROWS)
+def test_runs_twice_and_on_two_threads_bit_for_bit(op: Op, backend: Backend, case: Case) -> None:
+    raw, kwargs = case.make(Inputs(torch.float32))
+    args, leaves = _with_gradients(op, tuple(raw))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        y = op.call(*args, **kwargs, backend=backend.name)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), leaves, allow_unused=True)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+def test_meta_tensors_take_the_reference(op: Op) -> None:
+    args, kwargs = op.cases[0].make(Inputs(torch.float32))
+    expected = op.call(*args, **kwargs)
+    on_meta = tree_map_only(Tensor, lambda t: t.to("meta"), tuple(args))
+    y = op.call(*on_meta, **kwargs)
+    assert y.device.type == "meta" and y.shape == expected.shape and y.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+def test_backends_explain_themselves(op: Op) -> None:
+    args, kwargs = op.cases[0].make(Inputs(torch.float32))
+    assert op.backends[-1].name == "reference" and op.backends[-1].available() is None
+    with pytest.raises(ValueError, match="backend must be one of"):
+        op.call(*args, **kwargs, backend="abacus")
+    with pytest.raises(ValueError, match=f"{op.name}: backend 'cuda' cannot run this call: the tensors are on cpu"):
+        op.call(*args, **kwargs, backend="cuda")
+    with nasdet.ops.use_backend("reference"):
+        torch.testing.assert_close(op.call(*args, **kwargs), op.reference(*args, **kwargs), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="cannot run"), nasdet.ops.use_backend("cuda"):
+        op.call(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Drives CMakeLists.txt, the one description of the build.
 
-Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS, NASDET_PYBIND=1|0,
-NASDET_SANITIZE=1, NASDET_BUILD_DIR (where CMake works; a build there again compiles only what changed), MAX_JOBS, CMAKE_ARGS.
+Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS,
+NASDET_PYBIND=1|0, NASDET_SANITIZE=1, NASDET_BUILD_DIR (where CMake works; a second build there compiles only what
+changed), MAX_JOBS, CMAKE_ARGS.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class CMakeBuild(build_ext):
                 shutil.copy2(source, target)
                 built.append(extension)
             elif not extension.optional:
-                raise SystemExit(f"CMake did not build {source.name}; it built {sorted(p.name for p in installed.iterdir())}")
+                there = sorted(path.name for path in installed.iterdir())
+                raise SystemExit(f"CMake did not build {source.name}; it built {there}")
         self.extensions = built
 
 
@@ -117,8 +119,9 @@ class PlatformWheel(bdist_wheel):
 
 def package_names() -> list[str]:
     """Every package by name: kernels/ lies outside nasdet/, so an implicit list would lose it."""
-    inside = sorted(str(p.parent.relative_to(ROOT)).replace(os.sep, ".") for p in (ROOT / "nasdet").rglob("__init__.py"))
-    return [name for name in inside if name != "nasdet.kernels"] + ["nasdet.kernels"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "nasdet").rglob("__init__.py")}
+    inside = {".".join(folder.parts) for folder in folders}
+    return sorted(inside | {"nasdet.kernels"})
 
 
 extensions = [Library("nasdet.libnasdet_cpu"), Library("nasdet.libnasdet_cuda", optional=True)]

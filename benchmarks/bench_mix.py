@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from op_race import DTYPES, FORWARD, PHASES, TRAINING, Contestant, OpBench, Target, compiled
 from torch import Tensor
 
 from nasdet.ops.mix import OP, mix
-from op_race import DTYPES, FORWARD, PHASES, TRAINING, Contestant, OpBench, Target, compiled
 
 
 def eager(xs: list[Tensor], weights: Tensor) -> Tensor:

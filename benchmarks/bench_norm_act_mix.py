@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from op_race import DTYPES, FORWARD, PHASES, TRAINING, Contestant, OpBench, Target, compiled
 from torch import Tensor
 from torch.nn.functional import group_norm
 
 from nasdet.ops.norm_act_mix import OP, norm_act_mix
-from op_race import DTYPES, FORWARD, PHASES, TRAINING, Contestant, OpBench, Target, compiled
 
 
 def eager(

@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # this folder only: the repository's root would hide an installed nasdet
 
-from interleave import ReplayClock  # noqa: E402  (needs the line above)
-from machine import environment, measured_peaks  # noqa: E402
-from op_race import OpBench, Outcome, row_info, run_op  # noqa: E402
+from machine import environment, keep_freed_blocks, measured_peaks  # noqa: E402  (needs the line above)
+from op_race import OpBench, row_info, run_op  # noqa: E402
+from rows import CLOCK, race_once, replay  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, default=1, help="threads of the op benchmarks (1)")
     group.addoption("--bench-rounds", type=int, default=11, help="interleaved rounds of the op benchmarks (11)")
     group.addoption("--bench-step-threads", type=int, default=0, help="threads of a search step (0: all processors)")
-    group.addoption("--bench-step-rounds", type=int, default=3, help="interleaved rounds of a search step (3)")
+    group.addoption("--bench-step-rounds", type=int, default=3, help="rounds of a step at 1 image (3); at 4: a third")
+    group.addoption("--bench-step-scale", type=float, default=1.0, help="of the paper's widths, 256 and 96 (1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +46,7 @@ def bench_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """The threads of the op benchmarks; set before anything is compiled, for torch.compile builds them in."""
     threads, before = int(request.config.getoption("--bench-threads")), torch.get_num_threads()
     torch.set_num_threads(threads)
+    keep_freed_blocks()
     yield threads
     torch.set_num_threads(before)
 
@@ -53,17 +55,6 @@ def bench_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def bench_machine(bench_device: str, bench_threads: int) -> dict[str, Any]:
     """Environment and measured peaks of the run."""
     return {**environment(bench_device, bench_threads), "peaks": measured_peaks(bench_device, bench_threads)}
-
-
-CLOCK = ReplayClock()
-
-
-def replay(benchmark: Any, group: str, seconds: Any, info: dict[str, Any]) -> None:
-    """Enter measured times into pytest-benchmark's results, one round per time (needs ``timer=CLOCK.read``)."""
-    benchmark.group = group
-    benchmark.extra_info.update(info)
-    CLOCK.load(seconds)
-    benchmark.pedantic(CLOCK.step, rounds=len(seconds))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,14 +81,12 @@ def op_row(
 
     def enter(bench: OpBench, case: Any, dtype: str, phase: str, contestant: str) -> None:
         key = (bench.op.name, case.id, dtype, phase)
-        if key not in races:
-            rounds = int(request.config.getoption("--bench-rounds"))
-            races[key] = _guarded(
-                lambda: run_op(bench, case, dtype, phase, device=bench_device, threads=bench_threads, rounds=rounds)
-            )
-        outcome = races[key]
-        if isinstance(outcome, Exception):
-            pytest.fail(f"{type(outcome).__name__}: {outcome}", pytrace=False)
+        rounds = int(request.config.getoption("--bench-rounds"))
+        outcome = race_once(
+            races,
+            key,
+            lambda: run_op(bench, case, dtype, phase, device=bench_device, threads=bench_threads, rounds=rounds),
+        )
         if contestant in outcome.absent:
             benchmark.skipped = True
             pytest.skip(outcome.absent[contestant])
@@ -109,11 +98,3 @@ def op_row(
         replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
 
     return enter
-
-
-def _guarded(run: Callable[[], Outcome]) -> Outcome | Exception:
-    """A race's failure is kept: every row of it fails with the same message, and the race isn't run again for each."""
-    try:
-        return run()
-    except Exception as error:
-        return error

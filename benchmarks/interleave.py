@@ -74,8 +74,8 @@ def run_race(
 ) -> Race:
     """Time ``calls`` in ``rounds`` rounds, each round starting one contestant later than the one before.
 
-    ``prepare`` runs, untimed, before every call (it restores inputs that a call overwrites); ``warmup`` rounds are thrown
-    away. The garbage collector is off meanwhile.
+    ``prepare`` runs, untimed, before every call (it restores inputs that a call overwrites); ``warmup`` rounds are
+    thrown away. The garbage collector is off meanwhile.
     """
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
@@ -114,7 +114,9 @@ def check_result(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], t
         wanted = theirs.detach().double()
         distance = (ours.detach().double() - wanted).norm() / wanted.norm().clamp(min=1e-30)
         if not distance <= tolerance:  # a NaN is not
-            raise WrongResult(f"{name}: result {index} must be within {tolerance:g} of the reference, got {distance:.3g}")
+            raise WrongResult(
+                f"{name}: result {index} must be within {tolerance:g} of the reference, got {distance:.3g}"
+            )
 
 
 class ReplayClock:

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-# Maps are passed as a tuple of pointer arguments: no table of pointers to copy to the device, nothing to synchronise, and
-# a CUDA graph records them. Kernels unroll over the tuple, so its length is bounded; longer lists take several launches.
+# Maps are passed as a tuple of pointer arguments: no table of pointers to copy to the device, nothing to synchronise,
+# and a CUDA graph records them. Kernels unroll over the tuple, so its length is bounded; longer lists take more launches.
 MAPS_PER_LAUNCH = 32
 
 
@@ -21,7 +21,7 @@ def launches(maps: int) -> Iterator[slice]:
 
 
 def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` itself if its strides are those of ``like`` (size-1 dimensions do not count), else a copy in that layout."""
+    """``x`` itself if its strides are those of ``like`` (size-1 dimensions do not count), else a copy laid out so."""
     equal = all(size <= 1 or a == b for size, a, b in zip(x.shape, x.stride(), like.stride(), strict=True))
     return x if equal else torch.empty_like(like).copy_(x)
 

@@ -1,7 +1,7 @@
 """The kernels of ``norm_act_mix``; ``norm_act_mix.py`` launches them.
 
-NCHW and NHWC share every kernel: a program works on tiles of ``BLOCK_C`` channels by ``BLOCK_P`` pixels of one image, and
-``CHANNELS_LAST`` only sets the strides. ``UNIT`` divides the dimension that is dense in memory, which is passed in
+NCHW and NHWC share every kernel: a program works on tiles of ``BLOCK_C`` channels by ``BLOCK_P`` pixels of one image,
+and ``CHANNELS_LAST`` only sets the strides. ``UNIT`` divides the dimension that is dense in memory, which is passed in
 units of it: so the compiler knows that rows are aligned and loads 16 bytes at a time.
 """
 
@@ -17,7 +17,7 @@ def sizes_of(channels, pixels, CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr):
     if CHANNELS_LAST:
         return channels * UNIT, pixels
     else:
-        return channels, pixels * UNIT
+        return channels, pixels.to(tl.int64) * UNIT
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def map_of(xs, index):
 
 @triton.jit
 def affine_of(mean, rstd, gamma, beta, p, image, c, end, normalized, batch, channels, groups):
-    """What map p does to channels c < end: z = scale x + shift, xhat = r x + offset. Without norm, z = xhat = x."""
+    """What map p does to channels c < end: z = scale x + shift, xhat = r x + offset; without norm z = xhat = x."""
     row = (p * batch + image).to(tl.int64) * groups + c // (channels // groups)
     keep = c < end * ((normalized >> p) & 1)
     r = tl.load(rstd + row, mask=keep, other=1.0)
@@ -92,10 +92,9 @@ def moments_kernel(
                 image, first_channel, first + step * BLOCK_P, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P
             )
             seen += 1.0
-            share = 1.0 / seen
             x = tl.load(x_map + at, mask=inside, other=0.0).to(tl.float32)
             delta = tl.where(inside, x - mean, 0.0)
-            mean += delta * share
+            mean += delta * (1.0 / seen)
             square += delta * (x - mean)
         # Only the last step can have left an element out.
         last = first + (steps - 1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -137,8 +136,7 @@ def statistics_kernel(
     width = channels // groups
     row = (p * batch + image).to(tl.int64) * channels + group * width
     is_normalized = (normalized >> p) & 1 != 0
-    m = 0.0
-    r = 0.0
+    m, r = 0.0, 0.0
     if is_normalized:
         count = width * chunks
         elements = width.to(tl.float32) * pixels.to(tl.float32)
@@ -155,8 +153,8 @@ def statistics_kernel(
             i = first + tl.arange(0, BLOCK)
             size = tl.minimum(pixels - (i % chunks).to(tl.int64) * chunk_pixels, chunk_pixels).to(tl.float32)
             part = tl.load(means + row * chunks + i, mask=i < count, other=0.0) - m
-            square = tl.load(squares + row * chunks + i, mask=i < count, other=0.0)
-            total += tl.where(i < count, square + part * part * size, 0.0)
+            total += tl.load(squares + row * chunks + i, mask=i < count, other=0.0)
+            total += tl.where(i < count, part * part * size, 0.0)
         r = 1.0 / tl.sqrt(tl.sum(total, axis=0) / elements + eps)
     tl.store(mean + program, m)
     tl.store(rstd + program, r)
@@ -192,10 +190,10 @@ def forward_kernel(
 ):
     channels, pixels = sizes_of(channels, pixels, CHANNELS_LAST, UNIT)
     program = tl.program_id(0)
-    first_pixel = (program % pixel_blocks).to(tl.int64) * BLOCK_P
+    pixel = (program % pixel_blocks).to(tl.int64) * BLOCK_P
     first_channel = program // pixel_blocks % channel_blocks * BLOCK_C
     image = program // pixel_blocks // channel_blocks
-    at, inside = tile_of(image, first_channel, first_pixel, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    at, inside = tile_of(image, first_channel, pixel, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     c = first_channel + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     if not FIRST:
@@ -216,8 +214,8 @@ def forward_kernel(
 def sums_kernel(
     grad,
     xs,  # tuple of maps
-    mean,  # [maps, batch, groups] float32
-    rstd,  # [maps, batch, groups] float32
+    mean,  # [maps, batch, groups] float32, as rstd
+    rstd,
     gamma,  # [maps, channels] float32
     beta,  # [maps, channels] float32
     part_a,  # [maps, batch, channels, chunks] float32: sum over the chunk's pixels of [z > 0] g
@@ -317,8 +315,9 @@ def coefficients_kernel(
     c2 = tl.where(is_normalized, factor * tl.sum(total_b, axis=0), 0.0)
     for first in range(0, width, BLOCK_C):
         i = first + tl.arange(0, BLOCK_C)
+        c, end = group * width + i, (group + 1) * width
         scale, shift, r, offset = affine_of(
-            mean, rstd, gamma, beta, p, image, group * width + i, (group + 1) * width, normalized, batch, channels, groups
+            mean, rstd, gamma, beta, p, image, c, end, normalized, batch, channels, groups
         )
         tl.store(coefficients + row + i, scale, mask=i < width)
         tl.store(coefficients + plane + row + i, shift, mask=i < width)
@@ -380,10 +379,10 @@ def gradient_kernel(
 ):
     channels, pixels = sizes_of(channels, pixels, CHANNELS_LAST, UNIT)
     program = tl.program_id(0)
-    first_pixel = (program % pixel_blocks).to(tl.int64) * BLOCK_P
+    pixel = (program % pixel_blocks).to(tl.int64) * BLOCK_P
     first_channel = program // pixel_blocks % channel_blocks * BLOCK_C
     image = program // pixel_blocks // channel_blocks
-    at, inside = tile_of(image, first_channel, first_pixel, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    at, inside = tile_of(image, first_channel, pixel, channels, pixels, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     c = first_channel + tl.arange(0, BLOCK_C)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     plane = batch.to(tl.int64) * channels * len(xs)

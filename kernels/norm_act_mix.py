@@ -1,9 +1,9 @@
 """``norm_act_mix`` in Triton: ``y = sum_p w_p relu(GN_p(x_p))`` and its gradients.
 
-Forward: moments of every channel's pixels, in chunks -> mean and 1/std of every group -> the sum over the maps. Backward
-recomputes what it needs from the maps: two sums of every channel, in chunks -> coefficients -> gradients of the maps, in
-place if wished, and of the parameters. Sums are cut by shapes alone and added in one order, so that results do not change
-from run to run.
+Forward: moments of every channel's pixels, in chunks -> mean and 1/std of every group -> the sum over the maps.
+Backward recomputes what it needs from the maps: two sums of every channel, in chunks -> coefficients -> gradients of
+the maps, in place if wished, and of the parameters. Shapes alone cut the sums, and they are added in one order: results
+do not change from run to run.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ def forward(
     return out, mean, rstd
 
 
-def measure(
-    call: Call, tiling: Tiling, group: slice, eps: float, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
+def measure(call: Call, tiling: Tiling, group: slice, eps: float, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Writes mean and 1/std of a launch's maps; returns scale and shift ``[maps, N, C]`` of ``z = scale x + shift``."""
     maps, flags = call.maps[group], call.flags(group)
     rows = len(maps) * call.batch
@@ -217,7 +215,7 @@ def gradients(
 def summarise(
     call: Call, tiling: Tiling, group: slice, grad: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Per channel of a launch's maps: its two sums ``[2, maps, N, C]``, and the coefficients of ``dx`` ``[5, maps, N, C]``."""
+    """Per channel of a launch's maps: two sums ``[2, maps, N, C]`` and coefficients of ``dx`` ``[5, maps, N, C]``."""
     maps, flags, gamma, beta = call.maps[group], call.flags(group), call.gamma[group], call.beta[group]
     rows = len(maps) * call.batch
     part_a = call.weights.new_empty(rows, call.channels, tiling.chunks)

@@ -122,7 +122,9 @@ def compiled_backend(name: str, op: str, run: Callable[..., Any], tensor_of: Cal
 
 
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed"
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, which runs kernels on the CPU for tests
+INTERPRETING = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's interpreter, which runs kernels on the CPU for tests
 
 
 def triton_backend(run: Callable[..., Any], tensor_of: Callable[..., torch.Tensor]) -> Backend:

@@ -87,7 +87,7 @@ def _same_chance() -> None:
 
 @pytest.fixture(scope="session")
 def require() -> Callable[[str, str | None], None]:
-    """``require(name, reason)``: skip because ``name`` (cpp, triton, cuda, ...) is not here, or fail where it must be."""
+    """``require(name, reason)``: skip because ``name`` (cpp, triton, ...) is not here, or fail where it must be."""
     return _require
 
 

@@ -42,8 +42,9 @@ class Budget:
     """What every part of the demo gets. The same ``train_steps`` and batch for all three detectors."""
 
     search_steps: int = 100
-    train_steps: int = 500
-    batch: int = 4
+    train_steps: int = 400
+    batch: int = 8
+    search_batch: int = 4
     images: int = 400
     test_images: int = 100
     size: tuple[int, int] = (128, 160)
@@ -53,7 +54,7 @@ _MODEL: dict[str, Any] = {
     "backbone": "resnet18",
     "width": 0.25,
     "fpn_channels": 48,
-    "levels": 4,
+    "levels": 3,
     "short_side": 128,
     "long_side": 160,
 }
@@ -68,7 +69,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: runs/demo)")
     add("--seed", type=int, default=0, metavar="N", help="of data, search and training (0)")
     add("--search-steps", type=int, default=Budget.search_steps, metavar="N", help=f"({Budget.search_steps})")
-    add("--train-steps", type=int, default=Budget.train_steps, metavar="N", help=f"of each detector ({Budget.train_steps})")
+    add(
+        "--train-steps",
+        type=int,
+        default=Budget.train_steps,
+        metavar="N",
+        help=f"of each detector ({Budget.train_steps})",
+    )
     add("--images", type=int, default=Budget.images, metavar="N", help=f"training images ({Budget.images})")
 
 
@@ -133,7 +140,7 @@ def _search(out: Path, folder: DataFolder, budget: Budget, seed: int) -> Card:
 
     config = FADSearchConfig(
         steps=budget.search_steps,
-        batch=budget.batch,
+        batch=budget.search_batch,
         lr=0.01,
         arch_lr=0.01,
         inner_channels=_INNER_CHANNELS,
@@ -158,9 +165,7 @@ def _random_card(like: Card, seed: int) -> Card:
     return FADSpace("full").random(random.Random(seed), "fad-random", settings=like.settings)
 
 
-def _train(
-    name: str, out: Path, folder: DataFolder, card: Card | None, budget: Budget, seed: int
-) -> dict[str, Any]:
+def _train(name: str, out: Path, folder: DataFolder, card: Card | None, budget: Budget, seed: int) -> dict[str, Any]:
     """Train one detector unless it is there already, and return its row of the table."""
     from nasdet._files import read_json
     from nasdet.engine.train import train
@@ -187,7 +192,9 @@ def _train_config(budget: Budget, seed: int) -> TrainConfig:
     return TrainConfig(
         steps=budget.train_steps,
         batch=budget.batch,
-        lr=0.02,
+        optimizer="adamw",  # from random weights SGD learns next to nothing in this budget
+        lr=0.003,
+        weight_decay=0.01,
         decay="cosine",
         warmup="linear",
         clip=20.0,

@@ -170,5 +170,6 @@ def run(
         for index, edges in enumerate(nodes):
             terms = " + ".join(f"{name}({source})" for name, source in edges)
             print(f"  {group} node {index + 2} = {terms}")
-    print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN")
+    recipe = "" if preset == "paper" else f" --preset {preset}"
+    print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
     return 0

@@ -21,8 +21,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tiny": {
         "steps": 600,
-        "batch": 4,
-        "lr": 0.01,
+        "batch": 8,
+        "optimizer": "adamw",
+        "lr": 0.003,
+        "weight_decay": 0.01,
+        "decay": "cosine",
         "clip": 20.0,
         "warmup": "linear",
         "short_side": 128,
@@ -103,11 +106,12 @@ def _add_model(add: Any) -> None:
 
 def _add_training(add: Any) -> None:
     add("--steps", type=int, metavar="N", help="training steps (paper: 90000; tiny: 600)")
-    add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 16; tiny: 4)")
-    add("--lr", type=float, metavar="X", help="learning rate (paper: 0.01 x batch / 16; tiny: 0.01)")
-    add("--decay", choices=("step", "cosine", "constant"), help="of the learning rate (step)")
+    add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 16; tiny: 8)")
+    add("--lr", type=float, metavar="X", help="learning rate (paper: 0.01 x batch / 16; tiny: 0.003)")
+    add("--optimizer", choices=("sgd", "adamw"), help="sgd, or adamw, quicker from random weights (sgd; tiny: adamw)")
+    add("--decay", choices=("step", "cosine", "constant"), help="of the learning rate (step; tiny: cosine)")
     add("--warmup-steps", type=int, metavar="N", help="steps at a third of the rate (500, at most a tenth of the run)")
-    add("--weight-decay", type=float, metavar="X", help="(0.0001)")
+    add("--weight-decay", type=float, metavar="X", help="(0.0001; tiny: 0.01)")
     add("--clip", type=float, metavar="X", help="largest norm of the gradient (paper: none; tiny: 20)")
     add("--no-flip", action="store_false", dest="flip", default=None, help="do not mirror pictures (for digits, text)")
     add("--amp", action="store_const", const=True, help="compute the model in bfloat16")

@@ -23,6 +23,7 @@ from nasdet.detectors.parts.losses import (
     giou_loss,
     mean_over_ranks,
     sigmoid_focal_loss,
+    world_size,
 )
 from nasdet.detectors.parts.postprocess import finish_image, top_candidates
 
@@ -133,7 +134,7 @@ class FCOS(nn.Module):
             labels, distances = self._targets(outputs["cls"], targets)
             positive = (labels >= 0).to(logits.dtype)
             quality = centerness_target(distances) * positive
-            positives = mean_over_ranks(positive.sum()).clamp(min=1.0)
+            positives = mean_over_ranks(positive.sum()).clamp(min=1.0 / world_size())
             weight = mean_over_ranks(quality.sum()).clamp(min=1e-6)
             origin = distances.new_zeros(2)
             box = giou_loss(decode_ltrb(origin, boxes), decode_ltrb(origin, distances), quality)

@@ -13,6 +13,25 @@ from torch.nn.modules.batchnorm import _NormBase
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def make_optimizer(
+    name: str, model: nn.Module, lr: float, *, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The papers' ``"sgd"``, or ``"adamw"``, which learns in far fewer steps from random weights.
+
+    Both leave out what asks for no gradient; AdamW spares norms and biases from weight decay.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    if name == "sgd":
+        return make_sgd(model, lr, momentum=momentum, weight_decay=weight_decay)
+    groups = make_sgd(model, lr, weight_decay=weight_decay, decay_norm=False, decay_bias=False).param_groups
+    kept = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    return torch.optim.AdamW(kept, lr=lr)
+
+
 def make_sgd(
     model: nn.Module,
     lr: float,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nasdet._files import write_json
 from nasdet.arch import Card, save_card
 from nasdet.data import (
     Batch,
@@ -28,11 +27,12 @@ from nasdet.data import (
 )
 from nasdet.engine.checkpoint import LAST, seed_everything
 from nasdet.engine.distributed import local_device
+from nasdet.engine.layout import training_layout
 from nasdet.engine.loop import Loop
 from nasdet.engine.optim import Schedule
 from nasdet.engine.records import append_line
 from nasdet.engine.runs import recorded
-from nasdet.measure import count
+from nasdet.engine.train import write_cost
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.fad import FADSpace
@@ -221,7 +221,7 @@ class _FADRun:
         self.model_config = config.model(data.categories, weights is not None)
         source = None if started else weights  # a checkpoint brings its own
         self.model = build_model(self.model_config, towers=self.supernet, weights=source).to(device)
-        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.format = training_layout(self.model, device, config.channels_last)
         self.model.to(memory_format=self.format).train()  # type: ignore[call-overload]  # torch's stub lacks this form
         alphas = self.space.arch_parameters(self.supernet)
         of_alphas = {id(parameter) for parameter in alphas}
@@ -297,9 +297,7 @@ def _finish(config: FADSearchConfig, data: DataFolder, run: _FADRun, out: Path) 
         },
     )
     derived = replace(run.model_config, towers=card.to_json())
-    height, width = (-(-side // 32) * 32 for side in (config.short_side, config.long_side))
-    costs = count(build_model(derived), torch.empty(1, 3, height, width, device="meta"))
-    write_json(out / "cost.json", {"size": [height, width], "parts": [cost._asdict() for cost in costs]})
+    write_cost(out, derived)
     derived.save(out / "model.json")
     save_card(card, out / "card.json")
     return card

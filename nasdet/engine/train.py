@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._files import write_json
 from nasdet.arch import save_card
 from nasdet.data.base import DetectionDataset
 from nasdet.data.folder import DataFolder
@@ -22,9 +23,10 @@ from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.layout import training_layout
 from nasdet.engine.loop import Loop
-from nasdet.engine.optim import Schedule, clip_gradients, make_sgd, scaled_lr, set_lr
+from nasdet.engine.optim import OPTIMIZERS, Schedule, clip_gradients, make_optimizer, scaled_lr, set_lr
 from nasdet.engine.records import append_line, read_lines
 from nasdet.engine.runs import recorded
+from nasdet.measure import count
 from nasdet.spaces.assemble import ModelConfig, build_model
 
 # What may differ between a run and its continuation without changing a single weight.
@@ -36,7 +38,7 @@ class TrainConfig:
     """How to train; the defaults are the papers' (FCOS and FAD 1x on COCO: 90,000 steps of 16 images).
 
     ``batch`` is images per step over all processes. ``lr=None`` is 0.01 for 16 images, scaled linearly with
-    ``batch``. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the gradient's 2-norm, None does not.
+    ``batch``; ``optimizer`` is sgd or adamw. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the gradient's 2-norm, None does not.
     ``amp`` computes the model in bfloat16. ``flip`` mirrors half of the images. ``eval_every`` steps the test part is
     evaluated for the curve in the report, 0 never; nothing is chosen by it. ``device=None`` takes the GPU where there
     is one.
@@ -44,6 +46,7 @@ class TrainConfig:
 
     steps: int = 90_000
     batch: int = 16
+    optimizer: str = "sgd"
     lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -71,6 +74,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise ValueError(f"clip must be a positive number or None, got {self.clip}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         self.schedule()
 
     def schedule(self) -> Schedule:
@@ -120,7 +125,8 @@ def train(
         layout = training_layout(model, device, config.channels_last)
         model = model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
         model = distributed.sync_batch_norm(model, device)
-        optimizer = make_sgd(model, config.schedule().lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        rates = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        optimizer = make_optimizer(config.optimizer, model, config.schedule().lr, **rates)
         loop = Loop(
             out,
             steps=config.steps,
@@ -154,6 +160,16 @@ def _write_inputs(out: Path, data: DataFolder, model_config: ModelConfig) -> Non
     model_config.save(out / "model.json")
     if model_config.card is not None:
         save_card(model_config.card, out / "card.json")
+    write_cost(out, model_config)
+
+
+def write_cost(out: Path, model_config: ModelConfig) -> None:
+    """Write ``cost.json``: parameters and MACs by part, at the model's picture size (the report and the demo read it)."""
+    height, width = (-(-side // 32) * 32 for side in (model_config.short_side, model_config.long_side))
+    state = torch.get_rng_state()  # building a model to count it must not move the run's random numbers
+    costs = count(build_model(model_config), torch.empty(1, 3, height, width, device="meta"))
+    torch.set_rng_state(state)
+    write_json(out / "cost.json", {"size": [height, width], "parts": [cost._asdict() for cost in costs]})
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Peak memory of a call, over what was held before it.
 
 On a CUDA device torch's allocator counts. On the CPU the kernel does (Linux): the high-water mark of the resident set,
-reset before the call; it sees every allocation, whoever made it. Where the mark cannot be reset, torch's profiler adds up
-the allocations of torch's own CPU allocator instead.
+reset before the call; it sees every allocation, whoever made it. Where the mark cannot be reset, or on request, torch's
+profiler adds up the allocations of torch's own CPU allocator instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def peak_memory(fn: Callable[[], Any], *, device: str | torch.device = "cpu", warmup: int = 0) -> int:
+def peak_memory(
+    fn: Callable[[], Any], *, device: str | torch.device = "cpu", warmup: int = 0, tensors_only: bool = False
+) -> int:
     """The most bytes that ``fn()`` held at one time beyond those held when it was called, at least 0.
 
     What ``fn`` returns is alive when the measurement ends. Memory that exists before the call (inputs, parameters,
@@ -26,7 +28,10 @@ def peak_memory(fn: Callable[[], Any], *, device: str | torch.device = "cpu", wa
     work space, and compilers their code, in a first call.
 
     On the CPU the resident set is that of the whole process: call from a process in which nothing else is at work. A
-    page counts when it is touched, and pages are counted in small batches per core: differences below 1 MB mean nothing.
+    page counts when it is touched, and pages are counted in small batches per core: differences below 1 MB mean
+    nothing. The heap's holes count too: freed blocks that malloc keeps for later. ``tensors_only`` leaves them out, and
+    with them whatever does not come from torch's allocator: the exact bytes of the tensors in use, from torch's
+    profiler; a tensor older than the call that is freed in it does not make room.
 
     Raises ValueError for a device that is neither ``cpu`` nor ``cuda`` and for a negative ``warmup``.
     """
@@ -40,7 +45,7 @@ def peak_memory(fn: Callable[[], Any], *, device: str | torch.device = "cpu", wa
     gc.collect()
     if where.type == "cuda":
         return _peak_cuda(fn, where)
-    return _peak_resident(fn) if can_reset_high_water() else _peak_profiled(fn)
+    return _peak_profiled(fn) if tensors_only or not can_reset_high_water() else _peak_resident(fn)
 
 
 def can_reset_high_water() -> bool:

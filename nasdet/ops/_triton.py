@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 from nasdet._library import LIBRARY
 
 _registered: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # run, not traced, by torch.compile
 def ensure_registered(op: str) -> None:
     """Import ``nasdet.kernels.<op>`` (and with it triton) and register its launchers.
 

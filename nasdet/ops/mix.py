@@ -61,7 +61,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("nasdet::mix_backward is not differentiable: mix has no second derivative; use backend='reference'")
+    raise RuntimeError(
+        "nasdet::mix_backward is not differentiable: mix has no second derivative; use backend='reference'"
+    )
 
 
 def _define(suffix: str) -> None:

@@ -143,7 +143,9 @@ def _define(suffix: str) -> None:
         f"{forward}(Tensor[] xs, {_INPUTS}, int num_groups, float eps, int[] normalized, bool overwrite_inputs)"
         " -> (Tensor, Tensor, Tensor)"
     )
-    LIBRARY.define(f"{backward}(Tensor grad, Tensor[] xs, {_INPUTS}, {_STATISTICS}) -> (Tensor[], Tensor, Tensor, Tensor)")
+    LIBRARY.define(
+        f"{backward}(Tensor grad, Tensor[] xs, {_INPUTS}, {_STATISTICS}) -> (Tensor[], Tensor, Tensor, Tensor)"
+    )
     LIBRARY.define(f"{backward}_(Tensor grad, Tensor(a!)[] xs, {_INPUTS}, {_STATISTICS}) -> (Tensor, Tensor, Tensor)")
     torch.library.register_fake(f"nasdet::{forward}", _fake)
     torch.library.register_fake(f"nasdet::{backward}", _fake_backward)

@@ -34,7 +34,8 @@ class Source:
                 inside = self.name.split(".") + (["__init__"] if self.path.name == "__init__.py" else [])
                 package = inside[: len(inside) - node.level] if node.level else []
                 base = ".".join([*package, *([node.module] if node.module else [])])
-                names = [f"{base}.{alias.name}" for alias in node.names]  # the name may be a module: `from nasdet import ops`
+                # The name may be a module, as in `from nasdet import ops`.
+                names = [f"{base}.{alias.name}" for alias in node.names]
             else:
                 continue
             for name in names:
@@ -43,6 +44,12 @@ class Source:
 
 def _for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.fixture(scope="session")
+def parse() -> type[Source]:
+    """``Source``, for planted code."""
+    return Source
 
 
 @pytest.fixture(scope="session")

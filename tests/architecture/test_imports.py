@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,17 +50,46 @@ def test_the_table_knows_every_part(sources: list[Any]) -> None:
     assert {part_of(source.name) for source in sources} <= set(MAY)
 
 
+def upward(source: Any) -> list[str]:
+    """The imports of a source that the table forbids. A name like ``nasdet.__version__`` is no part."""
+    own = part_of(source.name)
+    return [
+        f"{source.name}:{line} imports {name}"
+        for name, line, _ in source.imports()
+        if name.startswith("nasdet.") and part_of(name) in {*MAY, "_C"} - {""}
+        if part_of(name) not in MAY[own] | PRIVATE | {own}
+    ]
+
+
 def test_import_direction(sources: list[Any]) -> None:
-    parts = {part_of(source.name) for source in sources} | {"_C"}
-    wrong = []
-    for source in sources:
-        own = part_of(source.name)
-        for name, line, _ in source.imports():
-            if not name.startswith("nasdet.") or part_of(name) not in parts:
-                continue
-            if part_of(name) not in MAY[own] | PRIVATE | {own}:
-                wrong.append(f"{source.name}:{line} imports {name}")
+    wrong = [line for source in sources for line in upward(source)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "found"),
+    [
+        ("nasdet.data.x", "from nasdet.engine import loop", ["nasdet.data.x:1 imports nasdet.engine.loop"]),
+        ("nasdet.data.x", "from nasdet import engine", ["nasdet.data.x:1 imports nasdet.engine"]),
+        ("nasdet.data.x", "def f():\n    import nasdet.spaces.fad", ["nasdet.data.x:2 imports nasdet.spaces.fad"]),
+        ("nasdet.data.x", "from ..detectors import fcos", ["nasdet.data.x:1 imports nasdet.detectors.fcos"]),
+        ("nasdet.data.x", "from .base import Item\nfrom nasdet import _files, __version__", []),
+        ("nasdet.ops.mix", "from nasdet.nn import GroupNormRelu", ["nasdet.ops.mix:1 imports nasdet.nn.GroupNormRelu"]),
+    ],
+)
+def test_a_planted_import_is_found(name: str, code: str, found: list[str], parse: Any) -> None:
+    path = Path(*name.split(".")).with_suffix(".py")
+    assert upward(parse(name, path, code, ast.parse(code))) == found
+
+
+def test_a_planted_heavy_import_is_seen_as_eager_or_lazy(parse: Any) -> None:
+    code = "import PIL\nif TYPE_CHECKING:\n    import sklearn\ndef f():\n    from matplotlib import pyplot"
+    imports = parse("nasdet.data.x", Path("nasdet/data/x.py"), code, ast.parse(code)).imports()
+    assert [(name, eager) for name, _, eager in imports] == [
+        ("PIL", True),
+        ("sklearn", False),
+        ("matplotlib.pyplot", False),
+    ]
 
 
 def test_the_table_has_no_circle() -> None:
@@ -120,7 +151,7 @@ def test_kernel_files_use_the_stable_abi_only(path: str, repository: Any) -> Non
         if file.suffix not in (".cpp", ".cu", ".cuh", ".h"):
             continue
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            header = line.removeprefix("#include ").strip("<>\" ") if line.startswith("#include") else ""
+            header = line.removeprefix("#include ").strip('<>" ') if line.startswith("#include") else ""
             outside = header.startswith(("ATen", "c10", "torch")) and not header.startswith(
                 ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
             )

@@ -36,42 +36,44 @@ def test_file_lengths(repository: Path) -> None:
     assert not long, f"split these: {long}"
 
 
+def lines(node: Any) -> int:
+    return int(node.end_lineno - node.lineno + 1)
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return lines(function) - (lines(first) if documented else 0)
+
+
 def test_function_lengths(sources: list[Any]) -> None:
     long = {
-        f"{source.name}.{node.name}": node.end_lineno - node.lineno + 1
+        f"{source.name}.{node.name}": length(node)
         for source in sources
         for node in ast.walk(source.tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and node.end_lineno - node.lineno + 1 - _docstring_lines(node) > FUNCTION_LINES
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and length(node) > FUNCTION_LINES
     }
     assert not long, f"split these: {long}"
 
 
-def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    first = node.body[0]
-    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    return first.end_lineno - first.lineno + 1 if documented and first.end_lineno is not None else 0
-
-
-def calls(source: Any, name: str, method: bool) -> list[str]:
-    found = []
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Call):
-            target = node.func
-            if isinstance(target, ast.Attribute if method else ast.Name):
-                called = target.attr if isinstance(target, ast.Attribute) else target.id  # type: ignore[attr-defined]
-                found += [f"{source.name}:{node.lineno}"] if called == name else []
-    return found
+def calls(source: Any, name: str) -> list[str]:
+    """Where ``name`` is called: a plain function, or with a leading dot a method of anything."""
+    return [
+        f"{source.name}:{node.lineno}"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Call) and name in (f".{getattr(node.func, 'attr', '')}", getattr(node.func, "id", ""))
+    ]
 
 
 def test_only_the_command_line_prints(sources: list[Any]) -> None:
-    wrong = [at for s in sources if not s.name.startswith("nasdet.cli") for at in calls(s, "print", method=False)]
+    wrong = [at for s in sources if not s.name.startswith("nasdet.cli") for at in calls(s, "print")]
     assert not wrong, wrong
 
 
 def test_operators_never_wait_for_the_device(sources: list[Any]) -> None:
     parts = ("nasdet.ops", "nasdet.kernels", "nasdet._dispatch", "nasdet.nn")
-    wrong = [at for s in sources if s.name.startswith(parts) for at in calls(s, "item", method=True)]
+    wrong = [at for s in sources if s.name.startswith(parts) for at in calls(s, ".item")]
     assert not wrong, wrong
 
 
@@ -132,7 +134,9 @@ def test_every_operator_is_public_and_documented() -> None:
         assert len(text) > 300 and "Args:" in text and "Returns:" in text and "Raises:" in text, name
 
 
-@pytest.mark.parametrize("part", ["ops", "arch", "data", "detectors", "measure", "search", "spaces", "engine", "report"])
+@pytest.mark.parametrize(
+    "part", ["ops", "arch", "data", "detectors", "measure", "search", "spaces", "engine", "report"]
+)
 def test_public_things_have_docstrings(part: str) -> None:
     module = importlib.import_module(f"nasdet.{part}")
     assert module.__doc__

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nasdet.engine.optim import Schedule, clip_gradients, make_sgd, scaled_lr, set_lr
+from nasdet.engine.optim import Schedule, clip_gradients, make_optimizer, make_sgd, scaled_lr, set_lr
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,12 @@ def test_rates():
     set_lr(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
     assert scaled_lr(0.01, 4) == 0.0025
+
+
+def test_adamw_spares_norms_and_biases() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = make_optimizer("adamw", model, 0.1, momentum=0.9, weight_decay=0.5)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decay[id(p)] for p in model.parameters()] == [0.5, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw, got 'lion'"):
+        make_optimizer("lion", model, 0.1, momentum=0.9, weight_decay=0.5)

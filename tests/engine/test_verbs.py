@@ -66,7 +66,7 @@ def test_train_prints_what_it_does_and_where_it_lies(digits, run, capsys):
     assert verb(train_verb, "--data", digits, "--out", run, *words) == 0
     text = capsys.readouterr().out
     assert "6 images to train on, 3 to test" in text and "plain towers" in text and "AP50" in text
-    assert "2 steps of 2 images, learning rate 0.01" in text and str(run) in text
+    assert "2 steps of 2 images, learning rate 0.003" in text and str(run) in text
 
 
 def test_preset_options_and_defaults(digits):

@@ -1,11 +1,12 @@
 """Compiles every Triton kernel ahead of time, exactly as its launcher would start it, and prints what each one uses.
 
-Run as a program: ``python aot_compile.py ARCH...``. The launchers run on meta tensors with ``JITFunction.run`` replaced by a
-recorder, so signatures, constants and warps are those of real calls; no GPU and no driver is needed.
+Run as a program: ``python aot_compile.py ARCH...``. The launchers run on meta tensors with ``JITFunction.run`` replaced
+by a recorder, so signatures, constants and warps are those of real calls; no GPU and no driver is needed.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -20,8 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from nasdet.kernels import mix, norm_act_mix
-
+mix, norm_act_mix = (importlib.import_module(f"nasdet.kernels.{op}") for op in ("mix", "norm_act_mix"))
 MAPS, SHAPE, GROUPS = 12, (2, 96, 100, 152), 32  # RepShare's node on P3
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -92,16 +92,16 @@ def resources(kernel: JITFunction, arguments: dict[str, Any], warps: int, arch: 
 
 def main(archs: list[int]) -> None:
     report: dict[str, Any] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        for layout, memory_format in (("nchw", torch.contiguous_format), ("nhwc", torch.channels_last)):
-            for kernel, arguments, warps in recorded_launches(dtype, memory_format):
-                module = kernel.fn.__module__.rpartition(".")[2].strip("_")
-                name = f"{module}.{kernel.fn.__name__}"
-                if any(isinstance(value, tuple) for value in arguments.values()):
-                    name += f"-{NAMES[dtype]}" + (f"-{layout}" if module != "mix" else "")
-                for arch in archs:
-                    if f"{name}-sm{arch}" not in report:
-                        report[f"{name}-sm{arch}"] = resources(kernel, arguments, warps, arch)
+    for dtype, layout in ((torch.bfloat16, "nchw"), (torch.bfloat16, "nhwc"), (torch.float32, "nchw")):
+        memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        for kernel, arguments, warps in recorded_launches(dtype, memory_format):
+            module = kernel.fn.__module__.rpartition(".")[2].strip("_")
+            name = f"{module}.{kernel.fn.__name__}"
+            if any(isinstance(value, tuple) for value in arguments.values()):
+                name += f"-{NAMES[dtype]}" + (f"-{layout}" if module != "mix" else "")
+            for arch in archs:
+                if f"{name}-sm{arch}" not in report:
+                    report[f"{name}-sm{arch}"] = resources(kernel, arguments, warps, arch)
     print(json.dumps(report))
 
 

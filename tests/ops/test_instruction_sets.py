@@ -35,6 +35,9 @@ def test_the_cap_is_obeyed() -> None:
     code = "from nasdet import _library; print(_library.cpu_isa())"
     for level in ("baseline", "avx2"):
         result = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | {"NASDET_CPU_CAPABILITY": level}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env=os.environ | {"NASDET_CPU_CAPABILITY": level},
+            capture_output=True,
+            text=True,
         )
         assert result.stdout.strip() in (level, "None", "baseline"), result.stderr

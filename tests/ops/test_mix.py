@@ -62,18 +62,40 @@ def test_mixed_dtypes_promote_also_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        pytest.param(lambda x: (x[0], torch.ones(3)), TypeError, "xs must be a sequence of tensors, got Tensor", id="no-list"),
+        pytest.param(
+            lambda x: (x[0], torch.ones(3)), TypeError, "xs must be a sequence of tensors, got Tensor", id="no-list"
+        ),
         pytest.param(lambda x: ([], torch.ones(0)), ValueError, "xs must hold at least one map, got none", id="none"),
         pytest.param(
-            lambda x: ([x[0], x[1][:1]], torch.ones(2)), ValueError, r"xs\[1\] must have shape \(2, 4, 5, 6\), got \(1, 4, 5, 6\)", id="shape"
+            lambda x: ([x[0], x[1][:1]], torch.ones(2)),
+            ValueError,
+            r"xs\[1\] must have shape \(2, 4, 5, 6\), got \(1, 4, 5, 6\)",
+            id="shape",
         ),
         pytest.param(
-            lambda x: ([x[0], x[1].long()], torch.ones(2)), TypeError, r"xs\[1\] must be a float32.*got torch.int64", id="dtype"
+            lambda x: ([x[0], x[1].long()], torch.ones(2)),
+            TypeError,
+            r"xs\[1\] must be a float32.*got torch.int64",
+            id="dtype",
         ),
-        pytest.param(lambda x: (x, torch.ones(2)), ValueError, r"weights must have shape \(3,\), got \(2,\)", id="weights"),
-        pytest.param(lambda x: (x, torch.ones(3).int()), TypeError, "weights must be a floating-point tensor", id="int-weights"),
-        pytest.param(lambda x: ([x[0], x[1].to("meta")], torch.ones(2)), ValueError, r"xs\[1\] must be on cpu, got meta", id="device"),
-        pytest.param(lambda x: (x, torch.ones(3, device="meta")), ValueError, "weights must be on cpu, got meta", id="weights-device"),
+        pytest.param(
+            lambda x: (x, torch.ones(2)), ValueError, r"weights must have shape \(3,\), got \(2,\)", id="weights"
+        ),
+        pytest.param(
+            lambda x: (x, torch.ones(3).int()), TypeError, "weights must be a floating-point tensor", id="int-weights"
+        ),
+        pytest.param(
+            lambda x: ([x[0], x[1].to("meta")], torch.ones(2)),
+            ValueError,
+            r"xs\[1\] must be on cpu, got meta",
+            id="device",
+        ),
+        pytest.param(
+            lambda x: (x, torch.ones(3, device="meta")),
+            ValueError,
+            "weights must be on cpu, got meta",
+            id="weights-device",
+        ),
     ],
 )
 def test_errors_name_the_argument(arguments: Any, error: type[Exception], message: str) -> None:
@@ -87,7 +109,9 @@ def test_raw_ops_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.nasdet.mix.default, (xs, weights))
     detached = [x.detach() for x in xs]
     torch.library.opcheck(
-        torch.ops.nasdet.mix_backward.default, (detached[0], detached, weights.detach(), True, True), test_utils="test_faketensor"
+        torch.ops.nasdet.mix_backward.default,
+        (detached[0], detached, weights.detach(), True, True),
+        test_utils="test_faketensor",
     )
 
 

@@ -16,7 +16,12 @@ def _inputs(maps: int = 2, channels: int = 8) -> tuple[list[Tensor], Tensor, Ten
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(2, channels, 5, 6, generator=generator) for _ in range(maps)]
     weights = torch.rand(maps, generator=generator)
-    return xs, weights, torch.rand(maps, channels, generator=generator) + 0.5, torch.randn(maps, channels, generator=generator)
+    return (
+        xs,
+        weights,
+        torch.rand(maps, channels, generator=generator) + 0.5,
+        torch.randn(maps, channels, generator=generator),
+    )
 
 
 def test_one_map_of_weight_one_is_group_norm_and_relu() -> None:
@@ -29,7 +34,10 @@ def test_invariant_to_scale_and_shift_of_a_group() -> None:
     xs, weights, gamma, beta = _inputs()
     moved = [x * 3.0 + 7.0 for x in xs]
     torch.testing.assert_close(
-        norm_act_mix(xs, weights, gamma, beta, 2, eps=0.0), norm_act_mix(moved, weights, gamma, beta, 2, eps=0.0), rtol=1e-4, atol=1e-4
+        norm_act_mix(xs, weights, gamma, beta, 2, eps=0.0),
+        norm_act_mix(moved, weights, gamma, beta, 2, eps=0.0),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 

@@ -76,7 +76,9 @@ def test_values_and_gradients_match_float64(op: Op, backend: Backend, case: Case
         actual = torch.zeros_like(leaf) if actual is None else actual
         assert actual.dtype == leaf.dtype
         size = wanted.abs().max().item() if wanted.numel() else 0.0
-        bound = tolerance(leaf.dtype, exact.numel(), max(size, upstream.abs().max().item() if size else 0.0) * case.condition)
+        bound = tolerance(
+            leaf.dtype, exact.numel(), max(size, upstream.abs().max().item() if size else 0.0) * case.condition
+        )
         assert_gradient_matches(actual, wanted, bound, f"gradient of leaf {index}")
 
 

@@ -34,6 +34,8 @@ def test_planted_bugs_are_caught(plant) -> None:
 
 def test_tolerance_grows_with_length_and_dtype() -> None:
     tolerance = gradients.tolerance
-    assert tolerance(torch.float32, 100, 1.0) < tolerance(torch.float32, 10_000, 1.0) < tolerance(torch.bfloat16, 100, 1.0)
+    assert (
+        tolerance(torch.float32, 100, 1.0) < tolerance(torch.float32, 10_000, 1.0) < tolerance(torch.bfloat16, 100, 1.0)
+    )
     assert tolerance(torch.float64, 10_000, 1.0) < 1e-12
     assert tolerance(torch.float32, 10, 8.0) == pytest.approx(8 * tolerance(torch.float32, 10, 1.0))

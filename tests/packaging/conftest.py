@@ -20,8 +20,8 @@ def _run(*command: str, cwd: Path, **environment: str) -> None:
 @pytest.fixture(scope="session")
 def dist(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one sdist and the wheel that was built from it."""
-    if folder := os.environ.get("NASDET_DIST"):
-        return Path(folder)
+    if built := os.environ.get("NASDET_DIST"):
+        return Path(built)
     pytest.importorskip("build", reason="the package 'build' makes the sdist")
     folder = tmp_path_factory.mktemp("dist")
     _run(sys.executable, "-m", "build", "--sdist", "--outdir", str(folder), str(repository), cwd=folder)

@@ -48,9 +48,9 @@ def test_metadata(wheel: Path, wheel_files: set[str]) -> None:
     metadata = message_from_string(zipfile.ZipFile(wheel).read(name).decode())
     assert metadata["Name"] == "nasdet" and metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
-    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(re.split(r"[ >=]", line)[0] for line in required) == ["numpy", "torch"]
-    assert {"detect", "fast", "triton", "test"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"detect", "fast", "triton", "test"} <= set(metadata.get_all("Provides-Extra", []))
     (licence,) = (name for name in wheel_files if name.endswith("/LICENSE"))
     assert b"Apache License" in zipfile.ZipFile(wheel).read(licence)
     (points,) = (name for name in wheel_files if name.endswith("entry_points.txt"))

@@ -52,11 +52,16 @@ def centerness_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (weights * F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")).sum()
 
 
+def world_size() -> int:
+    """The number of processes of a distributed run, or 1."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of ``value`` over the processes of a distributed run; ``value`` itself in a single one. No gradient."""
     value = value.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return value
     value = value.clone()
     dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return value / world_size()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nasdet.spaces.fad.genotype import INPUTS, NODES
 from nasdet.nn import group_norm_relu
+from nasdet.spaces.fad.genotype import INPUTS, NODES
 from nasdet.spaces.fad.transformations import Mixing, norm_groups
 
 EdgeModules = Mapping[tuple[int, int], nn.Module]

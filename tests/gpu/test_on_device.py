@@ -1,0 +1,229 @@
+"""The ops on a CUDA device: every backend, case and dtype, and what only a device has (streams, graphs, its memory)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import op_checks
+import pytest
+import torch
+from torch import Tensor
+
+from nasdet._dispatch import OPS, Backend, Op
+from nasdet.testing import Case, Inputs
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+SOURCES = {"cuda": ("csrc/cuda", ".cu"), "triton": ("kernels", ".py")}
+
+
+def _is_written(op: Op, backend: Backend) -> bool:
+    """Whether the source tree has a kernel of this op for this backend; then one that did not build is a failure."""
+    folder, suffix = SOURCES[backend.name]
+    return (Path(__file__).resolve().parents[2] / folder / f"{op.name}{suffix}").is_file()
+
+
+PAIRS = [
+    (op, backend)
+    for op in OPS.values()
+    for backend in op.backends
+    if backend.name in SOURCES and _is_written(op, backend)
+]
+BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend.name}") for op, backend in PAIRS]
+ROWS = [
+    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
+    for op, backend in PAIRS
+    for case in op_checks.cases_of(op, large=True)
+]
+DTYPES = {**op_checks.DTYPES, "fp64": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def _need(request: pytest.FixtureRequest, require: Callable[[str, str | None], None]) -> None:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if backend := parameters.get("backend"):
+        require(backend.name, backend.available())
+
+
+def _rows_of(name: str) -> list[Any]:
+    return [row for row, (op, _) in zip(BACKENDS, PAIRS, strict=True) if op.name == name]
+
+
+def _chunks(count: int, size: int = 1 << 27) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _need_memory(gigabytes: float) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of device memory, {free:.0f} are free")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("op", "backend", "case"), ROWS)
+def test_matches_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and backend.name == "triton":
+        args, kwargs = op.cases[0].make(Inputs(dtype, DEVICE))
+        with pytest.raises(ValueError, match="float64"):
+            op.call(*args, **kwargs, backend="triton")
+        return
+    op_checks.check(op, case, dtype, DEVICE, backend.name)
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), ROWS)
+def test_runs_twice_bit_for_bit(op: Op, backend: Backend, case: Case) -> None:
+    first = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
+    second = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_compiles_without_graph_breaks(op: Op, backend: Backend) -> None:
+    torch._dynamo.reset()
+    for case in op.cases:
+        if case.large:
+            continue
+        raw, kwargs = case.make(Inputs(torch.float32, DEVICE))
+        args, leaves = op_checks.with_leaves(op, raw)
+
+        def step(*inputs: Any, kwargs: Any = kwargs) -> Tensor:
+            return op.call(*inputs, **kwargs, backend=backend.name).sin()
+
+        torch._dynamo.reset()
+        y, expected = torch.compile(step, fullgraph=True)(*args), step(*args)
+        torch.testing.assert_close(y, expected)
+        if y.numel():
+            for a, b in zip(
+                torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_runs_on_the_current_stream(op: Op, backend: Backend) -> None:
+    """The inputs are written late on a stream of its own: a kernel on any other stream would read NaN."""
+    raw, kwargs = op_checks.case_named(op.name, "mixed-layouts").make(Inputs(torch.float32, DEVICE))
+    expected = op.call(*raw, **kwargs, backend=backend.name)  # compiled and loaded by now
+    late = [torch.full_like(x, float("nan")) for x in raw[0]]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)  # clock cycles, about half a second
+        for x, value in zip(late, raw[0], strict=True):
+            x.copy_(value)
+        y = op.call(late, *raw[1:], **kwargs, backend=backend.name)
+    assert not stream.query(), "the stream was done too early to tell"
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_records_into_a_cuda_graph(op: Op, backend: Backend) -> None:
+    raw, kwargs = op_checks.case_named(op.name, "mixed-layouts").make(Inputs(torch.float32, DEVICE))
+    args, leaves = op_checks.with_leaves(op, raw)
+    upstream = op_checks.upstream_of(raw[0][0])
+
+    def step() -> list[Tensor]:
+        y = op.call(*args, **kwargs, backend=backend.name)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels compile and load outside the graph
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    for _ in range(2):  # replays read what the inputs hold then
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.mul_(0.75)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = [t.clone() for t in recorded]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+def test_zero_weight_keeps_a_nan_out(op: Op, backend: Backend) -> None:
+    xs = [torch.randn(2, 3, 50, device=DEVICE), torch.full((2, 3, 50), float("nan"), device=DEVICE)]
+    y = op.call(xs, torch.tensor([0.5, 0.0], device=DEVICE), backend=backend.name)
+    assert torch.equal(y, 0.5 * xs[0])
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+def test_unaligned_maps(op: Op, backend: Backend) -> None:
+    xs = [torch.randn(1001, device=DEVICE)[1:], torch.randn(1003, device=DEVICE)[3:]]
+    weights = torch.tensor([0.25, 0.75], device=DEVICE)
+    y = op.call(xs, weights, backend=backend.name)
+    torch.testing.assert_close(y, 0.25 * xs[0] + 0.75 * xs[1])
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+def test_mix_beyond_2_to_the_31_elements(op: Op, backend: Backend) -> None:
+    _need_memory(36)
+    count = 2**31 + 1029
+    xs = [torch.empty(count, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+    for p, x in enumerate(xs):
+        for chunk in _chunks(count):
+            x[chunk].copy_((torch.arange(chunk.start, chunk.stop, device=DEVICE) // (p + 1)) % 5 - 2)
+    weights = torch.tensor([0.5, 2.0], device=DEVICE)
+    args, leaves = op_checks.with_leaves(op, (xs, weights))
+    y = op.call(*args, backend=backend.name)
+    assert all(torch.equal(y[c], (0.5 * xs[0][c].float() + 2 * xs[1][c].float()).bfloat16()) for c in _chunks(count))
+    # As the gradient: 1 in the last thousand elements alone, so that every sum is small and exact.
+    grad = torch.zeros_like(y)
+    grad[-1000:] = 1
+    dx0, dx1, dweights = torch.autograd.grad(y, leaves, grad)
+    assert all(torch.equal(dx0[c], 0.5 * grad[c]) and torch.equal(dx1[c], 2 * grad[c]) for c in _chunks(count))
+    assert dweights.tolist() == [x[-1000:].double().sum().item() for x in xs]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(("op", "backend"), _rows_of("norm_act_mix"))
+def test_norm_act_mix_beyond_2_to_the_31_elements(op: Op, backend: Backend, memory_format: torch.memory_format) -> None:
+    """Every channel is half +1, half -1: its mean is 0 and its variance 1, whatever the size."""
+    _need_memory(16)
+    x = torch.empty(1, 2, 2**15 + 2, 2**15, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format)
+    x[..., 0::2] = 1
+    x[..., 1::2] = -1
+    ones, zeros = torch.ones(1, 2, device=DEVICE), torch.zeros(1, 2, device=DEVICE)
+    y = op.call([x], torch.ones(1, device=DEVICE), ones, zeros, 2, backend=backend.name)
+    assert y.is_contiguous(memory_format=memory_format)
+    for row in range(0, x.shape[2], 4096):
+        part = y[:, :, row : row + 4096]
+        assert bool((part[..., 0::2] == 1).all()) and bool((part[..., 1::2] == 0).all())
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("norm_act_mix"))
+def test_backward_over_the_maps_is_the_same(op: Op, backend: Backend) -> None:
+    for name in ("repshare", "repshare-nhwc", "mixed-layouts"):
+        raw, kwargs = op_checks.case_named(op.name, name).make(Inputs(torch.bfloat16, DEVICE))
+        results = []
+        for overwrite in (False, True):
+            args, leaves = op_checks.with_leaves(op, raw)
+            args[0] = [x.clone() for x in args[0]]  # what is overwritten may not be a leaf
+            y = op.call(*args, **kwargs, backend=backend.name, overwrite_inputs=overwrite)
+            results.append(torch.autograd.grad(y, leaves, op_checks.upstream_of(y)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_runs_on_the_tensors_device(op: Op, backend: Backend) -> None:
+    with torch.cuda.device(0):
+        op_checks.check(op, op.cases[0], torch.float32, "cuda:1", backend.name)
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+def test_sums_in_float32(op: Op, backend: Backend) -> None:
+    """300 bfloat16 maps of 1: a sum kept in bfloat16 would stop growing at 256."""
+    xs = [torch.ones(129, dtype=torch.bfloat16, device=DEVICE) for _ in range(300)]
+    y = op.call(xs, torch.ones(300, device=DEVICE), backend=backend.name)
+    assert torch.equal(y, torch.full_like(y, 300))

@@ -1,0 +1,58 @@
+"""The Triton kernels' arithmetic, indices and masks, without a GPU: every case in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import interpret_ops
+import op_checks
+import pytest
+import torch
+
+from nasdet._dispatch import OPS
+
+pytestmark = pytest.mark.needs("triton")
+WITH_TRITON = [op.name for op in OPS.values() if any(backend.name == "triton" for backend in op.backends)]
+TESTS = {
+    name: [f"{case.id}-{dtype}" for case in op_checks.cases_of(OPS[name]) for dtype in interpret_ops.dtypes_of(case)]
+    + [test.__name__ for test in interpret_ops.PROPERTIES.get(name, ())]
+    for name in WITH_TRITON
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[str], dict[str, str]]:
+    """All verdicts on an op, from one process: TRITON_INTERPRET is read when triton is imported."""
+    known: dict[str, dict[str, str]] = {}
+
+    def of(name: str) -> dict[str, str]:
+        if name not in known:
+            command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name]
+            environment = program_environment(TRITON_INTERPRET="1")
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert result.returncode == 0, result.stderr[-4000:]
+            known[name] = json.loads(result.stdout.splitlines()[-1])
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "test"), [(name, test) for name, tests in TESTS.items() for test in tests])
+def test_interpreted(verdicts: Callable[[str], dict[str, str]], name: str, test: str) -> None:
+    verdict = verdicts(name)[f"{name}-{test}"]
+    assert verdict == "right", verdict
+
+
+def test_guards_notice_a_write_outside_and_a_hole() -> None:
+    with pytest.raises(AssertionError, match="written outside a tensor of 6 elements"):
+        with op_checks.guarded_allocations():
+            y = torch.empty_like(torch.zeros(2, 3))
+            assert y.isnan().all()
+            y.as_strided((1,), (1,), y.storage_offset() + 6).fill_(1)
+    x = op_checks.embedded(torch.arange(6.0).reshape(2, 3).t())
+    assert x.stride() == (1, 3) and torch.equal(x, torch.arange(6.0).reshape(2, 3).t())
+    assert x.as_strided((1,), (1,), x.storage_offset() - 1).isnan()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Maps are passed as a tuple of pointer arguments: no table of pointers to copy to the device, nothing to synchronise,
-# and a CUDA graph records them. Kernels unroll over the tuple, so its length is bounded; longer lists take more launches.
+# and a CUDA graph records them. Kernels unroll over the tuple, so a launch takes so many and a longer list several.
 MAPS_PER_LAUNCH = 32
 
 

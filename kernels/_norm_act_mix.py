@@ -284,8 +284,7 @@ def coefficients_kernel(
 ):
     program = tl.program_id(0)
     group = program % groups
-    image = program // groups % batch
-    p = program // groups // batch
+    image, p = program // groups % batch, program // groups // batch
     width = channels // groups
     row = (p * batch + image).to(tl.int64) * channels + group * width
     plane = tl.num_programs(0).to(tl.int64) * width  # maps x batch x channels
@@ -301,8 +300,7 @@ def coefficients_kernel(
             at = (row + i)[:, None] * chunks + k[None, :]
             a += tl.load(part_a + at, mask=inside, other=0.0)
             b += tl.load(part_b + at, mask=inside, other=0.0)
-        sum_a = tl.sum(a, axis=1)
-        sum_b = tl.sum(b, axis=1)
+        sum_a, sum_b = tl.sum(a, axis=1), tl.sum(b, axis=1)
         tl.store(sums + row + i, sum_a, mask=i < width)
         tl.store(sums + plane + row + i, sum_b, mask=i < width)
         channel = tl.load(gamma + p.to(tl.int64) * channels + group * width + i, mask=i < width, other=0.0)

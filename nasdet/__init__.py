@@ -1,7 +1,7 @@
 """nasdet: fast detection operators, and architecture searches for object detectors that run.
 
 ``nasdet.ops`` holds the operators, ``nasdet.nn`` modules over them; ``nasdet.spaces``, ``nasdet.search``,
-``nasdet.detectors``, ``nasdet.data`` and ``nasdet.engine`` run the searches. ``nasdet info`` (or ``python -m nasdet info``)
+``nasdet.detectors``, ``nasdet.data`` and ``nasdet.engine`` run the searches. ``nasdet info``
 says what can run on this machine.
 """
 

@@ -80,7 +80,7 @@ def choose(name: str, backend: str | None, *args: Any) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block, every op without an explicit ``backend=`` uses this one (process-wide); None means automatic."""
+    """Within the block, ops called without ``backend=`` use this one (process-wide); None means automatic."""
     global _forced
     before, _forced = _forced, name
     try:

@@ -31,6 +31,15 @@ def _load(name: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    return _driver_too_old() if name == "cuda" else None
+
+
+def _driver_too_old() -> str | None:
+    """The CUDA runtime inside the library needs a driver of its own major version or later."""
+    runtime, driver = int(torch.ops.nasdet._cuda_runtime()), int(torch.ops.nasdet._cuda_driver())
+    if driver // 1000 < runtime // 1000:
+        found = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is missing"
+        return f"it needs a driver for CUDA {runtime // 1000}.{runtime % 1000 // 10}, and the driver {found}"
     return None
 
 
@@ -42,7 +51,7 @@ def why_not(name: str) -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set whose kernels run on this CPU: baseline, avx2, avx512 or avx512_bf16; None without the library."""
+    """The kernels that run on this CPU: baseline, avx2, avx512 or avx512_bf16; None without the library."""
     return None if why_not("cpu") else _ISA_NAMES[torch.ops.nasdet._cpu_isa()]
 
 

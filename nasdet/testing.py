@@ -17,7 +17,7 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float, what: str) -> No
         return
     error = (actual.double() - expected.double()).abs()
     worst = error.nan_to_num(nan=float("inf")).max().item()
-    index = error.nan_to_num(nan=float("inf")).flatten().argmax().item()
+    index = int(error.nan_to_num(nan=float("inf")).argmax())
     assert worst <= atol, (
         f"{what}: error {worst:.3e} > {atol:.3e} at element {index}: got {actual.flatten()[index].item():.6g}, "
         f"expected {expected.flatten()[index].item():.6g}"

@@ -82,8 +82,7 @@ struct Call {
     STD_TORCH_CHECK(weights.numel() == P && gamma.numel() == P * C && beta.numel() == P * C && int64_t(flags.size()) == P, "weights, gn_weight, gn_bias and normalized must have one row per map");
     STD_TORCH_CHECK(groups > 0 && C % groups == 0, "num_groups must divide the channels, got ", groups, " for ", C);
     const bool nhwc = channels_last(first);
-    Tensor like = torch::stable::empty_like(first);
-    if (!nhwc && !like.is_contiguous()) like = torch::stable::contiguous(like);
+    const Tensor like = nhwc || first.is_contiguous() ? first : torch::stable::contiguous(first);
     for (const Tensor& x : xs) maps.push_back(in_layout_of(x, like));
     for (const Tensor& x : maps) pointers.push_back(x.const_data_ptr());
     arithmetic_size = arithmetic == ScalarType::Double ? 8 : 4;

@@ -65,9 +65,8 @@ def run(*, json: bool = False) -> int:
         return 0
     print(f"nasdet {info['nasdet']}, Python {info['python']}, {info['platform']}")
     print("packages:   " + ", ".join(f"{k} {v or '-'}" for k, v in info["packages"].items()))
-    print(
-        f"CUDA:       torch built for {info['torch_cuda'] or 'none'}; devices: {', '.join(info['cuda_devices']) or 'none'}"
-    )
+    devices = ", ".join(info["cuda_devices"]) or "none"
+    print(f"CUDA:       torch built for {info['torch_cuda'] or 'none'}; devices: {devices}")
     for name, state in info["libraries"].items():
         print(f"library {name + ':':<5}{state}")
     print(f"CPU:        kernels for {info['cpu_capability'] or 'none: the reference runs'}")

@@ -38,10 +38,10 @@ class TrainConfig:
     """How to train; the defaults are the papers' (FCOS and FAD 1x on COCO: 90,000 steps of 16 images).
 
     ``batch`` is images per step over all processes. ``lr=None`` is 0.01 for 16 images, scaled linearly with
-    ``batch``; ``optimizer`` is sgd or adamw. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the gradient's 2-norm, None does not.
-    ``amp`` computes the model in bfloat16. ``flip`` mirrors half of the images. ``eval_every`` steps the test part is
-    evaluated for the curve in the report, 0 never; nothing is chosen by it. ``device=None`` takes the GPU where there
-    is one.
+    ``batch``; ``optimizer`` is sgd or adamw. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the
+    gradient's 2-norm, None does not. ``amp`` computes the model in bfloat16. ``flip`` mirrors half of the images.
+    ``eval_every`` steps the test part is evaluated for the curve in the report, 0 never; nothing is chosen by it.
+    ``device=None`` takes the GPU where there is one.
     """
 
     steps: int = 90_000
@@ -164,7 +164,7 @@ def _write_inputs(out: Path, data: DataFolder, model_config: ModelConfig) -> Non
 
 
 def write_cost(out: Path, model_config: ModelConfig) -> None:
-    """Write ``cost.json``: parameters and MACs by part, at the model's picture size (the report and the demo read it)."""
+    """Write ``cost.json``: parameters and MACs by part at the model's picture size, for the report and the demo."""
     height, width = (-(-side // 32) * 32 for side in (model_config.short_side, model_config.long_side))
     state = torch.get_rng_state()  # building a model to count it must not move the run's random numbers
     costs = count(build_model(model_config), torch.empty(1, 3, height, width, device="meta"))

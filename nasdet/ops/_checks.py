@@ -31,7 +31,7 @@ def checked_maps(xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def checked_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A parameter of the given shape on ``like``'s device, in the dtype of the arithmetic: float32; float64 for float64."""
+    """A parameter of the given shape on ``like``'s device, in the arithmetic's dtype: float32; float64 for float64."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {kind}")

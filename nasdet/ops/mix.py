@@ -76,11 +76,11 @@ def _define(suffix: str) -> None:
     torch.library.register_fake(f"nasdet::{forward}", _fake)
     torch.library.register_fake(f"nasdet::{backward}", _fake_backward)
 
-    def backward_formula(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | None, Tensor | None]:
+    def backward_formula(ctx: Any, grad: Tensor) -> tuple[list[Tensor] | list[None], Tensor | None]:
         weights, *xs = ctx.saved_tensors
         need_xs, need_weights = any(ctx.needs_input_grad[0]), ctx.needs_input_grad[1]
         dxs, dweights = getattr(torch.ops.nasdet, backward)(grad, xs, weights, need_xs, need_weights)
-        return dxs if need_xs else None, dweights if need_weights else None
+        return dxs if need_xs else [None] * len(xs), dweights if need_weights else None
 
     torch.library.register_autograd(f"nasdet::{forward}", backward_formula, setup_context=_setup_context)
     torch.library.register_autograd(f"nasdet::{backward}", _no_double_backward)

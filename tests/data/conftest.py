@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,13 +74,3 @@ def make_coco(tmp_path: Path) -> Callable[..., Path]:
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve and six digits pictures, shared: do not change them."""
     return write_digits(tmp_path_factory.mktemp("digits") / "digits", train=12, val=6, size=(96, 128))
-
-
-@pytest.fixture(scope="session")
-def tiny_coco() -> Path:
-    """50 + 50 real COCO pictures, where they are at hand."""
-    default = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tiny_coco"
-    folder = Path(os.environ.get("NASDET_TINY_COCO", default))
-    if not (folder / "annotations").is_dir():
-        pytest.skip(f"tiny_coco is not at {folder}; set NASDET_TINY_COCO to a COCO folder")
-    return folder

@@ -22,9 +22,10 @@ def test_all_cases_pass(level: str, require) -> None:
     if level == best:
         pytest.skip("test_ops.py runs this one")
     command = [
-        sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("test_ops.py")),
-        "-k", "cpp and (test_values or two_threads)",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        str(Path(__file__).with_name("test_ops.py")),
+        *("-k", "cpp and (test_values or two_threads)"),
+    ]
     environment = os.environ | {"NASDET_CPU_CAPABILITY": level, "NASDET_EXPECT_ISA": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

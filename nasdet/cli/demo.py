@@ -21,8 +21,8 @@ HELP = "search a detector's towers on real digits, retrain, compare and draw, in
 
 _DESCRIPTION = """\
 Makes the digits data set, searches the towers of a small FCOS with FAD, and trains three detectors with the same
-budget: the searched towers, plain ones, and a random architecture of the same space. Prints the comparison as it is, and
-writes one page with the cell graph, the alphas over time, curves, detections and costs.
+budget: the searched towers, plain ones, and a random architecture of the same space. Prints the comparison as it is,
+and writes one page with the cell graph, the alphas over time, curves, detections and costs.
 
 A demo that was stopped goes on where it was when started again with the same arguments.
 """
@@ -42,7 +42,7 @@ class Budget:
     """What every part of the demo gets. The same ``train_steps`` and batch for all three detectors."""
 
     search_steps: int = 100
-    train_steps: int = 800
+    train_steps: int = 600
     batch: int = 8
     search_batch: int = 4
     images: int = 400

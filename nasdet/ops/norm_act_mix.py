@@ -29,7 +29,8 @@ def norm_act_mix(
     """``y = sum_p weights[p] * relu(GN_p(xs[p]))``: the mixed node of RepShare (Zhong et al. 2020, Eq. 2) in one op.
 
     ``GN_p`` is group normalisation (Wu & He 2018) with biased variance over the group's channels and pixels. With one
-    map and weight 1 it is a fused GroupNorm + ReLU. Neither the normalised nor the rectified maps are stored for backward.
+    map and weight 1 it is a fused GroupNorm + ReLU. Neither the normalised nor the rectified maps are stored for
+    backward.
 
     Args:
         xs: ``P >= 1`` maps ``[N, C, H, W]`` of one shape on one device; float32, float64, float16 or bfloat16 (mixed
@@ -40,8 +41,8 @@ def norm_act_mix(
         eps: added to the variance.
         normalized: per map, False to leave out ``GN_p`` (``relu(xs[p])``); all True when None.
         overwrite_inputs: let backward write each map's gradient over the map, which saves ``P`` maps of memory. For
-            maps that nothing else reads afterwards, as fresh convolution outputs; autograd raises if something does. Ignored
-            under ``torch.compile`` and by the reference.
+            maps that nothing else reads afterwards, as fresh convolution outputs; autograd raises if something does.
+            Ignored under ``torch.compile`` and by the reference.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; the best that can run when None.
 
     Returns:

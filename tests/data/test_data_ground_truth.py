@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nasdet.data import open_data
+from nasdet.data import CocoDetection, open_data
+
+
+def load(folder: Path, **options) -> CocoDetection:
+    return CocoDetection(folder / "train", folder / "annotations" / "instances_train.json", **options)
+
+
+def annotation(**changes):
+    return lambda document: document["annotations"][0].update(changes)
 
 
 def coco_ap(ground_truth: dict, results: list[dict], iou_type: str) -> np.ndarray:

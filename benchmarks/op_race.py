@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from nasdet.measure.memory import peak_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("forward", "forward+backward")
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative L2; eager in bfloat16 rounds every intermediate map
+# Relative L2 distance to the float64 reference. Rivals get more room: eager in bfloat16 rounds every intermediate map,
+# and PyTorch's channels_last group norm puts some activations on the other side of ReLU's kink.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+RIVAL_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}
 FORWARD, TRAINING = PHASES
 
 Call = Callable[..., Tensor]
@@ -107,6 +111,16 @@ class Setting:
         self.values = self.pristine[0].numel()
         self.map_bytes = self.pristine[0].nbytes
 
+    def in_float64(self) -> Setting:
+        """The same inputs, exactly, for the reference."""
+        twin = copy.copy(self)
+        twin.pristine = [x.double() for x in self.pristine]
+        twin.buffers = [x.clone() for x in twin.pristine]
+        twin.rest = [r.detach().double().requires_grad_() if isinstance(r, Tensor) else r for r in self.rest]
+        twin.parameters = [r for r in twin.rest if isinstance(r, Tensor)]
+        twin.grad = self.grad.double()
+        return twin
+
     def restore(self) -> None:
         """Give every buffer its first values again: a contestant may have overwritten them."""
         with torch.no_grad():
@@ -156,7 +170,7 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
     """
     torch._dynamo.reset()  # otherwise the cases share one function's limit of recompilations
     setting = Setting(case, dtype, device)
-    expected = setting.results(bench.op.reference, phase)
+    expected = setting.in_float64().results(bench.op.reference, phase)
     calls: dict[str, Call] = {}
     absent: dict[str, str] = {}
     for contestant in bench.contestants:
@@ -171,7 +185,8 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
                 raise
             absent[contestant.name] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
-        check_result(contestant.name, results, expected, TOLERANCE[dtype])
+        ours = contestant.name.startswith("nasdet")
+        check_result(contestant.name, results, expected, (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype])
         calls[contestant.name] = call
         del results
     del expected

@@ -183,7 +183,7 @@ std::tuple<std::vector<Tensor>, Tensor> mix_backward_op(Tensor grad, std::vector
   const int64_t count = like.numel(), chunks = (count + kChunk - 1) / kChunk, P = xs.size();
   std::vector<Tensor> dxs;
   std::vector<void*> dx_pointers;
-  bool streaming = count * int64_t(like.element_size()) >= kStreamingBytes;
+  bool streaming = P * count * int64_t(like.element_size()) >= kStreamingBytes;
   for (int64_t p = 0; need_xs && p < P; ++p) {
     dxs.push_back(p == 0 ? like : torch::stable::empty_like(like));
     dx_pointers.push_back(dxs.back().mutable_data_ptr());

@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_into(Call& call, const Tensor& grad,
   const Tensor g = in_layout_of(grad, call.maps[0]), means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
   STD_TORCH_CHECK(means.numel() == a.maps * a.batch * a.groups && rstds.numel() == means.numel(), "mean and rstd must have shape (maps, N, num_groups)");
   std::vector<void*> pointers;
-  bool streaming = call.bytes() >= kStreamingBytes;
+  bool streaming = a.maps * call.bytes() >= kStreamingBytes;
   for (size_t p = 0; p < dxs.size(); ++p) {
     pointers.push_back(dxs[p].mutable_data_ptr());
     streaming &= aligned(dxs[p]) && pointers[p] != call.pointers[p];  // a map's own lines are in the cache already

@@ -96,7 +96,8 @@ def run(
 
     began = time.monotonic()
     budget = Budget(search_steps=search_steps, train_steps=train_steps, images=images)
-    arguments = asdict(budget) | {"seed": seed}
+    arguments = asdict(budget) | {"size": list(budget.size), "seed": seed}
+    _check_same(out, arguments)
     with recorded(
         out, "demo", arguments, seed=seed, device=torch.device("cpu"), command=["nasdet", *sys.argv[1:]], resume=True
     ) as info:
@@ -109,6 +110,14 @@ def run(
     _print_table(rows)
     _say(f"\n{(time.monotonic() - began) / 60:.1f} minutes. Look at {page}")
     return 0
+
+
+def _check_same(out: Path, arguments: dict[str, Any]) -> None:
+    """Go on only with a demo of the same arguments: results of different budgets must not mix in one table."""
+    from nasdet._files import read_json
+
+    if (out / "run.json").is_file() and read_json(out / "run.json").get("arguments") != arguments:
+        raise ValueError(f"out must be a new folder, or one of a demo with the same arguments, got {out}")
 
 
 def _compare(out: Path, budget: Budget, seed: int) -> list[dict[str, Any]]:

@@ -1,0 +1,86 @@
+"""The command line as a whole: help of every verb, errors as one line, info."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nasdet.cli import VERBS, main
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert len(text) > 300 and text.startswith(f"usage: nasdet {verb}")
+
+
+def test_without_a_verb_it_says_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and "VERB" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "begin here" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "nowhere"
+    assert main(["train", "--data", str(missing), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("nasdet train: ") and str(missing) in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_as_json_names_every_operator_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    from nasdet._dispatch import OPS
+
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert {name: list(backends) for name, backends in info["ops"].items()} == {
+        name: [backend.name for backend in op.backends] for name, op in OPS.items()
+    }
+    assert all(backends["reference"] == "can run" for backends in info["ops"].values())
+    assert set(info["libraries"]) == {"cpu", "cuda"}
+    assert main(["info"]) == 0
+    assert "norm_act_mix" in capsys.readouterr().out
+
+
+def test_published_net_costs_what_the_paper_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["arch", "info", "fad-paper", "--size", "800x1280", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    subnet = [part for part in info["parts"] if part["name"] in ("towers", "head")]
+    assert sum(part["parameters"] for part in subnet) == 4_169_498
+    locations = sum(-(-800 // s) * -(-1280 // s) for s in (8, 16, 32, 64, 128))
+    assert sum(part["macs"] for part in subnet) == 4_143_360 * locations
+
+
+def test_the_module_runs_like_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "nasdet", "--version"], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0 and result.stdout.startswith("nasdet ")
+
+
+def test_a_demo_of_another_budget_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"verb": "demo", "arguments": {"train_steps": 1}}))
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "same arguments" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_through_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["demo", "--out", str(tmp_path / "demo"), "--search-steps", "2", "--train-steps", "3", "--images", "12"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "searched towers" in first and (tmp_path / "demo" / "report.html").is_file()
+    rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]
+    assert [row["run"] for row in rows] == ["train-searched", "train-plain", "train-random"]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"] == rows

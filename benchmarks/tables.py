@@ -1,4 +1,4 @@
-"""Writes the tables of the newest results into README.md, between its benchmark markers.
+"""Writes the tables of the results: all into docs/benchmarks.md, the short form between README.md's markers.
 
 python benchmarks/tables.py            # rewrite
 python benchmarks/tables.py --check    # exit status 1 when README.md is out of date
@@ -15,6 +15,7 @@ from nasdet._files import read_json, write_atomic
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
+PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 ORDER = ("mix", "norm_act_mix", "search_step")
 TITLES = {
@@ -42,6 +43,38 @@ def render(results: Path) -> str:
     if not sections:
         raise ValueError(f"{results}: results must hold at least one file, got none (run `make bench` first)")
     return "\n\n".join(sections)
+
+
+def headline(results: Path) -> str:
+    """The short form: per race of an op how much faster the library is than its rivals, and how much less memory a
+    training step of it takes; per search step its time and memory. One table per machine."""
+    sections = []
+    for machine in sorted(path for path in results.glob("*") if path.is_dir()):
+        files = {path.stem: read_json(path) for path in sorted(machine.glob("*.json"))}
+        rows = [row for name in ORDER if name in files for row in files[name]["rows"]]
+        lines = [_cells(["", "time", "against eager", "against torch.compile", "memory against eager"])]
+        for name in [name for name in ORDER if name in files]:
+            for key, race in _races(files[name]["rows"]).items():
+                best = race.get("nasdet overwrite_inputs") or race.get("nasdet")
+                if best is not None and "eager" in race:
+                    lines.append(_cells([f"`{name}` {_race_name(key)}", *_against(best, race)]))
+        if len(lines) > 1:
+            env = max(rows, key=lambda row: row["date"])["environment"]
+            place = env["cpu"] + f" ({env['isa']})" if env["device"] == "cpu" else env["device"]
+            sections.append(f"**{place}**, one thread, PyTorch {env['torch']}:\n\n" + _with_rule(lines))
+        sections += [_table(name, files[name]["rows"]) for name in ("search_step",) if name in files]
+    if not sections:
+        raise ValueError(f"{results}: results must hold at least one file, got none (run `make bench` first)")
+    return "\n\n".join(sections)
+
+
+def _against(best: Row, race: dict[str, Row]) -> list[str]:
+    """Ratios of medians, and of the tensors alive at the peak of the phase."""
+    cells = [_seconds(best["median_s"])]
+    for rival in ("eager", "torch.compile"):
+        cells.append(f"{race[rival]['median_s'] / best['median_s']:.1f}x faster" if rival in race else "")
+    ours, theirs = (row["peak_memory"].get(best["phase"], 0) for row in (best, race["eager"]))
+    return [*cells, f"{theirs / ours:.1f}x less" if ours else ""]
 
 
 def _heading(files: dict[str, Any]) -> str:
@@ -170,18 +203,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the README is out of date")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder of the result files")
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = insert(old, render(options.results))
+        new = insert(old, headline(options.results))
+        page = f"# Benchmarks\n\n`make bench` repeats and rewrites these.\n\n{render(options.results)}\n"
     except (OSError, ValueError) as error:
         sys.stderr.write(f"tables: {error}\n")
         return 1
-    if options.check and new != old:
-        sys.stderr.write(f"tables: {options.readme.name} is out of date; run python benchmarks/tables.py\n")
+    old_page = options.page.read_text(encoding="utf-8") if options.page.is_file() else ""
+    if options.check and (new != old or page != old_page):
+        stale = options.readme if new != old else options.page
+        sys.stderr.write(f"tables: {stale.name} is out of date; run python benchmarks/tables.py\n")
         return 1
-    if new != old:
-        write_atomic(options.readme, new)
+    for path, before, text in ((options.readme, old, new), (options.page, old_page, page)):
+        if text != before:
+            write_atomic(path, text)
     return 0
 
 

@@ -5,6 +5,13 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
+// Elements before the first address that a streaming store accepts.
+template <class S> NASDET_INLINE int64_t until_aligned(const S* p, int64_t count) {
+  constexpr int64_t kStep = kWidth<S> * sizeof(S);
+  const int64_t head = (kStep - int64_t(reinterpret_cast<uintptr_t>(p) % kStep)) % kStep / int64_t(sizeof(S));
+  return head < count ? head : count;
+}
+
 template <class S> Moments moments_of(const S* x, int64_t count) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>, kBlock = 64 * W;  // small enough to stay in L1 between its two sweeps
@@ -41,57 +48,78 @@ template <class S> Moments moments_of(const S* x, int64_t count) {
   return all;
 }
 
-enum class Step { first, middle, last, only };
+// Maps that are added to the sum together: they are in the cache at once, and the sum is read and written once for all.
+inline constexpr int kTogether = 3;
 
-// One channel of one map: sum (+)= w relu(scale x + shift); the last map's step writes the output.
-template <class S, Step kStep, bool kStreaming>
-void add_channel(const S* x, arithmetic_t<S>* sum, S* out, int64_t count, arithmetic_t<S> w, const Channel<arithmetic_t<S>>& ch) {
+template <class T> struct Terms {
+  Channel<T> channel[kTogether];
+  T weight[kTogether];
+};
+
+// One channel of kMaps maps: sum (+)= w relu(scale (x - mean) + shift); the last maps' call writes the output.
+template <class S, int kMaps, bool kStreaming>
+void add_channel(const S* const* x, arithmetic_t<S>* sum, S* out, int64_t count, const Terms<arithmetic_t<S>>& terms, bool first, bool last) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  constexpr bool kAdd = kStep == Step::middle || kStep == Step::last, kOut = kStep == Step::last || kStep == Step::only;
-  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), weight = splat<T>(w), zero = {};
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
-    vec<T> value = weight * maximum<T>(scale * (load(x + i) - mean) + shift, zero);
-    if (kAdd) value += load(sum + i);
-    if (kOut) store_to<kStreaming>(out + i, value);
-    else store(sum + i, value);
+  vec<T> mean[kMaps], scale[kMaps], shift[kMaps], weight[kMaps];
+  for (int k = 0; k < kMaps; ++k) {
+    mean[k] = splat<T>(terms.channel[k].mean), scale[k] = splat<T>(terms.channel[k].scale);
+    shift[k] = splat<T>(terms.channel[k].shift), weight[k] = splat<T>(terms.weight[k]);
   }
-  if (i < count) {
-    vec<T> value = weight * maximum<T>(scale * (load_part(x + i, count - i) - mean) + shift, zero);
-    if (kAdd) value += load_part(sum + i, count - i);
-    if (kOut) store_part(out + i, value, count - i);
-    else store_part(sum + i, value, count - i);
+  const auto whole = [&](int64_t i) __attribute__((always_inline)) {
+    vec<T> value = first ? vec<T>{} : load(sum + i);
+    for (int k = 0; k < kMaps; ++k) value += weight[k] * maximum<T>(scale[k] * (load(x[k] + i) - mean[k]) + shift[k], vec<T>{});
+    return value;
+  };
+  const auto part = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    vec<T> value = first ? vec<T>{} : load_part(sum + i, n);
+    for (int k = 0; k < kMaps; ++k) value += weight[k] * maximum<T>(scale[k] * (load_part(x[k] + i, n) - mean[k]) + shift[k], vec<T>{});
+    if (last) store_part(out + i, value, n);
+    else store_part(sum + i, value, n);
+  };
+  int64_t i = 0;
+  if (kStreaming && last) {
+    if (const int64_t head = until_aligned(out, count)) part(0, head), i = head;
+    for (; i + W <= count; i += W) store_streaming(out + i, whole(i));
+  } else if (last) {
+    for (; i + W <= count; i += W) store(out + i, whole(i));
+  } else {
+    for (; i + W <= count; i += W) store(sum + i, whole(i));
+  }
+  if (i < count) part(i, count - i);
+}
+
+template <class S, int kMaps> NASDET_INLINE void add_maps(const NormActMixArgs& a, int64_t first, int64_t image, int64_t group, arithmetic_t<S>* sum) {
+  using T = arithmetic_t<S>;
+  const int64_t width = a.channels / a.groups;
+  const bool last = first + kMaps == a.maps;
+  for (int64_t c = 0; c < width; ++c) {
+    const int64_t channel = group * width + c, start = (image * a.channels + channel) * a.pixels;
+    Terms<T> terms;
+    const S* x[kMaps];
+    for (int k = 0; k < kMaps; ++k) {
+      terms.channel[k] = channel_of<T>(a, first + k, image, channel);
+      terms.weight[k] = static_cast<const T*>(a.weights)[first + k];
+      x[k] = static_cast<const S*>(a.xs[first + k]) + start;
+    }
+    S* out = static_cast<S*>(a.out) + start;
+    if (a.streaming) add_channel<S, kMaps, true>(x, sum + c * a.pixels, out, a.pixels, terms, first == 0, last);
+    else add_channel<S, kMaps, false>(x, sum + c * a.pixels, out, a.pixels, terms, first == 0, last);
   }
 }
 
-template <class S> NASDET_INLINE bool can_stream(const S* p) { return reinterpret_cast<uintptr_t>(p) % (kWidth<S> * sizeof(S)) == 0; }
-
 template <class S> void planes_forward(const NormActMixArgs& a, int64_t unit, void* scratch) {
   using T = arithmetic_t<S>;
-  const int64_t image = unit / a.groups, group = unit % a.groups, width = a.channels / a.groups;
-  const int64_t start = (image * a.channels + group * width) * a.pixels;
+  const int64_t image = unit / a.groups, group = unit % a.groups, slice = a.channels / a.groups * a.pixels;
+  const int64_t start = (image * a.groups + group) * slice;
   T* sum = static_cast<T*>(scratch);
-  for (int64_t p = 0; p < a.maps; ++p) {
-    const S* x = static_cast<const S*>(a.xs[p]) + start;
-    if (a.normalized[p]) save_statistics<T>(a, p, image, group, moments_of(x, width * a.pixels));
-    const T w = static_cast<const T*>(a.weights)[p];
-    for (int64_t c = 0; c < width; ++c) {
-      const Channel<T> ch = channel_of<T>(a, p, image, group * width + c);
-      const S* from = x + c * a.pixels;
-      T* at = sum + c * a.pixels;
-      S* out = static_cast<S*>(a.out) + start + c * a.pixels;
-      if (p + 1 < a.maps) {
-        if (p == 0) add_channel<S, Step::first, false>(from, at, out, a.pixels, w, ch);
-        else add_channel<S, Step::middle, false>(from, at, out, a.pixels, w, ch);
-      } else if (a.streaming && can_stream(out)) {
-        if (p == 0) add_channel<S, Step::only, true>(from, at, out, a.pixels, w, ch);
-        else add_channel<S, Step::last, true>(from, at, out, a.pixels, w, ch);
-      } else {
-        if (p == 0) add_channel<S, Step::only, false>(from, at, out, a.pixels, w, ch);
-        else add_channel<S, Step::last, false>(from, at, out, a.pixels, w, ch);
-      }
-    }
+  for (int64_t first = 0; first < a.maps; first += kTogether) {
+    const int64_t count = a.maps - first < kTogether ? a.maps - first : kTogether;
+    for (int64_t p = first; p < first + count; ++p)
+      if (a.normalized[p]) save_statistics<T>(a, p, image, group, moments_of(static_cast<const S*>(a.xs[p]) + start, slice));
+    if (count == 3) add_maps<S, 3>(a, first, image, group, sum);
+    if (count == 2) add_maps<S, 2>(a, first, image, group, sum);
+    if (count == 1) add_maps<S, 1>(a, first, image, group, sum);
   }
   if (a.streaming) streaming_fence();
 }
@@ -134,17 +162,19 @@ void channel_gradient(const S* x, const S* grad, S* dx, int64_t count, const Cha
   constexpr int W = kWidth<S>;
   const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), direct = splat<T>(k.direct), zero = {};
   const vec<T> slope = splat<T>(k.c2 * ch.rstd), constant = splat<T>(k.c1);
-  int64_t i = 0;
+  const auto part = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    const vec<T> value = load_part(x + i, n) - mean;
+    const vec<T> g = scale * value + shift > zero ? direct * load_part(grad + i, n) : zero;
+    store_part(dx + i, g - (slope * value + constant), n);
+  };
+  int64_t i = kStreaming ? until_aligned(dx, count) : 0;
+  if (i) part(0, i);
   for (; i + W <= count; i += W) {
     const vec<T> value = load(x + i) - mean;
     const vec<T> g = scale * value + shift > zero ? direct * load(grad + i) : zero;
     store_to<kStreaming>(dx + i, g - (slope * value + constant));
   }
-  if (i < count) {
-    const vec<T> value = load_part(x + i, count - i) - mean;
-    const vec<T> g = scale * value + shift > zero ? direct * load_part(grad + i, count - i) : zero;
-    store_part(dx + i, g - (slope * value + constant), count - i);
-  }
+  if (i < count) part(i, count - i);
 }
 
 template <class S> void planes_backward(const NormActMixArgs& a, int64_t unit) {
@@ -164,7 +194,7 @@ template <class S> void planes_backward(const NormActMixArgs& a, int64_t unit) {
       const Channel<T> ch = channel_of<T>(a, p, image, group * width + c);
       const Gradient<T> k{w * ch.scale, c1, c2};
       S* dx = static_cast<S*>(a.dxs[p]) + start + c * a.pixels;
-      if (a.streaming && can_stream(dx)) channel_gradient<S, true>(x + c * a.pixels, grad + c * a.pixels, dx, a.pixels, ch, k);
+      if (a.streaming) channel_gradient<S, true>(x + c * a.pixels, grad + c * a.pixels, dx, a.pixels, ch, k);
       else channel_gradient<S, false>(x + c * a.pixels, grad + c * a.pixels, dx, a.pixels, ch, k);
     }
   }

@@ -90,7 +90,8 @@ def test_tables_show_times_ratios_memory_and_promises(results: Path) -> None:
 def test_writing_twice_changes_nothing_and_keeps_the_rest(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    options = ["--results", str(results), "--readme", str(readme)]
+    page = tmp_path / "docs" / "benchmarks.md"
+    options = ["--results", str(results), "--readme", str(readme), "--page", str(page)]
     assert tables.main([*options, "--check"]) == 1
     assert readme.read_text() == README
     assert tables.main(options) == 0
@@ -99,7 +100,11 @@ def test_writing_twice_changes_nothing_and_keeps_the_rest(results: Path, tmp_pat
     assert tables.main(options) == 0
     assert readme.read_text() == once
     assert tables.main([*options, "--check"]) == 0
+    assert "10.5 ms | 4.0x faster |" in once and "Promises: 1 of 2 met" in page.read_text()
     readme.write_text(once.replace("10.5 ms", "1.5 ms"))
+    assert tables.main([*options, "--check"]) == 1
+    readme.write_text(once)
+    page.write_text("old")
     assert tables.main([*options, "--check"]) == 1
 
 
@@ -129,5 +134,6 @@ def test_bad_input_is_one_error_that_names_the_file(content: str, message: str, 
 
 def test_no_results_is_an_error(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "README.md").write_text(README)
-    assert tables.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 1
+    options = ["--results", str(tmp_path), "--readme", str(tmp_path / "README.md"), "--page", str(tmp_path / "p.md")]
+    assert tables.main(options) == 1
     assert "make bench" in capsys.readouterr().err

@@ -63,7 +63,8 @@ def test_published_net_costs_what_the_paper_says(capsys: pytest.CaptureFixture[s
 
 
 def test_the_module_runs_like_the_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "nasdet", "--version"], capture_output=True, text=True, env=os.environ)
+    command = [sys.executable, "-m", "nasdet", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0 and result.stdout.startswith("nasdet ")
 
 

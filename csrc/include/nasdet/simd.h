@@ -166,11 +166,27 @@ NASDET_INLINE void streaming_fence() {  // makes streaming stores visible before
 
 // The first `count` < kWidth elements; the other lanes are zero and nothing beyond them is touched.
 template <class Stored> NASDET_INLINE vec<arithmetic_t<Stored>> load_part(const Stored* p, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(Stored) == 2) {  // masked lanes are not touched, not even by a fault
+    alignas(32) Stored lanes[16];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+    return load(lanes);
+  } else if constexpr (sizeof(Stored) == 4) {
+    return (vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  }
+#endif
   Stored padded[kWidth<Stored>] = {};
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
 template <class Stored> NASDET_INLINE void store_part(Stored* p, vec<arithmetic_t<Stored>> v, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(Stored) == 2) {
+    return _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)narrow<Stored>(v));
+  } else if constexpr (sizeof(Stored) == 4) {
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  }
+#endif
   Stored padded[kWidth<Stored>];
   store(padded, v);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];

@@ -92,11 +92,19 @@ test-asan: install  ## the operators' tests under the address and undefined-beha
 	  $(pytest) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/site \
 	  LD_PRELOAD="$$preload" $(bin)/python -m pytest $(CURDIR)/tests/ops -m "not slow and not gpu" $(ARGS)
 
-bench: $(ready)  ## the benchmarks: speed and peak memory
-	@$(pytest) $(python) -m pytest $(CURDIR)/benchmarks -m "not gpu" $(ARGS)
+benchmark = $(python) -m pytest $(CURDIR)/benchmarks -q -p no:cacheprovider --benchmark-sort=name \
+  --benchmark-columns=median,iqr,rounds --benchmark-json=$(CURDIR)/.benchmarks/latest.json
+tables = $(python) benchmarks/record.py && $(python) benchmarks/tables.py
 
-bench-gpu: $(ready)  ## the benchmarks that need a CUDA device
-	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/benchmarks -m gpu $(ARGS)
+bench: $(ready)  ## the benchmarks, speed and peak memory; rewrites the results and the tables
+	@mkdir -p .benchmarks
+	@$(pytest) $(benchmark) $(ARGS)
+	@$(tables)
+
+bench-gpu: $(ready)  ## the same on a CUDA device; a missing one is a failure
+	@mkdir -p .benchmarks
+	@$(pytest) NASDET_REQUIRE=cuda,triton $(benchmark) --bench-device cuda $(ARGS)
+	@$(tables)
 
 lint: install  ## ruff and mypy
 	$(bin)/python -m ruff check .

@@ -12,7 +12,39 @@ template <class S> NASDET_INLINE int64_t until_aligned(const S* p, int64_t count
   return head < count ? head : count;
 }
 
+// 16-bit maps in one sweep: deviations from the mean so far, whose square is small beside the maps' own rounding.
+template <class S> Moments moments_of_narrow(const S* x, int64_t count) {
+  constexpr int W = kWidth<S>;
+  constexpr int64_t kBlock = 128 * W;
+  Moments all{0, 0, 0};
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t length = count - i < kBlock ? count - i : kBlock;
+    const float center = i ? float(all.mean) : load_part(x, 1)[0];
+    vec<float> sum[2] = {}, square[2] = {};
+    int64_t j = 0;
+    for (; j + 2 * W <= length; j += 2 * W) {
+      vec<float> d[2];
+      load_pair(x + i + j, d[0], d[1]);
+      for (int u = 0; u < 2; ++u) {
+        d[u] -= splat<float>(center);
+        sum[u] += d[u];
+        square[u] += d[u] * d[u];
+      }
+    }
+    double total = double(horizontal_sum<float>(sum[0] + sum[1])), squares = double(horizontal_sum<float>(square[0] + square[1]));
+    for (; j < length; j += W) {
+      const int64_t n = length - j < W ? length - j : W;
+      const vec<float> tail = load_part(x + i + j, n);
+      for (int64_t l = 0; l < n; ++l) total += double(tail[l] - center), squares += double(tail[l] - center) * double(tail[l] - center);
+    }
+    const double offset = total / double(length), m2 = squares - offset * total;
+    merge(all, {double(length), double(center) + offset, m2 > 0 ? m2 : 0});
+  }
+  return all;
+}
+
 template <class S> Moments moments_of(const S* x, int64_t count) {
+  if constexpr (sizeof(S) == 2) return moments_of_narrow(x, count);
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>, kBlock = 64 * W;  // small enough to stay in L1 between its two sweeps
   Moments all{0, 0, 0};
@@ -135,13 +167,17 @@ void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithm
     const int64_t end = begin + 1024 * W < count ? begin + 1024 * W : count;
     vec<T> part_a[2] = {}, part_b[2] = {};
     int64_t i = begin;
-    for (; i + 2 * W <= end; i += 2 * W)
+    for (; i + 2 * W <= end; i += 2 * W) {
+      vec<T> value[2], g[2];
+      load_pair(x + i, value[0], value[1]);
+      load_pair(grad + i, g[0], g[1]);
       for (int u = 0; u < 2; ++u) {
-        const vec<T> value = load(x + i + u * W) - mean;
-        const vec<T> g = scale * value + shift > zero ? load(grad + i + u * W) : zero;
-        part_a[u] += g;
-        part_b[u] += g * (rstd * value);
+        value[u] -= mean;
+        g[u] = scale * value[u] + shift > zero ? g[u] : zero;
+        part_a[u] += g[u];
+        part_b[u] += g[u] * (rstd * value[u]);
       }
+    }
     for (; i < end; i += W) {
       const int64_t left = end - i < W ? end - i : W;
       const vec<T> value = load_part(x + i, left) - mean;

@@ -101,6 +101,18 @@ template <> NASDET_INLINE vec<float> load<Half>(const Half* p) {
 #endif
 }
 
+// 2 kWidth consecutive elements as two vectors, in whatever order is cheapest: for sums, where order does not matter.
+template <class Stored> NASDET_INLINE void load_pair(const Stored* p, vec<arithmetic_t<Stored>>& a, vec<arithmetic_t<Stored>>& b) {
+  a = load(p);
+  b = load(p + kWidth<Stored>);
+}
+template <> NASDET_INLINE void load_pair<BFloat16>(const BFloat16* p, vec<float>& a, vec<float>& b) {  // even and odd elements
+  vec_u32 both;
+  __builtin_memcpy(&both, p, sizeof both);
+  a = (vec<float>)(both << 16);
+  b = (vec<float>)(both & 0xffff0000u);
+}
+
 // A vector in its stored form.
 template <class Stored> struct Narrow { using type = vec_u16; };
 template <> struct Narrow<float> { using type = vec<float>; };

@@ -131,9 +131,6 @@ namespace nasdet {
 namespace {
 
 constexpr int64_t kChunk = 16384;                 // elements of one task: fixed, so that sums do not depend on threads
-constexpr int64_t kStreamingBytes = 4 << 20;      // outputs beyond this would push useful data out of the caches
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0; }
 
 struct Maps {
   std::vector<Tensor> tensors;

@@ -49,7 +49,6 @@ void norm_act_mix_pixels_backward(const NormActMixArgs& a, int64_t map, int64_t 
 namespace nasdet {
 namespace {
 
-constexpr int64_t kStreamingBytes = 4 << 20;  // results beyond this would push useful data out of the caches
 constexpr int64_t kRowsPerMap = 6;            // most rows of per-channel scratch that a kernel uses
 
 bool channels_last(const Tensor& x) {
@@ -101,8 +100,6 @@ struct Call {
   int64_t bytes() const { return maps[0].numel() * int64_t(maps[0].element_size()); }
   std::unique_ptr<char[]> scratch(int64_t elements) const { return std::unique_ptr<char[]>(new char[elements * arithmetic_size]); }
 };
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0; }
 
 void set(void* array, int64_t index, double value, size_t size) {
   if (size == 8) static_cast<double*>(array)[index] = value;

@@ -41,4 +41,9 @@ inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   return copy;
 }
 
+constexpr int64_t kStreamingBytes = 4 << 20;  // results beyond this would push useful data out of the caches
+
+// Whether every instruction set's streaming stores accept the tensor's start.
+inline bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0; }
+
 }  // namespace nasdet

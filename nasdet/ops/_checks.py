@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,18 +17,22 @@ def checked_maps(xs: Sequence[Tensor]) -> list[Tensor]:
         raise TypeError(f"xs must be a sequence of tensors, got {type(xs).__name__}")
     if len(xs) == 0:
         raise ValueError("xs must hold at least one map, got none")
+    shape, device, dtypes = None, None, set()
     for index, x in enumerate(xs):
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"xs[{index}] must be a float32, float64, float16 or bfloat16 tensor, got {kind}")
-        if x.shape != xs[0].shape:
-            raise ValueError(f"xs[{index}] must have shape {tuple(xs[0].shape)}, got {tuple(x.shape)}")
-        if x.device != xs[0].device:
-            raise ValueError(f"xs[{index}] must be on {xs[0].device}, got {x.device}")
-    dtype = xs[0].dtype
-    for x in xs:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype) for x in xs]
+        if shape is None:
+            shape, device = x.shape, x.device
+        if x.shape != shape:
+            raise ValueError(f"xs[{index}] must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"xs[{index}] must be on {device}, got {x.device}")
+        dtypes.add(x.dtype)
+    if len(dtypes) == 1:
+        return list(xs)
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [x.to(widest) for x in xs]
 
 
 def checked_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -39,4 +44,5 @@ def checked_parameter(name: str, value: Tensor, shape: tuple[int, ...], like: Te
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
-    return value.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return value if value.dtype == wanted else value.to(wanted)

@@ -23,14 +23,14 @@ NASDET_DECLARE_KERNEL(void, mix_backward, const MixArgs&, int64_t begin, int64_t
 namespace nasdet::NASDET_ISA {
 namespace {
 
-// All maps are read side by side, four cache lines of each in turn: on one core that many streams draw about twice the
-// bandwidth of one map after another, and up to a tenth more than with one line in turn. What the loops need
-// of the arguments is copied first: reading it behind the stores of each turn costs 7 %.
+// All maps are read side by side, a cache line or few of each in turn: on one core that many streams draw about twice the
+// bandwidth of one map after another. What the loops need of the arguments is copied first: reading it behind the
+// stores of each turn costs 7 %.
 
 template <class S, bool kStreaming>
 void forward(const MixArgs& a, int64_t begin, int64_t end) {
   using T = arithmetic_t<S>;
-  constexpr int W = kWidth<S>, kVectorsOf4Lines = 256 / (W * int(sizeof(S))), kUnroll = kVectorsOf4Lines < 8 ? kVectorsOf4Lines : 8;
+  constexpr int W = kWidth<S>, kUnroll = sizeof(S) == 2 ? 8 : 64 / (W * int(sizeof(S)));
   const T* w = static_cast<const T*>(a.weights);
   S* out = static_cast<S*>(a.out);
   const void* const* xs = a.xs;
@@ -38,8 +38,8 @@ void forward(const MixArgs& a, int64_t begin, int64_t end) {
   int64_t i = begin;
   for (; i + kUnroll * W <= end; i += kUnroll * W) {
     vec<T> sum[kUnroll] = {};
+#pragma GCC unroll 4
     for (int64_t p = 0; p < maps; ++p) {
-      if (w[p] == 0) continue;
       const S* x = static_cast<const S*>(xs[p]) + i;
       const vec<T> wp = splat<T>(w[p]);
       for (int u = 0; u < kUnroll; ++u) sum[u] += wp * load(x + u * W);
@@ -49,8 +49,7 @@ void forward(const MixArgs& a, int64_t begin, int64_t end) {
   for (; i < end; i += W) {
     const int64_t count = end - i < W ? end - i : W;
     vec<T> sum = {};
-    for (int64_t p = 0; p < maps; ++p)
-      if (w[p] != 0) sum += splat<T>(w[p]) * load_part(static_cast<const S*>(xs[p]) + i, count);
+    for (int64_t p = 0; p < maps; ++p) sum += splat<T>(w[p]) * load_part(static_cast<const S*>(xs[p]) + i, count);
     store_part(out + i, sum, count);
   }
   if (kStreaming) streaming_fence();
@@ -158,13 +157,31 @@ void check(const std::vector<Tensor>& xs, const Tensor& weights) {
   STD_TORCH_CHECK(weights.is_cpu() && weights.dim() == 1 && weights.size(0) == int64_t(xs.size()), "weights must have shape (", xs.size(), ",) on the CPU");
 }
 
+// The maps whose weight is not zero, and those weights.
+struct Terms {
+  std::vector<const void*> pointers;
+  std::vector<char> weights;
+
+  Terms(const Maps& maps, const Tensor& w) {
+    const char* all = static_cast<const char*>(w.const_data_ptr());
+    const size_t size = w.element_size();
+    for (size_t p = 0; p < maps.pointers.size(); ++p) {
+      const char* weight = all + p * size;
+      if (size == 8 ? *reinterpret_cast<const double*>(weight) == 0 : *reinterpret_cast<const float*>(weight) == 0) continue;
+      pointers.push_back(maps.pointers[p]);
+      weights.insert(weights.end(), weight, weight + size);
+    }
+  }
+};
+
 Tensor mix(std::vector<Tensor> xs, Tensor weights) {
   check(xs, weights);
   const Tensor w = torch::stable::contiguous(weights);
   Tensor out = torch::stable::empty_like(xs[0]);
   const Maps maps = maps_in_layout_of(xs, out);
   const int64_t count = out.numel();
-  MixArgs args{maps.pointers.data(), w.const_data_ptr(), nullptr, nullptr, out.mutable_data_ptr(), int64_t(xs.size()), storage_code(out, "xs"),
+  const Terms terms(maps, w);
+  MixArgs args{terms.pointers.data(), terms.weights.data(), nullptr, nullptr, out.mutable_data_ptr(), int64_t(terms.pointers.size()), storage_code(out, "xs"),
                count * int64_t(out.element_size()) >= kStreamingBytes && aligned(out)};
   const auto kernel = NASDET_KERNEL(mix_forward);
   torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {

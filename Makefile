@@ -11,6 +11,8 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 BASE_PYTHON ?= python3
 ARGS ?=
+RIVALS ?= .venv-rivals
+rivals_bin := $(abspath $(RIVALS))/bin
 
 bin := $(abspath $(VENV))/bin
 pip := $(bin)/python -m pip
@@ -32,7 +34,8 @@ endif
 pytest := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
   NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
 
-.PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan bench bench-gpu lint clean existing
+.PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan rivals bench bench-gpu bench-rivals lint \
+  clean existing
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +59,19 @@ $(VENV)/.installed: dist/.built
 	wheel=$$(ls dist/nasdet-*.whl | grep -v py3-none); \
 	  $(pip) install --quiet --force-reinstall --no-deps "$$wheel"; \
 	  $(pip) install --quiet --constraint constraints.txt "$$wheel[detect,fast,triton,test]"
+	touch $@
+
+# torchvision's wheels load only beside a CUDA build of PyTorch: several GB, which work without a GPU.
+$(RIVALS)/.torch: constraints-rivals.txt
+	$(BASE_PYTHON) -m venv $(RIVALS)
+	$(rivals_bin)/python -m pip install --quiet --constraint constraints-rivals.txt \
+	  torch torchvision numpy pytest pytest-benchmark
+	touch $@
+
+# The very wheel file that VENV has, beside another PyTorch.
+$(RIVALS)/.installed: dist/.built $(RIVALS)/.torch
+	wheel=$$(ls dist/nasdet-*.whl | grep -v py3-none); \
+	  $(rivals_bin)/python -m pip install --quiet --no-index --force-reinstall --no-deps "$$wheel"
 	touch $@
 
 install: $(VENV)/.installed  ## build the wheel and install it with all extras into VENV (.venv)
@@ -83,6 +99,10 @@ test-slow: $(ready)  ## the tests that take minutes
 test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure
 	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/tests -m gpu $(ARGS)
 
+rivals: $(RIVALS)/.installed  ## the tests against torchvision, on the same wheel, in RIVALS (.venv-rivals, several GB)
+	@$(pytest) NASDET_REQUIRE=cpp,torchvision $(rivals_bin)/python -m pytest -p no:cacheprovider \
+	  $(CURDIR)/tests/rivals $(CURDIR)/tests/compat $(ARGS)
+
 # The sanitizers' runtimes must come first in the process; libstdc++ with them, or exceptions are not understood.
 test-asan: install  ## the operators' tests under the address and undefined-behaviour sanitizers
 	rm -rf build/asan/site
@@ -106,9 +126,15 @@ bench-gpu: $(ready)  ## the same on a CUDA device; a missing one is a failure
 	@$(pytest) NASDET_REQUIRE=cuda,triton $(benchmark) --bench-device cuda $(ARGS)
 	@$(tables)
 
+bench-rivals: python = $(rivals_bin)/python
+bench-rivals: $(RIVALS)/.installed  ## the benchmarks with torchvision among the contestants, in RIVALS
+	@mkdir -p .benchmarks
+	@$(pytest) NASDET_REQUIRE=cpp,torchvision $(benchmark) $(ARGS)
+	@$(tables)
+
 lint: install  ## ruff and mypy
 	$(bin)/python -m ruff check .
 	$(bin)/python -m mypy
 
 clean:  ## remove everything that was built, and VENV
-	rm -rf build dist $(VENV) nasdet.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist $(VENV) $(RIVALS) nasdet.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

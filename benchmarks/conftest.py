@@ -80,7 +80,7 @@ def op_row(
     """``op_row(bench, case, dtype, phase, contestant)``: run the race if need be, and enter the contestant's row."""
 
     def enter(bench: OpBench, case: Any, dtype: str, phase: str, contestant: str) -> None:
-        key = (bench.op.name, case.id, dtype, phase)
+        key = (bench.name, case.id, dtype, phase)
         rounds = int(request.config.getoption("--bench-rounds"))
         outcome = race_once(
             races,
@@ -91,10 +91,11 @@ def op_row(
             benchmark.skipped = True
             pytest.skip(outcome.absent[contestant])
         info = row_info(bench, outcome, contestant, dtype, phase, bench_device)
-        peaks = bench_machine["peaks"]
-        info["copy_share"] = info["bytes_per_s"] / peaks["copy_bytes_per_s"]
-        info["fma_share"] = info["flops_per_s"] / peaks["fma_flops_per_s"]
-        info |= {"bench": bench.op.name, "case": case.id, "environment": bench_machine}
+        if "bytes_per_s" in info:
+            peaks = bench_machine["peaks"]
+            info["copy_share"] = info["bytes_per_s"] / peaks["copy_bytes_per_s"]
+            info["fma_share"] = info["flops_per_s"] / peaks["fma_flops_per_s"]
+        info |= {"bench": bench.name, "case": case.id, "environment": bench_machine}
         replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
 
     return enter

@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "torchvision": _version("torchvision"),
+        "triton": _version("triton"),
         "nasdet": nasdet.__version__,
         "build": build_info(),
         "commit": commit(),
@@ -83,11 +85,10 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
-def _triton_version() -> str | None:
-    from importlib import metadata
-
+def _version(package: str) -> str | None:
+    """The version of an installed package, or None."""
     with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("triton")
+        return metadata.version(package)
     return None
 
 
@@ -103,6 +104,30 @@ def pinned(threads: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+_ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def processors() -> set[int]:
+    """The processors that this process could use when it began."""
+    return _ALL
+
+
+@contextlib.contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """So many threads on all processors, whatever holds outside; also a decorator. Threads begun in it keep to them."""
+    before = torch.get_num_threads()
+    held = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    try:
+        if held:
+            os.sched_setaffinity(0, processors())
+        torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if held:
+            os.sched_setaffinity(0, held)
 
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h

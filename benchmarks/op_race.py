@@ -1,31 +1,29 @@
-"""Races of one op's contestants on its large cases: inputs, correctness gate, times, peak memory, floor of the work."""
+"""Races of one op's contestants on its cases: correctness gate, times, peak memory, least work, promises."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from interleave import Race, check_result, make_clock, run_race
-from machine import pinned
+from interleave import Clock, Race, check_result, make_clock, run_race
+from machine import on_threads, pinned, processors
+from op_setting import DTYPES, FORWARD, PHASES, TRAINING, Call, Setting
 from torch import Tensor
 
 from nasdet import _dispatch
-from nasdet._cases import Case, Inputs
+from nasdet._cases import Case
 from nasdet.measure.memory import peak_memory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASES = ("forward", "forward+backward")
+__all__ = ["DTYPES", "FORWARD", "PHASES", "TRAINING", "Call", "Contestant", "OpBench", "Setting", "Target", "compiled"]
+
 # Relative L2 distance to the float64 reference. Rivals get more room: eager in bfloat16 rounds every intermediate map,
 # and PyTorch's channels_last group norm puts some activations on the other side of ReLU's kink.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 RIVAL_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}
-FORWARD, TRAINING = PHASES
-
-Call = Callable[..., Tensor]
+SHORTEST = 2e-3  # seconds that one timing takes at least, where calls may be repeated
 
 
 @dataclass(frozen=True)
@@ -36,126 +34,85 @@ class Contestant:
     make: Callable[[], Call]
     phases: Sequence[str] = PHASES
     devices: Sequence[str] = ("cpu", "cuda")
-    may_fail: bool = False  # a rival whose compiler may not be there; a failure of anyone else is an error
+    may_fail: bool = False  # a rival whose compiler or library may not be there; a failure of anyone else is an error
+    cases: Sequence[str] = ()  # runs in these only; in all when empty
+    threads: int = 0  # runs on so many, whatever the others do (CPU); 0: as the others
+
+    def enters(self, case: Case) -> bool:
+        """Whether it races in this case at all."""
+        return not self.cases or case.id in self.cases
+
+    def why_not(self, case: Case, phase: str, device: str, threads: int) -> str | None:
+        """Why it does not take part, or None."""
+        if phase not in self.phases or device not in self.devices:
+            return f"not for {phase} on {device}"
+        if not self.enters(case):
+            return f"not for {case.id}"
+        if self.threads and (device != "cpu" or threads >= self.threads):
+            return f"only beside contestants on fewer than {self.threads} threads"
+        if self.threads > len(processors()):
+            return f"fewer than {self.threads} processors"
+        return None
+
+    def place(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` on the contestant's own threads, if it has any."""
+        return on_threads(self.threads)(call) if self.threads else call
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the project promises: ``contestant`` ``factor`` times better than ``over`` (CPU, float32)."""
+    """What the project promises (float32): ``contestant`` ``factor`` times better than ``over``; without a rival, at
+    most ``at_most`` seconds or bytes.
+    """
 
     contestant: str
     phase: str
-    over: str
-    factor: float
+    over: str = ""
+    factor: float = 0.0
     quantity: str = "time"  # or "peak_memory"
+    at_most: float = 0.0
+    cases: Sequence[str] = ()  # in these only; in all when empty
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class OpBench:
     """An op's benchmark: contestants, promises, and the least work that a call takes.
 
-    ``flops_per_value[phase]``: operations per element of one input map, nominal: multiply, add, compare, each 1.
+    ``flops_per_value[phase]``: operations per element of one input map, nominal: multiply, add, compare, each 1; for
+    ops that map P maps to one. Others give ``work(setting, phase) -> (bytes, operations)``, or neither.
     """
 
     op: _dispatch.Op
     contestants: Sequence[Contestant]
     targets: Sequence[Target]
-    flops_per_value: Mapping[str, float]
+    flops_per_value: Mapping[str, float] | None = None
+    work: Callable[[Setting, str], tuple[int, float]] | None = None
+    cases: Sequence[Case] = ()  # the op's own large ones when empty
+    file: str = ""  # the result file, that several ops may share; the op's name when empty
+    reference: Call | None = None  # the op's own when None
+    exact: bool = False  # the reference decides in the inputs' own dtype, and results must be equal
+    comparable: Callable[[list[Tensor]], list[Tensor]] = list  # of results whose order rounding may change
+    repeatable: bool = False  # no contestant overwrites its inputs: calls too short for the clock are repeated
+
+    @property
+    def name(self) -> str:
+        return self.file or self.op.name
 
     def large_cases(self) -> list[Case]:
-        return [case for case in self.op.cases if case.large]
+        return [case for case in self.cases or self.op.cases if case.large]
 
 
 @dataclass
 class Outcome:
     """A finished race: times, peak bytes over the inputs by contestant and phase, the work, and who could not run."""
 
+    case: str
     race: Race
     memory: dict[str, dict[str, int]]
-    bytes_moved: int
-    flops: float
+    bytes_moved: int | None
+    flops: float | None
     absent: dict[str, str] = field(default_factory=dict)
-
-
-class _Source(torch.autograd.Function):
-    """A map as the layer before would hand it over: fresh, part of the graph, its gradient used up by its producer.
-
-    It returns a standing buffer and drops the gradient, so that what is measured is the op's own cost, not a
-    convolution's, and no gradient outlives its use as those of leaves do.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, buffer: Tensor, sink: list[Tensor | None] | None, index: int) -> Tensor:
-        ctx.sink, ctx.index = sink, index
-        return buffer
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[None, None, None, None]:
-        if ctx.sink is not None:
-            ctx.sink[ctx.index] = grads[0].clone()
-        return None, None, None, None
-
-
-class Setting:
-    """The inputs of one case, and calls of a contestant on them."""
-
-    def __init__(self, case: Case, dtype: str, device: str) -> None:
-        arguments, self.options = case.make(Inputs(DTYPES[dtype], device))
-        xs, *rest = arguments
-        self.pristine: list[Tensor] = list(xs)
-        self.buffers = [x.clone() for x in self.pristine]
-        self.rest = [r.clone().requires_grad_() if isinstance(r, Tensor) else r for r in rest]
-        self.parameters = [r for r in self.rest if isinstance(r, Tensor)]
-        self.anchor = torch.ones((), device=device, requires_grad=True)
-        self.grad = torch.randn_like(self.pristine[0])
-        self.values = self.pristine[0].numel()
-        self.map_bytes = self.pristine[0].nbytes
-
-    def in_float64(self) -> Setting:
-        """The same inputs, exactly, for the reference."""
-        twin = copy.copy(self)
-        twin.pristine = [x.double() for x in self.pristine]
-        twin.buffers = [x.clone() for x in twin.pristine]
-        twin.rest = [r.detach().double().requires_grad_() if isinstance(r, Tensor) else r for r in self.rest]
-        twin.parameters = [r for r in twin.rest if isinstance(r, Tensor)]
-        twin.grad = self.grad.double()
-        return twin
-
-    def restore(self) -> None:
-        """Give every buffer its first values again: a contestant may have overwritten them."""
-        with torch.no_grad():
-            for buffer, value in zip(self.buffers, self.pristine, strict=True):
-                buffer.copy_(value)
-
-    def forward(self, call: Call) -> Tensor:
-        """Inference: no graph."""
-        with torch.no_grad():
-            return call(self.buffers, *self.rest, **self.options)
-
-    def graph(self, call: Call, sink: list[Tensor | None] | None = None) -> Tensor:
-        """The forward pass of training, its graph kept."""
-        xs = [_Source.apply(self.anchor, buffer, sink, index) for index, buffer in enumerate(self.buffers)]
-        return call(xs, *self.rest, **self.options)
-
-    def train(self, call: Call, sink: list[Tensor | None] | None = None) -> Tensor:
-        """Forward and backward; the parameters' gradients are left in ``.grad``."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        y = self.graph(call, sink)
-        y.backward(self.grad)
-        return y.detach()
-
-    def results(self, call: Call, phase: str) -> list[Tensor]:
-        """All that a call computes, to compare: the output, and in training every gradient."""
-        self.restore()
-        if phase == FORWARD:
-            return [self.forward(call)]
-        sink: list[Tensor | None] = [None] * len(self.buffers)
-        y = self.train(call, sink)
-        grads = [*sink, *(parameter.grad for parameter in self.parameters)]
-        missing = [index for index, grad in enumerate(grads) if grad is None]
-        assert not missing, f"no gradient for arguments {missing}"
-        return [y, *(grad.clone() for grad in grads if grad is not None)]
 
 
 def compiled(reference: Call, mode: str | None = None) -> Call:
@@ -166,73 +123,119 @@ def compiled(reference: Call, mode: str | None = None) -> Call:
 def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, threads: int, rounds: int) -> Outcome:
     """Check every contestant against the reference, then time them interleaved, then probe their memory.
 
-    Before each call the inputs are written anew, so that everyone finds them in the same state of the caches.
+    Before each timing the inputs are written anew, so that everyone finds them in the same state of the caches. Where
+    calls may be repeated a timing of short ones is a mean, and finds the caches as the call before it left them.
     """
     torch._dynamo.reset()  # otherwise the cases share one function's limit of recompilations
-    setting = Setting(case, dtype, device)
-    expected = setting.in_float64().results(bench.op.reference, phase)
+    setting = Setting(case, dtype, device, bench.op.differentiable)
+    calls, absent = _admitted(bench, setting, case, dtype, phase, device, threads)
+    step = setting.forward if phase == FORWARD else setting.train
+    places = {c.name: c.place for c in bench.contestants}
+    timed = {name: places[name](functools.partial(step, call)) for name, call in calls.items()}
+    clock = make_clock(device)
+    with pinned(threads):
+        repeats = {name: _repeats(clock, call) if bench.repeatable else 1 for name, call in timed.items()}
+        timed = {name: functools.partial(_repeat, call, repeats[name]) for name, call in timed.items()}
+        race = run_race(timed, rounds=rounds, clock=clock, prepare=setting.restore)
+        memory = {name: places[name](_memory)(setting, call, phase, device) for name, call in calls.items()}
+    seconds = {name: [time / repeats[name] for time in times] for name, times in race.seconds.items()}
+    moved, flops = _work(bench, setting, phase)
+    return Outcome(case.id, Race(seconds), memory, moved, flops, absent)
+
+
+def _admitted(
+    bench: OpBench, setting: Setting, case: Case, dtype: str, phase: str, device: str, threads: int
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """The contestants whose results are the reference's, and why others are absent. Raises WrongResult."""
+    reference = bench.reference or bench.op.reference
+    exact = bench.exact
+    expected = bench.comparable((setting if exact else setting.in_float64()).results(reference, phase))
     calls: dict[str, Call] = {}
     absent: dict[str, str] = {}
     for contestant in bench.contestants:
-        if phase not in contestant.phases or device not in contestant.devices:
-            absent[contestant.name] = f"not for {phase} on {device}"
+        if reason := contestant.why_not(case, phase, device, threads):
+            absent[contestant.name] = reason
             continue
         try:
             call = contestant.make()
-            results = setting.results(call, phase)
+            results = bench.comparable(contestant.place(setting.results)(call, phase))
         except Exception as error:
             if not contestant.may_fail:
                 raise
             absent[contestant.name] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
         ours = contestant.name.startswith("nasdet")
-        check_result(contestant.name, results, expected, (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype])
+        tolerance = 0.0 if exact else (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype]
+        check_result(contestant.name, results, expected, tolerance)
         calls[contestant.name] = call
-        del results
-    del expected
-    step = setting.forward if phase == FORWARD else setting.train
-    timed = {name: functools.partial(step, call) for name, call in calls.items()}
-    with pinned(threads):
-        race = run_race(timed, rounds=rounds, clock=make_clock(device), prepare=setting.restore)
-        memory = {name: _memory(setting, call, phase, device) for name, call in calls.items()}
-    maps = len(setting.buffers)
-    moved = (maps + 1) + (0 if phase == FORWARD else 2 * maps + 1)
-    flops = bench.flops_per_value[phase] * maps * setting.values
-    return Outcome(race, memory, moved * setting.map_bytes, flops, absent)
+    return calls, absent
+
+
+def _repeats(clock: Clock, call: Callable[[], Any]) -> int:
+    """How often a call is to be repeated to take ``SHORTEST`` seconds."""
+    shortest = min(clock(call) for _ in range(3))
+    return max(1, min(1000, round(SHORTEST / max(shortest, 1e-9))))
+
+
+def _repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def _work(bench: OpBench, setting: Setting, phase: str) -> tuple[int, float] | tuple[None, None]:
+    """The least bytes and operations of a call."""
+    if bench.work is not None:
+        return bench.work(setting, phase)
+    if bench.flops_per_value is None:
+        return None, None
+    maps = setting.maps
+    moved = (len(maps) + 1) + (0 if phase == FORWARD else 2 * len(maps) + 1)
+    return moved * maps[0].nbytes, bench.flops_per_value[phase] * len(maps) * maps[0].numel()
 
 
 def row_info(bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str, device: str) -> dict[str, Any]:
     """What a row says beside its times: work, memory, ratios to every rival, promises kept or not."""
     seconds = outcome.race.median(name)
     rivals = [rival for rival in outcome.race.seconds if rival != name]
-    return {
-        "contestant": name,
-        "dtype": dtype,
-        "phase": phase,
-        "median_s": seconds,
-        "iqr_s": outcome.race.iqr(name),
-        "bytes_floor": outcome.bytes_moved,
-        "flops": outcome.flops,
-        "bytes_per_s": outcome.bytes_moved / seconds,
-        "flops_per_s": outcome.flops / seconds,
+    info: dict[str, Any] = {"contestant": name, "dtype": dtype, "phase": phase}
+    info |= {"median_s": seconds, "iqr_s": outcome.race.iqr(name)}
+    if outcome.bytes_moved is not None and outcome.flops is not None:
+        info |= {"bytes_floor": outcome.bytes_moved, "flops": outcome.flops}
+        info |= {"bytes_per_s": outcome.bytes_moved / seconds, "flops_per_s": outcome.flops / seconds}
+    return info | {
         "peak_memory": outcome.memory[name],
         "speedup_over": {rival: outcome.race.speedup(name, rival) for rival in rivals},
-        "targets": [] if device == "cuda" or dtype != "fp32" else _targets(bench, outcome, name, phase),
+        "targets": [] if dtype != "fp32" else _targets(bench, outcome, name, phase, device),
     }
 
 
-def _targets(bench: OpBench, outcome: Outcome, name: str, phase: str) -> list[dict[str, Any]]:
+def _targets(bench: OpBench, outcome: Outcome, name: str, phase: str, device: str) -> list[dict[str, Any]]:
     rows = []
     for target in bench.targets:
-        if target.contestant != name or target.phase != phase or target.over not in outcome.race.seconds:
+        if (target.contestant, target.phase, target.device) != (name, phase, device):
             continue
-        if target.quantity == "time":
-            ratio = outcome.race.speedup(name, target.over)
-        else:
-            ratio = outcome.memory[target.over][phase] / max(outcome.memory[name][phase], 1)
-        row = {"quantity": target.quantity, "over": target.over, "at_least": target.factor}
-        rows.append(row | {"ratio": ratio, "met": ratio >= target.factor})
+        if target.cases and outcome.case not in target.cases:
+            continue
+        if not target.over:
+            own = outcome.race.median(name) if target.quantity == "time" else _most(outcome.memory[name], phase)
+            row = {"quantity": target.quantity, "at_most": target.at_most, "value": own}
+            rows.append(row | {"met": own <= target.at_most})
+        elif target.over in outcome.race.seconds:
+            row = {"quantity": target.quantity, "over": target.over, "at_least": target.factor}
+            ratio = _ratio(outcome, name, target, phase)
+            rows.append(row | {"ratio": ratio, "met": ratio >= target.factor})
     return rows
+
+
+def _ratio(outcome: Outcome, name: str, target: Target, phase: str) -> float:
+    if target.quantity == "time":
+        return outcome.race.speedup(name, target.over)
+    return outcome.memory[target.over][phase] / max(outcome.memory[name][phase], 1)
+
+
+def _most(memory: Mapping[str, int], phase: str) -> int:
+    """The peak with what an op takes from malloc beside its tensors, where that is known."""
+    return max(memory[phase], memory.get(f"{phase}, resident", 0))
 
 
 def _memory(setting: Setting, call: Call, phase: str, device: str) -> dict[str, int]:

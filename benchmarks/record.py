@@ -2,8 +2,9 @@
 
     python benchmarks/record.py [.benchmarks/latest.json] [--results FOLDER]
 
-One file per benchmark and machine; rows of a case that was measured again replace the older ones, others stay. No host
-name and no path is written.
+One file per benchmark and machine; rows of a case that was measured again replace the older ones, others stay. What was
+measured with torchvision in the environment stands beside what was measured without. No host name and no path is
+written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nasdet._files import read_json, write_json
 
 FOLDER = Path(__file__).resolve().parent
 LATEST = FOLDER.parent / ".benchmarks" / "latest.json"
-KEY = ("case", "dtype", "phase", "contestant")
+RACE = ("case", "dtype", "phase")
 _LEFT_OUT = ("bench", "environment")
 _SAFE = re.compile(r"[a-z0-9_-]+")
 
@@ -53,9 +54,18 @@ def record(source: Path, results: Path) -> list[Path]:
 
 def merge(old: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Old rows, but for those of a race (case, dtype, phase) that was run again: its contestants belong together."""
-    again = {tuple(row[key] for key in KEY[:-1]) for row in fresh}
-    kept = [row for row in old if tuple(row[key] for key in KEY[:-1]) not in again]
-    return sorted([*kept, *fresh], key=lambda row: tuple(row[key] for key in KEY[:-1]))
+    again = {_race(row) for row in fresh}
+    return sorted([*(row for row in old if _race(row) not in again), *fresh], key=_race)
+
+
+def _race(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What was raced, and in which of the two environments: the one that holds the rival libraries, or the other."""
+    return *(_natural(row[key]) for key in RACE), bool(row["environment"].get("torchvision"))
+
+
+def _natural(text: str) -> tuple[Any, ...]:
+    """Sorts numbers within names by value: ``nms-5000`` before ``nms-20000``."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text))
 
 
 def _compact(value: Any) -> Any:

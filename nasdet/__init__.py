@@ -12,7 +12,7 @@ from typing import Any
 
 from nasdet._version import __version__
 
-_SUBMODULES = ("arch", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
+_SUBMODULES = ("arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
 
 __all__ = ["__version__", "use_backend", *_SUBMODULES]
 

@@ -6,6 +6,7 @@ test that would skip for want of it fails.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import random
@@ -30,6 +31,14 @@ def _cpp() -> str | None:
     return _library.why_not("cpu")
 
 
+def _torchvision() -> str | None:
+    try:
+        importlib.import_module("torchvision.ops")
+    except (ImportError, RuntimeError, OSError) as error:  # the latter two: built for another PyTorch
+        return f"it cannot be imported: {error}"
+    return None
+
+
 def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not on PATH"
 
@@ -39,6 +48,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "cpp": _cpp,
     "cuda": lambda: None if torch.cuda.is_available() else "no CUDA device",
     "triton": lambda: None if importlib.util.find_spec("triton") else "triton is not installed",
+    "torchvision": _torchvision,
     "nvcc": _program("nvcc"),
     "g++": _program("g++"),
     "tiny_coco": lambda: (

@@ -12,6 +12,7 @@ record = pytest.importorskip("record", reason="no benchmarks beside these tests"
 tables = pytest.importorskip("tables", reason="no benchmarks beside these tests")
 
 README = f"# Title\n\nBefore.\n\n{tables.BEGIN}\n{tables.END}\n\nAfter.\n"
+RIVALS = {"torch": "2.15.0", "torchvision": "0.29.2"}
 ENVIRONMENT = {
     "machine": "some-cpu-avx2",
     "cpu": "Some CPU",
@@ -43,6 +44,21 @@ def row(contestant: str, seconds: float, case: str = "fpn-p3", **more: Any) -> d
 
 def target(ratio: float, met: bool) -> dict[str, Any]:
     return {"quantity": "time", "over": "eager", "at_least": 3.0, "ratio": ratio, "met": met}
+
+
+def detection_row(contestant: str, seconds: float, case: str = "nms-5000", **more: Any) -> dict[str, Any]:
+    """A row of a run with torchvision, which has no share of the copy peak."""
+    new = row(contestant, seconds, case, bench="nms", environment=ENVIRONMENT | RIVALS, **more)
+    return {key: value for key, value in new.items() if key != "copy_share"}
+
+
+def written(folder: Path, results: Path) -> tuple[list[str], Path, Path, Path]:
+    """The options of the command, and the files that it writes."""
+    readme, page, guide = folder / "README.md", folder / "docs" / "benchmarks.md", folder / "guide.md"
+    readme.write_text(README)
+    guide.write_text(README)
+    options = ["--results", str(results), "--readme", str(readme), "--page", str(page), "--guide", str(guide)]
+    return options, readme, page, guide
 
 
 def document(path: Path, *rows: dict[str, Any]) -> Path:
@@ -88,10 +104,7 @@ def test_tables_show_times_ratios_memory_and_promises(results: Path) -> None:
 
 
 def test_writing_twice_changes_nothing_and_keeps_the_rest(results: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    page = tmp_path / "docs" / "benchmarks.md"
-    options = ["--results", str(results), "--readme", str(readme), "--page", str(page)]
+    options, readme, page, guide = written(tmp_path, results)
     assert tables.main([*options, "--check"]) == 1
     assert readme.read_text() == README
     assert tables.main(options) == 0
@@ -106,12 +119,87 @@ def test_writing_twice_changes_nothing_and_keeps_the_rest(results: Path, tmp_pat
     readme.write_text(once)
     page.write_text("old")
     assert tables.main([*options, "--check"]) == 1
+    assert tables.main(options) == 0
+    assert "No results with torchvision yet." in guide.read_text()
+    rows = detection_row("nasdet", 0.002, speedup_over={"torchvision": 10.0}), detection_row("torchvision", 0.02)
+    record.record(document(tmp_path / "more.json", *rows), results)
+    assert tables.main([*options, "--check"]) == 1
+    assert tables.main(options) == 0
+    assert guide.read_text().endswith(f"{tables.END}\n\nAfter.\n") and "**10.0x** faster" in guide.read_text()
+
+
+def test_rows_with_and_without_torchvision_stand_side_by_side(results: Path, tmp_path: Path) -> None:
+    def entered() -> list[tuple[Any, ...]]:
+        rows = json.loads((results / "some-cpu-avx2" / "nms.json").read_text())["rows"]
+        return [(r["case"], r["contestant"], r["median_s"], r["environment"]["torch"]) for r in rows]
+
+    plain = row("nasdet", 0.5, "nms-5000", bench="nms")
+    rivals = detection_row("nasdet", 0.4), detection_row("torchvision", 4.0)
+    record.record(document(tmp_path / "a.json", plain, row("nasdet", 0.9, "nms-20000", bench="nms")), results)
+    record.record(document(tmp_path / "b.json", *rivals), results)
+    both = [
+        ("nms-5000", "nasdet", 0.5, "2.13.0"),
+        ("nms-5000", "nasdet", 0.4, "2.15.0"),
+        ("nms-5000", "torchvision", 4.0, "2.15.0"),
+        ("nms-20000", "nasdet", 0.9, "2.13.0"),  # by number, not by letter
+    ]
+    assert entered() == both
+    newer = detection_row("nasdet", 0.3) | {"environment": ENVIRONMENT | RIVALS | {"torch": "2.16.0"}}
+    record.record(document(tmp_path / "c.json", newer), results)
+    assert entered() == [both[0], ("nms-5000", "nasdet", 0.3, "2.16.0"), both[3]]
+
+
+def test_each_environment_has_a_heading_and_tables_of_its_own(results: Path, tmp_path: Path) -> None:
+    rows = [
+        detection_row("nasdet", 0.002, speedup_over={"torchvision": 10.5}, peak_memory={"forward": 3500}),
+        detection_row("torchvision", 0.021),
+        row("nasdet", 0.0018, "nms-5000", bench="nms"),
+    ]
+    record.record(document(tmp_path / "more.json", *rows), results)
+    text = tables.render(results)
+    plain, rivals = text.split("**Some CPU (avx2)**")[1:]
+    assert plain.startswith(", PyTorch 2.13.0, 2026-01-02") and "torchvision" not in plain
+    assert rivals.startswith(", PyTorch 2.15.0, torchvision 0.29.2, 2026-01-02") and "`mix`" not in rivals
+    assert "| time | nasdet | torchvision |\n" in rivals  # no share of the copy peak: nobody says the bytes
+    assert "| `nms`, 5,000 boxes fp32, forward | 2.0 ms | 21.0 ms (10.50x) |" in rivals
+    assert "| `nms`, 5,000 boxes fp32, forward | 4 kB | 12 MB |" in rivals
+    assert "resident* |  | 30 MB |" in rivals
+
+
+def test_promised_limits_are_shown_in_their_units(results: Path, tmp_path: Path) -> None:
+    limits = [
+        {"quantity": "time", "at_most": 1.5e-4, "value": 2e-4, "met": False},
+        {"quantity": "peak_memory", "at_most": 55e6, "value": 50.2e6, "met": True},
+    ]
+    record.record(document(tmp_path / "more.json", detection_row("nasdet", 2e-4, targets=limits)), results)
+    text = tables.render(results)
+    assert "200 us; promised at most 150 us: **missed**" in text
+    assert "50 MB at the peak; promised at most 55 MB: met" in text
+
+
+def test_ratios_name_what_torchvision_does_not_offer(results: Path, tmp_path: Path) -> None:
+    rows = [
+        detection_row("nasdet", 0.002, speedup_over={"torchvision": 10.5}),
+        detection_row("torchvision", 0.021),
+        detection_row("nasdet", 0.003, "soft_nms-linear-5000"),
+        detection_row("reference", 0.5, "soft_nms-linear-5000"),
+        row("nasdet", 0.1, "nms-20000", bench="nms"),
+    ]
+    record.record(document(tmp_path / "more.json", *rows), results)
+    text = tables.ratios(results)
+    assert text.startswith("**Some CPU (avx2)**, PyTorch 2.15.0, torchvision 0.29.2, threads: 1:")
+    assert "| `nms`, 5,000 boxes fp32, forward | 2.0 ms | 21.0 ms | **10.5x** faster | 30 MB | 30 MB |" in text
+    assert "| `soft_nms` linear, 5,000 boxes fp32, forward | 3.0 ms | not offered |  | 30 MB |  |" in text
+    assert "20,000" not in text and "mix" not in text
+    assert "10.5x" in tables.headline(results) and "soft_nms" not in tables.headline(results)
 
 
 @pytest.mark.parametrize("readme", ["none", tables.END + tables.BEGIN, tables.BEGIN * 2 + tables.END])
 def test_a_readme_without_its_markers_is_an_error(readme: str) -> None:
     with pytest.raises(ValueError, match="README must hold"):
         tables.insert(readme, "x")
+    with pytest.raises(ValueError, match="guide.md must hold"):
+        tables.insert(readme, "x", "guide.md")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +221,7 @@ def test_bad_input_is_one_error_that_names_the_file(content: str, message: str, 
 
 
 def test_no_results_is_an_error(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "README.md").write_text(README)
-    options = ["--results", str(tmp_path), "--readme", str(tmp_path / "README.md"), "--page", str(tmp_path / "p.md")]
+    (tmp_path / "results").mkdir()
+    options, *_ = written(tmp_path, tmp_path / "results")
     assert tables.main(options) == 1
     assert "make bench" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import torch
 
 from nasdet.detectors.parts.boxes import box_area, clip_boxes, decode_ltrb, encode_ltrb, giou, iou, pairwise_iou
 from nasdet.detectors.parts.locations import flatten_levels, level_points, pyramid_points
-from nasdet.detectors.parts.postprocess import class_nms, finish_image, top_candidates
+from nasdet.detectors.parts.postprocess import finish_image, top_candidates
 
 
 def _boxes(count: int, seed: int = 0, low: float = -50, span: float = 100) -> torch.Tensor:
@@ -90,31 +90,25 @@ def _scene(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize(("count", "classes"), [(0, 3), (1, 1), (2, 1), (150, 1), (150, 4)])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6, 1.0])
-def test_nms_keeps_an_independent_dominating_set(count: int, classes: int, threshold: float) -> None:
+def test_finish_keeps_an_independent_dominating_set_per_class(count: int, classes: int, threshold: float) -> None:
     boxes, scores, labels = _scene(count, classes, 11)
-    kept = class_nms(boxes, scores, labels, threshold)
-    assert kept.dtype == torch.int64 and bool((scores[kept].diff() <= 0).all())
+    boxes = boxes + 60  # inside the picture: nothing is clipped
+    result = finish_image(boxes, scores, labels, (400, 400), threshold, count)
+    assert result["labels"].dtype == torch.int64 and bool((result["scores"].diff() <= 0).all())
+    kept = (scores == result["scores"][:, None]).nonzero()[:, 1]  # scores are distinct
+    assert torch.equal(boxes[kept], result["boxes"]) and torch.equal(labels[kept], result["labels"])
     clash = (pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])
-    among = clash[kept][:, kept]
-    assert not bool(among.triu(1).any())
+    assert not bool(clash[kept][:, kept].triu(1).any())
     for dropped in set(range(count)) - set(kept.tolist()):
         assert bool((clash[dropped, kept] & (scores[kept] >= scores[dropped])).any())
-    assert torch.equal(class_nms(boxes, scores, labels, threshold, 5), kept[:5])
+    first = finish_image(boxes, scores, labels, (400, 400), threshold, 5)
+    assert torch.equal(first["boxes"], result["boxes"][:5]) and torch.equal(first["scores"], result["scores"][:5])
 
 
-def test_nms_does_not_depend_on_other_classes_or_place() -> None:
-    boxes, scores, labels = _scene(100, 3, 12)
-    together = class_nms(boxes, scores, labels, 0.4)
-    apart = [(labels == k).nonzero().flatten() for k in range(3)]
-    alone = torch.cat([own[class_nms(boxes[own], scores[own], labels[own], 0.4)] for own in apart])
-    assert sorted(together.tolist()) == sorted(alone.tolist())
-    far = labels * 1_000_003 - 500_000_000
-    assert torch.equal(class_nms(boxes - 512, scores, far, 0.4), together)
-
-
-def test_nms_ties_keep_the_first() -> None:
-    boxes = torch.tensor([[0.0, 0, 10, 10]] * 3)
-    assert class_nms(boxes, torch.ones(3), torch.zeros(3, dtype=torch.int64), 0.5).tolist() == [0]
+def test_finish_keeps_the_first_of_equal_scores_and_boxes_of_other_classes() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 10.5], [0.0, 0, 10, 10]])
+    result = finish_image(boxes, torch.ones(3), torch.tensor([4, 4, 2]), (20, 20), 0.5, 100)
+    assert result["boxes"].tolist() == [[0, 0, 10, 10]] * 2 and result["labels"].tolist() == [4, 2]
 
 
 def test_candidates() -> None:

@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nasdet.ops  # noqa: F401  enters every op in the registry
 from nasdet._dispatch import OPS, Op
@@ -56,21 +57,60 @@ def case_named(op: str, name: str) -> Case:
     return next(case for case in cases_of(OPS[op], large=True) if case.id == name)
 
 
+def typical_case(op: Op) -> Case:
+    """One case for what no case decides: mixed layouts where the op has such, else the largest small one."""
+    small = [case for case in op.cases if not case.large]
+    named = [case for case in small if case.id == "mixed-layouts"]
+    return named[0] if named else max(small, key=lambda case: sum(t.numel() for t in tensors(case.make(Inputs()))))
+
+
+def has_data_dependent_size(op: Op) -> bool:
+    """Whether the shape of an output depends on values, by what the fake says: then the op waits for the device."""
+    args, kwargs = op.cases[0].make(Inputs(torch.float32))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            op.call(*fakes, **fake_kwargs)
+    except DynamicOutputShapeException:
+        return True
+    return False
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors of an op's arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def double(values: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, values)
+
+
 def with_leaves(op: Op, args: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-    """The arguments with fresh leaves in the differentiable places, and those leaves."""
+    """The arguments with fresh leaves in the differentiable places, and those leaves.
+
+    An op without such places gets leaves everywhere: its outputs must not ask for a gradient.
+    """
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
         leaves.append(tensor.detach().requires_grad_())
         return leaves[-1]
 
-    return [tree_map_only(Tensor, leaf, a) if i in op.differentiable else a for i, a in enumerate(args)], leaves
+    places = op.differentiable or range(len(args))
+    return [tree_map_only(Tensor, leaf, a) if i in places else a for i, a in enumerate(args)], leaves
+
+
+def filler(dtype: torch.dtype) -> float | int:
+    """What nobody should read: NaN, or the least integer."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def embedded(tensor: Tensor) -> Tensor:
-    """A copy with the same strides amid NaN: what a kernel reads beyond it, or between its elements, shows."""
+    """A copy with the same strides amid fillers: what a kernel reads beyond it, or between its elements, shows."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    buffer = torch.full((span + 2 * PAD,), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    buffer = torch.full((span + 2 * PAD,), filler(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
     view = buffer.as_strided(tensor.shape, tensor.stride(), PAD)
     if tensor.numel() and 0 not in tensor.stride():
         view.copy_(tensor)
@@ -81,13 +121,13 @@ def embedded(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def guarded_allocations() -> Iterator[list[Tensor]]:
-    """Within the block, what ``empty_like`` and ``new_empty`` return is NaN, with canaries before and after it."""
+    """Within the block, what ``empty_like`` and ``new_empty`` return is fillers, with canaries before and after it."""
     buffers: list[Tensor] = []
     empty_like, new_empty = torch.empty_like, Tensor.new_empty
 
     def guard(tensor: Tensor) -> Tensor:
         buffer = torch.full((tensor.numel() + 2 * PAD,), CANARY, dtype=tensor.dtype, device=tensor.device)
-        buffer[PAD : PAD + tensor.numel()] = float("nan")
+        buffer[PAD : PAD + tensor.numel()] = filler(tensor.dtype)
         buffers.append(buffer)
         return buffer.as_strided(tensor.shape, tensor.stride(), PAD)
 
@@ -110,35 +150,55 @@ def upstream_of(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device)
 
 
-def run(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, **more: Any) -> list[Tensor]:
-    """Output and gradients, between guards."""
-    raw, kwargs = case.make(Inputs(dtype, device))
-    args, leaves = with_leaves(op, tree_map_only(Tensor, embedded, list(raw)))
+def gradients_of(op: Op, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of every differentiable output, for ``upstream_of`` it; () for an op that has no gradients, which is checked."""
+    ys = [y for y in outputs if y.requires_grad]
+    if not op.differentiable:
+        assert not ys, "no argument is differentiable"
+        return ()
+    return torch.autograd.grad(ys, leaves, [embedded(upstream_of(y)) for y in ys])
+
+
+def run(
+    op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, **more: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients, between guards."""
+    raw, kwargs = tree_map_only(Tensor, embedded, tuple(case.make(Inputs(dtype, device))))
+    args, leaves = with_leaves(op, raw)
     with guarded_allocations() as buffers:
-        y = op.call(*args, **kwargs, **more, backend=backend)
-        gradients = torch.autograd.grad(y, leaves, embedded(upstream_of(y)))
+        outputs = tensors(op.call(*args, **kwargs, **more, backend=backend))
+        gradients = gradients_of(op, outputs, leaves)
         assert buffers or backend != "triton", "no allocation went through the guards"
-    assert y.dtype == dtype and all(g.dtype == x.dtype for g, x in zip(gradients, leaves, strict=True))
-    return [y.detach(), *gradients]
+    assert all(y.dtype == dtype for y in outputs if y.is_floating_point())
+    assert not gradients or all(g.dtype == x.dtype for g, x in zip(gradients, leaves, strict=True))
+    return [y.detach() for y in outputs], list(gradients)
 
 
 def check(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
-    """Output and every gradient against the reference in float64."""
+    """Outputs and every gradient against the reference in float64; integer outputs to the bit."""
     raw, kwargs = case.make(Inputs(dtype, device))
-    y, *gradients = run(op, case, dtype, device, backend)
-    exact_raw = tree_map_only(Tensor, Tensor.double, list(raw))
-    exact_args, exact_leaves = with_leaves(op, exact_raw)
-    exact = op.reference(*exact_args, **kwargs)
-    scale = exact.detach().abs().max().item() if exact.numel() else 0.0
-    assert_close(y, exact.detach(), tolerance(dtype, op.reduce_len(*raw), scale * case.condition), "y")
-    upstream = upstream_of(y)
-    wanted = torch.autograd.grad(exact, exact_leaves, upstream.double(), allow_unused=True)
+    outputs, gradients = run(op, case, dtype, device, backend)
+    exact_args, exact_leaves = with_leaves(op, double(list(raw)))
+    exact_outputs = tensors(op.reference(*exact_args, **double(dict(kwargs))))
+    assert outputs
+    for index, (y, exact) in enumerate(zip(outputs, exact_outputs, strict=True)):
+        if not exact.is_floating_point():
+            assert y.dtype == exact.dtype and torch.equal(y, exact), f"output {index}: got {y}, expected {exact}"
+            continue
+        scale = exact.detach().abs().max().item() if exact.numel() else 0.0
+        bound = tolerance(dtype, op.reduce_len(*raw), scale * case.condition)
+        assert_close(y, exact.detach(), bound, f"output {index}")
+    if not op.differentiable:
+        return
+    exacts = [exact for exact in exact_outputs if exact.requires_grad]
+    upstream = [upstream_of(y).double() for y, exact in zip(outputs, exact_outputs, strict=True) if exact.requires_grad]
+    wanted = torch.autograd.grad(exacts, exact_leaves, upstream, allow_unused=True)
     for index, (actual, expected, leaf) in enumerate(zip(gradients, wanted, exact_leaves, strict=True)):
         expected = torch.zeros_like(leaf) if expected is None else expected
-        size = max((t.abs().max().item() for t in (expected, upstream) if t.numel()), default=0.0)
-        bound = tolerance(actual.dtype, exact.numel(), size * case.condition)
+        size = max((t.abs().max().item() for t in (expected, *upstream) if t.numel()), default=0.0)
+        bound = tolerance(actual.dtype, sum(exact.numel() for exact in exacts), size * case.condition)
         what = f"gradient of leaf {index}"
-        if case.large and actual.shape == y.shape:
+        if case.large and actual.shape == outputs[0].shape:
             actual = ignoring_flips(actual, expected, bound, what)
         assert_gradient_matches(actual, expected, bound, what)
 

@@ -39,7 +39,7 @@ class Tree:
 
     def insert(self, path: str, after: str, line: str) -> None:
         """Add a line to a file, as the recipe says."""
-        assert f"`{line}`" in self.recipes, f"docs/adding.md does not say: {line}"
+        assert f"`{line.strip()}`" in self.recipes, f"docs/adding.md does not say: {line}"
         self._replace(path, f"{after}\n", f"{after}\n{line}\n")
 
     def _replace(self, path: str, before: str, after: str) -> None:

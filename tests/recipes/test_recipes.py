@@ -15,7 +15,7 @@ def add_scale(tree: Any, example: str = "scale.py") -> None:
         "from nasdet.ops.norm_act_mix import norm_act_mix",
         "from nasdet.ops.scale import scale",
     )
-    tree.edit("nasdet/ops/__init__.py", '"norm_act_mix", "use_backend"', '"norm_act_mix", "scale", "use_backend"')
+    tree.insert("nasdet/ops/__init__.py", '    "roi_align",', '    "scale",')
 
 
 def test_one_more_operator(tree: Any, repository: Any) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nasdet.detectors.parts.boxes import giou
+from nasdet.ops.sigmoid_focal_loss import sigmoid_focal_loss as focal_loss
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -23,11 +24,8 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamm
     (Lin et al., 2017, equation 5.)
     """
     logits = at_least_float32(logits)
-    positive = labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
-    wrong = torch.sigmoid(torch.where(positive, -logits, logits))  # 1 - p_t
-    entropy = F.softplus(torch.where(positive, -logits, logits))  # -log(p_t), exact where p_t is tiny
-    weight = torch.full_like(logits, 1.0 - alpha).masked_fill(positive, alpha)
-    return (weight * wrong.pow(gamma) * entropy).sum()
+    targets = (labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
+    return focal_loss(logits, targets, alpha, gamma, "sum")
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from nasdet.detectors.parts.boxes import box_area, clip_boxes, iou
+from nasdet.detectors.parts.boxes import box_area, clip_boxes
+from nasdet.ops.nms import batched_nms
 
 
 def top_candidates(scores: Tensor, eligible: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,26 +18,6 @@ def top_candidates(scores: Tensor, eligible: Tensor, limit: int) -> tuple[Tensor
     values, order = scores[rows, columns].sort(descending=True, stable=True)
     order = order[:limit]
     return values[:limit], rows[order], columns[order]
-
-
-def class_nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, max_kept: int | None = None
-) -> Tensor:
-    """Greedy non-maximum suppression within each class: int64 indices of the kept boxes, best first.
-
-    A box is dropped if its IoU with a better kept box of the same label is greater than ``iou_threshold``. At most
-    ``max_kept`` are kept. ``boxes`` ``[N, 4]``, ``scores`` ``[N]``, ``labels`` ``[N]``; of equal scores the first
-    wins. Only boxes of one class are ever compared; coordinates may have any sign.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    boxes = boxes.float()
-    kept: list[Tensor] = []
-    while len(order) and (max_kept is None or len(kept) < max_kept):
-        best, order = order[0], order[1:]
-        kept.append(best)
-        clash = (iou(boxes[best], boxes[order]) > iou_threshold) & (labels[order] == labels[best])
-        order = order[~clash]
-    return torch.stack(kept) if kept else order.new_empty(0)
 
 
 def finish_image(
@@ -55,5 +35,5 @@ def finish_image(
     boxes = clip_boxes(boxes.float(), size)
     whole = (box_area(boxes) > 0) & ~boxes.isnan().any(dim=1)
     boxes, scores, labels = boxes[whole], scores[whole].float(), labels[whole]
-    kept = class_nms(boxes, scores, labels, iou_threshold, max_detections)
+    kept = batched_nms(boxes, scores, labels, iou_threshold)[:max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}

@@ -1,0 +1,128 @@
+"""The short tables: README.md's, and the ratios to torchvision in docs/your-detector.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from table_parts import (
+    Race,
+    Row,
+    cells,
+    has_rivals,
+    machine_and_versions,
+    peak,
+    race_name,
+    races,
+    result_files,
+    seconds,
+    size,
+    with_rule,
+)
+
+# One or two rows per op: the plain float32 case of each, forward and in training.
+MAPS = [
+    (bench, ("fpn-p3", "fp32", phase)) for bench in ("mix", "norm_act_mix") for phase in ("forward", "forward+backward")
+]
+DETECTION = [
+    ("nms", ("nms-5000", "fp32", "forward")),
+    ("nms", ("batched_nms-20000", "fp32", "forward")),
+    ("roi_align", ("pooler-nhwc", "fp32", "forward")),
+    ("roi_align", ("pooler-nhwc", "fp32", "forward+backward")),
+    ("sigmoid_focal_loss", ("2x76725x80 sum", "fp32", "forward+backward")),
+]
+RIVALS = ("nms", "roi_align", "sigmoid_focal_loss")
+
+
+def headline(results: Path) -> str:
+    """Per machine: how much faster and smaller the ops are than their rivals, and what a search step takes.
+
+    Raises ValueError when there is no result.
+    """
+    sections = []
+    for machine in sorted(path for path in results.glob("*") if path.is_dir()):
+        files = result_files(machine)
+        sections += [part for part in (_maps(files), _detection(files), _steps(files)) if part]
+    if not sections:
+        raise ValueError(f"{results}: results must hold at least one file, got none (run `make bench` first)")
+    return "\n\n".join(sections)
+
+
+def ratios(results: Path) -> str:
+    """Every race of the detection ops against torchvision, per machine; says so where none was measured yet."""
+    sections = []
+    for machine in sorted(path for path in results.glob("*") if path.is_dir()):
+        rows = [row for name, rows in result_files(machine).items() if name in RIVALS for row in rows]
+        rows = [row for row in rows if has_rivals(row)]
+        lines = [_against_torchvision(race_name(key), race) for key, race in races(rows).items() if "nasdet" in race]
+        if lines:
+            sections.append(f"{_place(rows)}:\n\n" + with_rule([_HEAD, *lines]))
+    return "\n\n".join(sections) or "No results with torchvision yet."
+
+
+_HEAD = cells(["", "nasdet", "torchvision", "", "peak memory nasdet", "torchvision"])
+
+
+def _place(rows: list[Row]) -> str:
+    on_cpu = rows[0]["environment"]["device"] == "cpu"
+    threads = " and ".join(map(str, sorted({row["environment"]["threads"] for row in rows})))
+    return machine_and_versions(rows) + (f", threads: {threads}" if on_cpu else "")
+
+
+def _against_torchvision(name: str, race: Race) -> str:
+    ours, theirs = race["nasdet"], race.get("torchvision")
+    own = [name, seconds(ours["median_s"])]
+    memory = size(peak(ours))
+    if theirs is None:
+        return cells([*own, "not offered", "", memory, ""])
+    faster = f"**{ours['speedup_over']['torchvision']:.1f}x** faster"
+    return cells([*own, seconds(theirs["median_s"]), faster, memory, size(peak(theirs))])
+
+
+def _maps(files: dict[str, list[Row]]) -> str:
+    """The mixed ops against plain PyTorch; a training step as the searches run it, overwriting its inputs."""
+    lines = [cells(["", "time", "against eager", "against torch.compile", "memory against eager"])]
+    rows: list[Row] = []
+    for bench, key in MAPS:
+        race = races([row for row in files.get(bench, []) if not has_rivals(row)]).get(key, {})
+        best = race.get("nasdet overwrite_inputs") or race.get("nasdet")
+        if best is not None and "eager" in race:
+            lines.append(cells([f"`{bench}` {race_name(key)}", *_against_eager(best, race)]))
+            rows += race.values()
+    return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
+
+
+def _against_eager(best: Row, race: Race) -> list[str]:
+    """Ratios of medians, and of the tensors alive at the peak of the phase."""
+    found = [seconds(best["median_s"])]
+    for rival in ("eager", "torch.compile"):
+        found.append(f"{race[rival]['median_s'] / best['median_s']:.1f}x faster" if rival in race else "")
+    ours, theirs = (row["peak_memory"].get(best["phase"], 0) for row in (best, race["eager"]))
+    return [*found, f"{theirs / ours:.1f}x less" if ours else ""]
+
+
+def _detection(files: dict[str, list[Row]]) -> str:
+    lines: list[str] = [_HEAD]
+    rows: list[Row] = []
+    for bench, key in DETECTION:
+        race = races([row for row in files.get(bench, []) if has_rivals(row)]).get(key, {})
+        if "nasdet" in race and "torchvision" in race:
+            lines.append(_against_torchvision(race_name(key), race))
+            rows += race.values()
+    return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
+
+
+def _steps(files: dict[str, list[Row]]) -> str:
+    """A line per number of images; times of every contestant with the memory of its tensors."""
+    found = races([row for row in files.get("search_step", []) if not has_rivals(row)])
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for race in found.values() for name in race))
+    lines = [cells(["one FAD search step at 416 x 416 px", *names])]
+    for key, race in found.items():
+        lines.append(cells([key[0], *(_step(race[name]) if name in race else "" for name in names)]))
+    threads = next(iter(next(iter(found.values())).values()))["environment"]["threads"]
+    return f"Alphas, then weights, {threads} threads; time and peak memory:\n\n{with_rule(lines)}"
+
+
+def _step(row: Row) -> str:
+    return f"{seconds(row['median_s'])}, {size(row['peak_memory']['step'])}"

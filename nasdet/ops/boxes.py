@@ -1,0 +1,82 @@
+"""Pairwise overlap of boxes: ``box_iou`` and ``generalized_box_iou``, in plain differentiable PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of every pair, ``intersection / (area1 + area2 - intersection)``; no epsilon.
+
+    Two boxes without area give 0/0 = NaN. Inverted boxes (x2 < x1) overlap nothing, and their area counts with its
+    sign. Values as torchvision's, which subtracts 16-bit coordinates before it widens them and so rounds once more.
+
+    Args:
+        boxes1: ``[N, 4]``: x1, y1, x2, y2 in any unit; any real dtype and device.
+        boxes2: ``[M, 4]``, on the same device.
+
+    Returns:
+        ``[N, M]``: float64 when a box list is float64, else float32. Float16 and bfloat16 are widened to float32
+        first, small integers to int32. Differentiable.
+
+    Raises:
+        TypeError: no tensor, or bool or complex. ValueError: another shape, or two devices.
+    """
+    intersection, union = _areas(*_checked(boxes1, boxes2))
+    return intersection / union
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """GIoU of every pair, ``IoU - (hull - union) / hull``, hull the smallest box around both; from -1 to 1.
+
+    Rezatofighi et al. 2019, "Generalized Intersection over Union", Algorithm 1. No epsilon: two equal boxes without
+    area give NaN, as in torchvision.
+
+    Args:
+        boxes1: ``[N, 4]`` as for ``box_iou``.
+        boxes2: ``[M, 4]``.
+
+    Returns:
+        ``[N, M]``, dtype as for ``box_iou``. Differentiable, also where boxes do not overlap.
+
+    Raises:
+        TypeError, ValueError: as ``box_iou``.
+    """
+    boxes1, boxes2 = _checked(boxes1, boxes2)
+    intersection, union = _areas(boxes1, boxes2)
+    left1, top1, right1, bottom1 = boxes1[:, :, None].unbind(1)
+    left2, top2, right2, bottom2 = boxes2.unbind(1)
+    width = (torch.maximum(right1, right2) - torch.minimum(left1, left2)).clamp(min=0)
+    height = (torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)).clamp(min=0)
+    hull = width * height
+    return intersection / union - (hull - union) / hull
+
+
+def _checked(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
+        if not isinstance(boxes, Tensor) or boxes.is_complex() or boxes.dtype == torch.bool:
+            kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
+            raise TypeError(f"{name} must be a tensor of real numbers, got {kind}")
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"{name} must have shape (N, 4), got {tuple(boxes.shape)}")
+    if boxes1.device != boxes2.device:
+        raise ValueError(f"boxes2 must be on {boxes1.device}, got {boxes2.device}")
+    return _widened(boxes1), _widened(boxes2)
+
+
+def _widened(boxes: Tensor) -> Tensor:
+    if boxes.is_floating_point():
+        return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+    return boxes if boxes.dtype in (torch.int32, torch.int64) else boxes.int()
+
+
+def _areas(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Intersection and union ``[N, M]``; coordinate by coordinate, which needs no ``[N, M, 2]`` in between."""
+    left1, top1, right1, bottom1 = boxes1[:, :, None].unbind(1)
+    left2, top2, right2, bottom2 = boxes2.unbind(1)
+    width = (torch.minimum(right1, right2) - torch.maximum(left1, left2)).clamp(min=0)
+    height = (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)).clamp(min=0)
+    intersection = width * height
+    union = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2) - intersection
+    return intersection, union

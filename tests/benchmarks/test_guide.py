@@ -1,0 +1,34 @@
+"""The examples of docs/your-detector.md run as they stand there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "your-detector.md"
+TEXT = GUIDE.read_text(encoding="utf-8") if GUIDE.is_file() else ""
+EXAMPLES = re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.skipif(not TEXT, reason="no docs beside these tests")
+def test_there_are_three_examples() -> None:
+    assert len(EXAMPLES) == TEXT.count("```python") == 3
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+def test_example_runs(title: str, code: str) -> None:
+    if "torchvision" in title and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    names: dict[str, Any] = {}
+    exec(compile(code, f"{GUIDE.name}: {title}", "exec"), names)
+    if "pooled" in names:
+        assert tuple(names["pooled"].shape) == (2, 16, 7, 7)
+    if "features" in names and "keep" in names:
+        assert tuple(names["features"].shape) == (3, 64, 7, 7)
+    if "found" in names:
+        assert set(names["found"]) == {"boxes", "labels", "scores"}
+        assert "torchvision::nms [CPU]" in names["patch"].replaced and not names["patch"].active

@@ -45,14 +45,13 @@ def _single(layout: str) -> Case:
 
 
 def _work(setting: Setting, phase: str) -> tuple[int, float]:
-    """Least bytes: every map and the output once, and in training the gradients of both. Operations, where the number
-    of samples is fixed: 4 products and 4 sums per sample and channel."""
+    """Least bytes: the output, and in training its gradient and that of every map; how much of the maps is read depends
+    on the boxes. Operations, where the number of samples is fixed: 4 products and 4 sums per sample and channel."""
     maps, rois = setting.maps, setting.arguments[1]
     size, sampling = setting.options["output_size"], setting.options["sampling_ratio"]
     values = len(rois) * maps[0].shape[1] * size**2
-    moved = sum(x.nbytes for x in maps) + values * maps[0].element_size()
-    directions = 1 if phase == FORWARD else 2
-    return directions * moved, directions * 8.0 * values * max(sampling, 0) ** 2
+    moved, flops = values * maps[0].element_size(), 8.0 * values * max(sampling, 0) ** 2
+    return (moved, flops) if phase == FORWARD else (2 * moved + sum(x.nbytes for x in maps), 2 * flops)
 
 
 def _of_list(call: Call) -> Call:

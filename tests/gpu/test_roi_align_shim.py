@@ -1,4 +1,4 @@
-"""The CUDA kernels of RoIAlign without a GPU: run on the CPU by shim/host_shim.h, and compiled for real architectures."""
+"""RoIAlign's CUDA kernels without a GPU: run on the CPU by shim/host_shim.h, and compiled for real architectures."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ GATHER = """
 namespace nasdet::cuda {
 #define KERNEL(S, W, N)                               \\
   template __global__ void roi_align_gather_kernel<S, W, N>(  \\
-      const __grid_constant__ RoiMaps<arithmetic_t<S>>, const arithmetic_t<S>*, const Footprint*, const S*, int64_t, int64_t, int);
+      const __grid_constant__ RoiMaps<arithmetic_t<S>>, const arithmetic_t<S>*, const Footprint*, const S*,  \\
+      int64_t, int64_t, int);
 #define STORAGE(S, G, P) KERNEL(S, G, true) KERNEL(S, 1, true) KERNEL(S, P, false)
 STORAGE(float, 4, 16) STORAGE(double, 2, 8) STORAGE(__half, 4, 16) STORAGE(__nv_bfloat16, 4, 16)
 #define FOOTPRINT(T) \\
-  template __global__ void roi_align_footprint_kernel<T>(const __grid_constant__ RoiMaps<T>, const T*, Footprint*, int64_t);
+  template __global__ void roi_align_footprint_kernel<T>(  \\
+      const __grid_constant__ RoiMaps<T>, const T*, Footprint*, int64_t);
 FOOTPRINT(float) FOOTPRINT(double)
 }
 """

@@ -90,9 +90,15 @@ def _reference(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, redu
     # In z = |x| and the target u of the class that x speaks for, all terms have one sign; e is kept from reaching 0.
     negative = x < 0
     z, u = torch.where(negative, -x, x), torch.where(negative, 1 - t, t)
-    e = torch.exp(-z.clamp(max=700.0 if arithmetic == torch.float64 else 80.0))
+    bounded = z.clamp(max=700.0 if arithmetic == torch.float64 else 80.0)
+    e = torch.exp(-bounded)
+    unsure = 1 - u + u * e  # (1 - p_t) (1 + e)
     entropy = (1 - u) * z + torch.log1p(e)
-    loss = ((1 - u + u * e) / (1 + e)) ** gamma * entropy
+    if gamma == 2:
+        loss = (unsure / (1 + e)).square() * entropy
+    else:  # where u is 1 the logarithm is -z, also beyond the bound
+        log_unsure = unsure.log() - torch.where(u == 1, z - bounded, 0)
+        loss = torch.exp(gamma * (log_unsure - torch.log1p(e))) * entropy
     if alpha >= 0:
         loss = (alpha * t + (1 - alpha) * (1 - t)) * loss
     if reduction != "none":

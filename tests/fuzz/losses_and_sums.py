@@ -52,10 +52,9 @@ def fuzz_mix(draw: Draw) -> None:
 
     def gradient_bound(d: torch.dtype, largest: float, upstream: Tensor) -> float:
         # A map's gradient is one product, a weight's a sum over all elements, which may be much larger than itself.
-        terms = reach * _top(upstream) if largest else 0.0
-        return tolerance(d, upstream.numel(), max(largest, _top(upstream) * max(1.0, _top(weights)))) + 8 * EPS32 * (
-            terms * math.sqrt(max(upstream.numel(), 1))
-        ) * (d != torch.float64 or promoted != torch.float64)
+        terms = reach * _top(upstream) * math.sqrt(max(upstream.numel(), 1)) if largest else 0.0
+        single = max(largest, _top(upstream) * max(1.0, _top(weights)))
+        return tolerance(d, upstream.numel(), single) + 8 * torch.finfo(_wide(promoted)).eps * terms
 
     compare(
         draw,

@@ -20,11 +20,11 @@ def test_all_cases_pass(level: str, require) -> None:
     if best is None or LEVELS.index(level) > LEVELS.index(best):
         require("cpp" if best is None else level, f"this CPU's best instruction set is {best}")
     if level == best:
-        pytest.skip("test_ops.py runs this one")
+        pytest.skip("those files run this one")
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        str(Path(__file__).with_name("test_ops.py")),
-        *("-k", "cpp and (test_values or two_threads)"),
+        *(str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_nms.py", "test_soft_nms.py")),
+        *("-k", "cpp and (test_values or two_threads) or (test_nms or test_soft_nms) and not compiled"),
     ]
     environment = os.environ | {"NASDET_CPU_CAPABILITY": level, "NASDET_EXPECT_ISA": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

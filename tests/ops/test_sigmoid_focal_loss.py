@@ -89,6 +89,16 @@ def test_confident_and_right_keeps_its_digits(gamma: float, backend: str) -> Non
     assert gradient.tolist() == pytest.approx(slopes, rel=2e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tiny_gamma_still_fades_what_is_certain(backend: str) -> None:
+    logits, targets = torch.tensor([50.0, 2000.0, -6000.0]), torch.tensor([1.0, 1.0, 0.0], requires_grad=True)
+    loss = sigmoid_focal_loss(logits, targets, -1, 0.002, backend=backend)
+    (gradient,) = torch.autograd.grad(loss.sum(), targets)
+    # (1 - p_t)^gamma is exp(-gamma |x|), and the cross-entropy falls by the logit.
+    expected = [-math.exp(-0.002 * abs(x)) * (x + math.copysign(0.002, x)) for x in logits.tolist()]
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_classes_are_symmetric() -> None:
     logits, targets = _scene()
     mirrored = sigmoid_focal_loss(-logits, 1 - targets, 0.7, 1.5)

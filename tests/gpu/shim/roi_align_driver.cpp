@@ -153,12 +153,12 @@ template <class P> void check_forward(const P& problem) {
       exact[to] += weight * v, scale[to] += std::fabs(weight * v);
     }
   });
-  shim::reverse = false;
+  shim::reverse = true;
   const auto out = problem.forward(1, 1 << 20);
   for (size_t i = 0; i < exact.size(); ++i)
     expect(close<S>(value(out.at[i]), exact[i], scale[i]), "a pooled value");
-  shim::reverse = true;
-  expect(same_bits(out, problem.forward(3, 5)), "the pooling in reverse thread order, in three parts on few blocks");
+  shim::reverse = false;  // thread 0 goes first, and on few blocks would overwrite the place of a RoI in use
+  expect(same_bits(out, problem.forward(3, 5)), "the pooling in the other thread order, in three parts on few blocks");
 }
 
 template <class P> void check_backward(const P& problem) {

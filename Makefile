@@ -12,6 +12,9 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 ARGS ?=
 RIVALS ?= .venv-rivals
+SEED ?= 0
+CASES ?= 20000
+MINUTES ?= 20
 rivals_bin := $(abspath $(RIVALS))/bin
 
 bin := $(abspath $(VENV))/bin
@@ -34,7 +37,7 @@ endif
 pytest := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
   NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
 
-.PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan rivals bench bench-gpu bench-rivals lint \
+.PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan fuzz rivals bench bench-gpu bench-rivals lint \
   clean existing
 
 help:  ## list the targets
@@ -98,6 +101,10 @@ test-slow: $(ready)  ## the tests that take minutes
 
 test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure
 	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/tests -m gpu $(ARGS)
+
+fuzz: $(ready)  ## random cases of every operator against float64 references (SEED=0 CASES=20000 MINUTES=20)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
+	  $(python) $(CURDIR)/tests/fuzz/fuzz.py --seed $(SEED) --cases $(CASES) --seconds $$(($(MINUTES) * 60)) $(ARGS)
 
 rivals: $(RIVALS)/.installed  ## the tests against torchvision, on the same wheel, in RIVALS (.venv-rivals, several GB)
 	@$(pytest) NASDET_REQUIRE=cpp,torchvision $(rivals_bin)/python -m pytest -p no:cacheprovider \

@@ -21,9 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-mix, norm_act_mix = (importlib.import_module(f"nasdet.kernels.{op}") for op in ("mix", "norm_act_mix"))
+mix, norm_act_mix, sigmoid_focal_loss = (
+    importlib.import_module(f"nasdet.kernels.{op}") for op in ("mix", "norm_act_mix", "sigmoid_focal_loss")
+)
 MAPS, SHAPE, GROUPS = 12, (2, 96, 100, 152), 32  # RepShare's node on P3
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 Launch = tuple[JITFunction, dict[str, Any], int]  # kernel, arguments by name, warps
@@ -44,6 +46,10 @@ def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) ->
         mix.backward(y, xs, weights, True, True)
         y, mean, rstd = norm_act_mix.forward(xs, weights, gamma, beta, GROUPS, 1e-5, [1] * MAPS)
         norm_act_mix.backward(y, xs, weights, gamma, beta, mean, rstd, GROUPS, [1] * MAPS)
+        for gamma in (2.0, 1.5):
+            sigmoid_focal_loss.forward(xs[0], xs[1], 0.25, gamma, True)
+            loss = sigmoid_focal_loss.forward(xs[0], xs[1], 0.25, gamma, False)
+            sigmoid_focal_loss.backward(loss, xs[0], xs[1], 0.25, gamma, False, True, True)
     finally:
         JITFunction.run = run
     return launches
@@ -99,6 +105,8 @@ def main(archs: list[int]) -> None:
             name = f"{module}.{kernel.fn.__name__}"
             if any(isinstance(value, tuple) for value in arguments.values()):
                 name += f"-{NAMES[dtype]}" + (f"-{layout}" if module != "mix" else "")
+            elif "SQUARE" in arguments:
+                name += f"-{NAMES[dtype]}" + ("" if arguments["SQUARE"] else "-any-gamma")
             for arch in archs:
                 if f"{name}-sm{arch}" not in report:
                     report[f"{name}-sm{arch}"] = resources(kernel, arguments, warps, arch)

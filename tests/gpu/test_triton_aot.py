@@ -18,6 +18,8 @@ KERNELS = {
     "norm_act_mix.moments_kernel", "norm_act_mix.statistics_kernel", "norm_act_mix.forward_kernel",
     "norm_act_mix.sums_kernel", "norm_act_mix.coefficients_kernel", "norm_act_mix.parameters_kernel",
     "norm_act_mix.gradient_kernel",
+    "sigmoid_focal_loss.forward_kernel", "sigmoid_focal_loss.sum_kernel", "sigmoid_focal_loss.reduce_kernel",
+    "sigmoid_focal_loss.backward_kernel",
 }  # fmt: skip
 
 Report = dict[str, dict[str, Any]]

@@ -77,7 +77,8 @@ for op in OPS.values():
     for case in op.cases:
         if not case.large:
             args, kwargs = case.make(Inputs(torch.float32))
-            assert torch.equal(op.call(*args, **kwargs), op.reference(*args, **kwargs)), (op.name, case.id)
+            served, expected = op.call(*args, **kwargs), op.reference(*args, **kwargs)
+            torch.testing.assert_close(served, expected, rtol=0, atol=0, equal_nan=True, msg=f"{op.name} {case.id}")
 x = torch.ones(2, 3, requires_grad=True)
 nasdet.ops.mix([x, x], torch.tensor([1.0, 2.0])).sum().backward()
 print(x.grad.unique().tolist())
@@ -91,8 +92,9 @@ def test_without_libraries_info_says_why(bare: Path) -> None:
     assert "libnasdet_cpu.so is not installed" in info["libraries"]["cpu"]
     for states in info["ops"].values():
         assert "libnasdet_cpu.so is not installed" in states["cpp"]
-        assert states["triton"] == "triton is not installed"
+        assert states.get("triton") in (None, "triton is not installed")
         assert states["reference"] == "can run"
+    assert "triton" in info["ops"]["mix"]
 
 
 def test_a_broken_library_is_explained(bare: Path) -> None:

@@ -91,10 +91,9 @@ def op_row(
             benchmark.skipped = True
             pytest.skip(outcome.absent[contestant])
         info = row_info(bench, outcome, contestant, dtype, phase, bench_device)
-        if "bytes_per_s" in info:
-            peaks = bench_machine["peaks"]
-            info["copy_share"] = info["bytes_per_s"] / peaks["copy_bytes_per_s"]
-            info["fma_share"] = info["flops_per_s"] / peaks["fma_flops_per_s"]
+        for of, rate in (("copy", "bytes_per_s"), ("fma", "flops_per_s")):
+            if rate in info:
+                info[f"{of}_share"] = info[rate] / bench_machine["peaks"][f"{of}_{rate}"]
         info |= {"bench": bench.name, "case": case.id, "environment": bench_machine}
         replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
 

@@ -80,14 +80,14 @@ class OpBench:
     """An op's benchmark: contestants, promises, and the least work that a call takes.
 
     ``flops_per_value[phase]``: operations per element of one input map, nominal: multiply, add, compare, each 1; for
-    ops that map P maps to one. Others give ``work(setting, phase) -> (bytes, operations)``, or neither.
+    ops that map P maps to one. Others give ``work(setting, phase) -> (bytes, operations or None)``, or neither.
     """
 
     op: _dispatch.Op
     contestants: Sequence[Contestant]
     targets: Sequence[Target]
     flops_per_value: Mapping[str, float] | None = None
-    work: Callable[[Setting, str], tuple[int, float]] | None = None
+    work: Callable[[Setting, str], tuple[int, float | None]] | None = None
     cases: Sequence[Case] = ()  # the op's own large ones when empty
     file: str = ""  # the result file, that several ops may share; the op's name when empty
     reference: Call | None = None  # the op's own when None
@@ -182,7 +182,7 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-def _work(bench: OpBench, setting: Setting, phase: str) -> tuple[int, float] | tuple[None, None]:
+def _work(bench: OpBench, setting: Setting, phase: str) -> tuple[int | None, float | None]:
     """The least bytes and operations of a call."""
     if bench.work is not None:
         return bench.work(setting, phase)
@@ -199,9 +199,10 @@ def row_info(bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str
     rivals = [rival for rival in outcome.race.seconds if rival != name]
     info: dict[str, Any] = {"contestant": name, "dtype": dtype, "phase": phase}
     info |= {"median_s": seconds, "iqr_s": outcome.race.iqr(name)}
-    if outcome.bytes_moved is not None and outcome.flops is not None:
-        info |= {"bytes_floor": outcome.bytes_moved, "flops": outcome.flops}
-        info |= {"bytes_per_s": outcome.bytes_moved / seconds, "flops_per_s": outcome.flops / seconds}
+    if outcome.bytes_moved is not None:
+        info |= {"bytes_floor": outcome.bytes_moved, "bytes_per_s": outcome.bytes_moved / seconds}
+    if outcome.flops is not None:
+        info |= {"flops": outcome.flops, "flops_per_s": outcome.flops / seconds}
     return info | {
         "peak_memory": outcome.memory[name],
         "speedup_over": {rival: outcome.race.speedup(name, rival) for rival in rivals},

@@ -1,13 +1,68 @@
-"""Comparisons for tests of operators: graded, so that a failure says what kind of wrong it is."""
+"""For tests of operators: their arguments and results, and comparisons that say what kind of wrong it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nasdet._cases import Case, Inputs, tolerance
+from nasdet._dispatch import Op
 
-__all__ = ["Case", "Inputs", "assert_close", "assert_gradient_matches", "tolerance"]
+__all__ = [
+    "Case",
+    "Inputs",
+    "assert_close",
+    "assert_gradient_matches",
+    "double",
+    "has_data_dependent_size",
+    "tensors",
+    "tolerance",
+    "with_leaves",
+]
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors of an op's arguments or results: one, a tuple, a list."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def double(values: Any) -> Any:
+    """The same values with every floating-point tensor in float64."""
+    return tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t, values)
+
+
+def with_leaves(op: Op, args: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The arguments with fresh leaves in the differentiable places, and those leaves.
+
+    An op without such places gets leaves everywhere: its outputs must not ask for a gradient.
+    """
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    places = op.differentiable or range(len(args))
+    return [tree_map_only(Tensor, leaf, a) if i in places else a for i, a in enumerate(args)], leaves
+
+
+def has_data_dependent_size(op: Op) -> bool:
+    """Whether the shape of an output depends on values, by what the op's fake says."""
+    args, kwargs = op.cases[0].make(Inputs(torch.float32))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+            op.call(*fakes, **fake_kwargs)
+    except DynamicOutputShapeException:
+        return True
+    return False
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float, what: str) -> None:

@@ -373,7 +373,7 @@ Survivors suppress(const BoxList& list, double threshold, int64_t limit) {
 }
 
 Tensor nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double iou_threshold) {
-  check_boxes(boxes, scores, classes, iou_threshold, 0);
+  check_cpu_boxes(boxes, scores, classes, iou_threshold, 0);
   const int64_t n = boxes.size(0);
   const Survivors survivors = suppress(list_of(boxes, scores, classes), iou_threshold, n);
   const int64_t kept = n - std::count(survivors.keep.get(), survivors.keep.get() + n, uint8_t(0));
@@ -385,7 +385,7 @@ Tensor nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double io
 }
 
 std::tuple<Tensor, Tensor> nms_padded(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double iou_threshold, int64_t max_out) {
-  check_boxes(boxes, scores, classes, iou_threshold, 1);
+  check_cpu_boxes(boxes, scores, classes, iou_threshold, 1);
   STD_TORCH_CHECK(max_out >= 0, "max_out must be at least 0, got ", max_out);
   const int64_t images = boxes.size(0);
   Tensor out = torch::stable::new_empty(boxes, {images, max_out}, ScalarType::Long), counts = torch::stable::new_empty(boxes, {images}, ScalarType::Long);

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "nasdet/boxes.h"
-#include "nasdet/checks.h"
+#include "nasdet/op_checks.h"
 #include "nasdet/simd.h"
 
 namespace nasdet {
@@ -50,18 +50,9 @@ template <class F> auto with_storage(int storage, F f) {
   }
 }
 
-// Checks what the ops of the family share; `leading` is 1 with a batch dimension, else 0.
-inline void check_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
-  const int64_t dim = leading + 2;
-  STD_TORCH_CHECK(boxes.is_cpu() && boxes.dim() == dim && boxes.size(dim - 1) == 4, "boxes must have shape ", leading ? "(B, N, 4)" : "(N, 4)", " and be on the CPU");
-  storage_code(boxes, "boxes");
-  STD_TORCH_CHECK(scores.is_cpu() && scores.scalar_type() == boxes.scalar_type(), "scores must have the dtype of boxes and be on the CPU");
-  STD_TORCH_CHECK(same(scores.sizes(), boxes.sizes().slice(0, size_t(dim - 1))), "scores must have one value for each box");
-  if (classes) {
-    STD_TORCH_CHECK(classes->is_cpu() && classes->scalar_type() == ScalarType::Long, "classes must be int64 and on the CPU");
-    STD_TORCH_CHECK(same(classes->sizes(), scores.sizes()), "classes must have one value for each box");
-  }
-  STD_TORCH_CHECK(threshold == threshold, "iou_threshold must be a number, got nan");
+inline void check_cpu_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
+  STD_TORCH_CHECK(boxes.is_cpu(), "boxes must be on the CPU");
+  check_boxes(boxes, scores, classes, threshold, leading);
   STD_TORCH_CHECK(boxes.size(leading) <= std::numeric_limits<int32_t>::max(), "boxes must be at most 2147483647, got ", boxes.size(leading));
 }
 

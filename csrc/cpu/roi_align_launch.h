@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "nasdet/checks.h"
+#include "nasdet/op_checks.h"
 #include "roi_align_plan.h"
 
 namespace nasdet {
@@ -21,44 +21,6 @@ constexpr int64_t kPlaneChannels = 16, kPixelChannels = 64;  // channels of one 
 constexpr int64_t kClearBytes = 1 << 20;
 constexpr int32_t kBand = 16;         // RoIs are walked in bands of so many rows
 
-// What the schema says about pooling, checked.
-struct Pooling {
-  std::vector<double> scales;
-  int64_t height, width, sampling_ratio;
-  bool aligned;
-  RoiLevels levels;
-  int64_t bins() const { return height * width; }
-};
-
-Pooling checked_pooling(std::vector<double> scales, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned, int64_t policy, double canonical_scale, int64_t canonical_level) {
-  STD_TORCH_CHECK(!scales.empty(), "scales must hold one number per level, got none");
-  for (double scale : scales) STD_TORCH_CHECK(scale > 0 && scale < 1e30, "scales must be positive, got ", scale);
-  STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 20) && width < (1 << 20), "the pooled size must be positive, got ", height, " x ", width);
-  STD_TORCH_CHECK(sampling_ratio < (int64_t(1) << 31), "sampling_ratio must fit 32 bits, got ", sampling_ratio);
-  STD_TORCH_CHECK(policy == kRoiTorchvision || policy == kRoiDetectron2, "policy must be 0 or 1, got ", policy);
-  STD_TORCH_CHECK(canonical_scale > 0, "canonical_scale must be positive, got ", canonical_scale);
-  const int32_t k_min = -int32_t(std::lround(std::log2(scales.front()))), k_max = -int32_t(std::lround(std::log2(scales.back())));
-  STD_TORCH_CHECK(k_max - k_min + 1 == int64_t(scales.size()) || scales.size() == 1, "scales must halve from level to level, got ", scales.size(), " from ", scales.front(), " to ", scales.back());
-  return {std::move(scales), height, width, sampling_ratio > 0 ? sampling_ratio : 0, aligned, {int32_t(policy), int32_t(canonical_level), k_min, k_max, float(canonical_scale)}};
-}
-
-void check_rois(const Tensor& rois, ScalarType dtype) {
-  STD_TORCH_CHECK(rois.dim() == 2 && rois.size(1) == 5 && rois.is_cpu(), "rois must have shape (K, 5) on the CPU");
-  STD_TORCH_CHECK(rois.scalar_type() == (dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float), "rois must be float32 (float64 for float64 features)");
-}
-
-// NHWC-dense and not also NCHW-dense, as torch decides it.
-bool is_channels_last(const Tensor& t) {
-  if (t.numel() == 0 || t.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int d : {1, 3, 2, 0}) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 // Asks for huge pages, which take their first touch and scattered writes far better; a kernel without them ignores it.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -69,11 +31,10 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-Tensor empty_map(std::vector<int64_t> shape, const Tensor& like, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  const Tensor map = torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  advise_huge_pages(map);
-  return map;
+Tensor empty_result(const std::vector<int64_t>& shape, const Tensor& like, bool channels_last) {
+  const Tensor result = empty_map(shape, like, channels_last);
+  advise_huge_pages(result);
+  return result;
 }
 
 // One level: its map, or the gradient of its map.
@@ -107,7 +68,7 @@ template <class T> std::vector<Place> ordered(const T* rois, int64_t count, int6
     const T* roi = rois + 5 * k;
     const int64_t image = roi_image(roi[0], batch);
     STD_TORCH_CHECK(image >= 0, "rois[", k, "] must have a batch index in [0, ", batch, "), got ", roi[0]);
-    const int32_t level = levels.size() == 1 ? 0 : roi_level(roi[1], roi[2], roi[3], roi[4], pooling.levels);
+    const int32_t level = levels.size() == 1 ? 0 : roi_level(roi[1], roi[2], roi[3], roi[4], pooling.rule);
     const double scale = pooling.scales[level];
     places.push_back({level, pixel_of(roi[2], roi[4], scale, levels[level].height) / kBand, pixel_of(roi[1], roi[3], scale, levels[level].width), image, k});
   }
@@ -211,8 +172,7 @@ void pool(const std::vector<Level>& levels, const Tensor& rois, const Pooling& p
   });
 }
 
-void check_features(const std::vector<Tensor>& features, size_t scales) {
-  STD_TORCH_CHECK(!features.empty() && features.size() == scales, "features and scales must have one entry per level, got ", features.size(), " and ", scales);
+void check_features(const std::vector<Tensor>& features) {
   for (const Tensor& x : features) {
     STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.scalar_type() == features[0].scalar_type(), "features must be 4-dimensional maps of one dtype on the CPU");
     STD_TORCH_CHECK(x.size(0) == features[0].size(0) && x.size(1) == features[0].size(1), "features must have one batch size and one number of channels");
@@ -222,17 +182,17 @@ void check_features(const std::vector<Tensor>& features, size_t scales) {
 
 Tensor multilevel_roi_align(std::vector<Tensor> features, Tensor rois, std::vector<double> scales, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio, bool aligned,
                             int64_t policy, double canonical_scale, int64_t canonical_level) {
-  check_features(features, scales.size());
-  const Pooling pooling = checked_pooling(std::move(scales), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  const Pooling pooling = checked_pooling(std::move(scales), int64_t(features.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  check_features(features);
   storage_code(features[0], "features");
-  check_rois(rois, features[0].scalar_type());
+  check_rois(rois, features[0]);
   std::vector<Level> levels;
   for (const Tensor& x : features) {
     const bool nhwc = is_channels_last(x);
     levels.push_back({nhwc || x.is_contiguous() ? x : torch::stable::contiguous(x), x.size(2), x.size(3), nhwc});
   }
   const bool channels_last = levels[0].channels_last;
-  Tensor out = empty_map({rois.size(0), features[0].size(1), pooled_height, pooled_width}, features[0], channels_last);
+  Tensor out = empty_result({rois.size(0), features[0].size(1), pooled_height, pooled_width}, features[0], channels_last);
   const Tensor dense = torch::stable::contiguous(rois);
   if (features[0].scalar_type() == ScalarType::Double) pool<double>(levels, dense, pooling, out, channels_last);
   else pool<float>(levels, dense, pooling, out, channels_last);
@@ -275,11 +235,12 @@ template <class T> struct MapGradient {
     const int64_t plane = level.height * level.width, image = group.image * channels * plane, size = int64_t(level.map.element_size());
     char* map = static_cast<char*>(level.map.mutable_data_ptr()) + image * size;
     RoiJob job{map, nullptr, first, last, 0, bins, storage, true, false};
+    if (level.channels_last && !narrow) return add_pixels(job, group, level, map, size);
     if (narrow) {
       sums.assign(size_t(block(group) * plane), T(0));
       job.out = sums.data();
       job.out_first = first;
-    } else if (!level.channels_last) {
+    } else {
       std::memset(map + first * plane * size, 0, size_t((last - first) * plane * size));
     }
     (level.channels_last ? NASDET_KERNEL(roi_align_pixels) : NASDET_KERNEL(roi_align_planes))(job, &plans.works[group.begin], group.end - group.begin);
@@ -288,6 +249,23 @@ template <class T> struct MapGradient {
         if (level.channels_last) NASDET_KERNEL(roi_align_narrow)(storage, sums.data(), pixel_channels, map + first * size, channels, plane, last - first);
         else NASDET_KERNEL(roi_align_narrow)(storage, sums.data(), 0, map + first * plane * size, 0, 1, (last - first) * plane);
       }
+  }
+
+  // Rows are cleared when the first RoI reaches them, from above down as the RoIs are ordered: so they are still in the
+  // caches when it adds to them.
+  void add_pixels(const RoiJob& job, const Group& group, const Level& level, char* map, int64_t size) const {
+    int64_t cleared = 0;
+    const auto clear_to = [&](int64_t row) {
+      for (; cleared < row; ++cleared)
+        for (int64_t x = 0; x < level.width; ++x)
+          std::memset(map + ((cleared * level.width + x) * channels + job.first) * size, 0, size_t((job.last - job.first) * size));
+    };
+    for (int64_t i = group.begin; i < group.end; ++i) {
+      const RoiWork& work = plans.works[i];
+      if (work.y.count > 0) clear_to(work.y.out[work.y.count - 1] + 1);
+      NASDET_KERNEL(roi_align_pixels)(job, &work, 1);
+    }
+    clear_to(level.height);
   }
 };
 
@@ -317,7 +295,7 @@ void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& 
   for (int32_t l = 0; l < int32_t(levels.size()); ++l)
     for (int64_t image = 0; image < batch; ++image) {
       const bool used = std::any_of(groups.begin(), groups.end(), [&](const Group& g) { return g.level == l && g.image == image; });
-      if (used && (narrow || !levels[l].channels_last)) continue;  // its tasks write all of it
+      if (used) continue;  // its tasks write all of it
       const int64_t bytes = channels * levels[l].height * levels[l].width * int64_t(levels[l].map.element_size());
       char* map = static_cast<char*>(levels[l].map.mutable_data_ptr()) + image * bytes;
       for (int64_t at = 0; at < bytes; at += kClearBytes) pieces.push_back({map + at, std::min(kClearBytes, bytes - at)});
@@ -340,25 +318,24 @@ void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& 
 std::vector<Tensor> multilevel_roi_align_backward(Tensor grad, Tensor rois, int64_t batch, std::vector<int64_t> heights, std::vector<int64_t> widths, int64_t channels_last_mask,
                                                   std::vector<double> scales, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio, bool aligned, int64_t policy,
                                                   double canonical_scale, int64_t canonical_level, bool /*deterministic: always*/) {
-  const Pooling pooling = checked_pooling(std::move(scales), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
-  check_rois(rois, grad.scalar_type());
+  const Pooling pooling = checked_pooling(std::move(scales), int64_t(heights.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  check_rois(rois, grad);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.size(0) == rois.size(0) && grad.size(2) == pooled_height && grad.size(3) == pooled_width,
                   "grad must have shape (", rois.size(0), ", C, ", pooled_height, ", ", pooled_width, ") on the CPU");
-  STD_TORCH_CHECK(heights.size() == pooling.scales.size() && widths.size() == heights.size() && heights.size() < 64, "heights and widths must have one entry per level");
+  STD_TORCH_CHECK(widths.size() == heights.size() && heights.size() < 64, "heights and widths must have one entry per level");
   std::vector<Level> levels;
   std::vector<Tensor> gradients;
   bool any_pixels = false, any_planes = false;
   for (size_t l = 0; l < heights.size(); ++l) {
     STD_TORCH_CHECK(heights[l] >= 0 && widths[l] >= 0 && heights[l] < (1 << 30) && widths[l] < (1 << 30), "heights and widths must be in [0, 2^30)");
     const bool nhwc = channels_last_mask >> l & 1;
-    gradients.push_back(empty_map({batch, grad.size(1), heights[l], widths[l]}, grad, nhwc));
+    gradients.push_back(empty_result({batch, grad.size(1), heights[l], widths[l]}, grad, nhwc));
     levels.push_back({gradients.back(), heights[l], widths[l], nhwc});
     (nhwc ? any_pixels : any_planes) = true;
   }
   const Tensor dense = torch::stable::contiguous(rois);
-  const std::vector<int64_t> shape{grad.size(0), grad.size(1), pooled_height, pooled_width};
-  const Tensor grad_pixels = any_pixels ? in_layout_of(grad, empty_map(shape, grad, true)) : grad;
-  const Tensor grad_planes = any_planes ? torch::stable::contiguous(grad) : grad;
+  const Tensor grad_pixels = any_pixels ? lying_as(grad, true) : grad;
+  const Tensor grad_planes = any_planes ? lying_as(grad, false) : grad;
   if (grad.scalar_type() == ScalarType::Double) add_up<double>(grad_pixels, grad_planes, dense, batch, pooling, levels);
   else add_up<float>(grad_pixels, grad_planes, dense, batch, pooling, levels);
   return gradients;

@@ -268,7 +268,7 @@ template <class S> std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Box
 }
 
 std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, int64_t method, double iou_threshold, double sigma, double min_score) {
-  check_boxes(boxes, scores, classes, iou_threshold, 0);
+  check_cpu_boxes(boxes, scores, classes, iou_threshold, 0);
   STD_TORCH_CHECK(method >= kLinear && method <= kNaive, "method must be 0, 1 or 2, got ", method);
   STD_TORCH_CHECK(sigma > 0, "sigma must be positive, got ", sigma);
   STD_TORCH_CHECK(min_score == min_score, "min_score must be a number, got nan");

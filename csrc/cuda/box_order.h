@@ -5,23 +5,14 @@
 
 #include "box_order.cuh"
 #include "launch.h"
+#include "nasdet/op_checks.h"
 
 namespace nasdet::cuda {
 
 // Checks what the ops of the family share, and says where the boxes lie; `leading` is 1 with a batch dimension, else 0.
 inline BoxSource checked_source(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
-  const int64_t dim = leading + 2;
-  STD_TORCH_CHECK(boxes.is_cuda() && boxes.dim() == dim && boxes.size(dim - 1) == 4, "boxes must have shape ", leading ? "(B, N, 4)" : "(N, 4)",
-                  " and be on a CUDA device");
-  const auto beside = [&](const Tensor& t) { return t.is_cuda() && t.get_device_index() == boxes.get_device_index(); };
-  const int storage = storage_code(boxes, "boxes");
-  STD_TORCH_CHECK(beside(scores) && scores.scalar_type() == boxes.scalar_type(), "scores must have the dtype of boxes and be on their device");
-  STD_TORCH_CHECK(same(scores.sizes(), boxes.sizes().slice(0, size_t(dim - 1))), "scores must have one value for each box");
-  if (classes) {
-    STD_TORCH_CHECK(beside(*classes) && classes->scalar_type() == ScalarType::Long, "classes must be int64 and on the device of boxes");
-    STD_TORCH_CHECK(same(classes->sizes(), scores.sizes()), "classes must have one value for each box");
-  }
-  STD_TORCH_CHECK(threshold == threshold, "iou_threshold must be a number, got nan");
+  STD_TORCH_CHECK(boxes.is_cuda(), "boxes must be on a CUDA device");
+  check_boxes(boxes, scores, classes, threshold, leading);
   BoxSource source{};
   source.boxes = boxes.const_data_ptr();
   source.scores = scores.const_data_ptr();
@@ -33,7 +24,7 @@ inline BoxSource checked_source(const Tensor& boxes, const Tensor& scores, const
     source.classes = static_cast<const int64_t*>(classes->const_data_ptr());
     source.class_image = leading ? classes->stride(0) : 0, source.class_row = classes->stride(leading);
   }
-  source.storage = storage;
+  source.storage = storage_code(boxes, "boxes");
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(source.count == 0 || source.images <= most / source.count, "boxes must be at most ", most, " in all images together, got ", source.images, " x ", source.count);
   return source;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "nasdet/op_checks.h"
 #include "roi_align_gather.cuh"
 #include "roi_align_scatter.cuh"
 
@@ -20,58 +21,18 @@ constexpr int64_t kMostInt = (int64_t(1) << 31) - 1;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What the schema says about pooling.
-struct Pooling {
-  std::vector<double> scales;
-  int64_t height, width, sampling_ratio;
-  bool aligned;
-  RoiLevels rule;
-};
-
-Pooling checked_pooling(std::vector<double> scales, int64_t levels, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned, int64_t policy,
-                        double canonical_scale, int64_t canonical_level) {
-  STD_TORCH_CHECK(levels > 0 && levels <= kMaxLevels, "features must hold 1 to ", kMaxLevels, " levels on CUDA, got ", levels);
-  STD_TORCH_CHECK(int64_t(scales.size()) == levels, "scales must have one number per level (", levels, "), got ", scales.size());
-  for (double scale : scales) STD_TORCH_CHECK(scale > 0 && scale < 1e30, "scales must be positive, got ", scale);
-  STD_TORCH_CHECK(height > 0 && width > 0 && height + width <= kMostBins, "pooled_height and pooled_width must be positive and at most ", kMostBins,
-                  " together on CUDA, got ", height, " and ", width);
-  STD_TORCH_CHECK(sampling_ratio <= kMostInt, "sampling_ratio must fit 32 bits, got ", sampling_ratio);
-  STD_TORCH_CHECK(policy == kRoiTorchvision || policy == kRoiDetectron2, "policy must be 0 or 1, got ", policy);
-  STD_TORCH_CHECK(canonical_scale > 0, "canonical_scale must be positive, got ", canonical_scale);
-  const int32_t k_min = -int32_t(std::lround(std::log2(scales.front()))), k_max = -int32_t(std::lround(std::log2(scales.back())));
-  STD_TORCH_CHECK(levels == 1 || k_max - k_min + 1 == levels, "scales must halve from level to level, got ", levels, " from ", scales.front(), " to ", scales.back());
-  return {std::move(scales), height, width, std::max<int64_t>(sampling_ratio, 0), aligned, {int32_t(policy), int32_t(canonical_level), k_min, k_max, float(canonical_scale)}};
+// The CPU's checks, and what the kernels' indices can hold.
+Pooling checked_for_cuda(std::vector<double> scales, int64_t levels, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned, int64_t policy,
+                         double canonical_scale, int64_t canonical_level) {
+  Pooling p = checked_pooling(std::move(scales), levels, height, width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  STD_TORCH_CHECK(levels <= kMaxLevels, "features must hold 1 to ", kMaxLevels, " levels on CUDA, got ", levels);
+  STD_TORCH_CHECK(height + width <= kMostBins, "pooled_height and pooled_width must be at most ", kMostBins, " together on CUDA, got ", height, " and ", width);
+  return p;
 }
 
-void check_rois(const Tensor& rois, const Tensor& like) {
-  STD_TORCH_CHECK(rois.dim() == 2 && rois.size(1) == 5, "rois must have shape (K, 5)");
-  STD_TORCH_CHECK(rois.scalar_type() == (like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-                  "rois must be float32 (float64 for float64 features), got ScalarType ", int(rois.scalar_type()));
-  STD_TORCH_CHECK(rois.is_cuda() && rois.get_device_index() == like.get_device_index(), "rois must be on the features' device");
+void check_cuda_rois(const Tensor& rois, const Tensor& like) {
+  check_rois(rois, like);
   STD_TORCH_CHECK(rois.size(0) <= kMostInt, "rois must have fewer than 2^31 rows, got ", rois.size(0));
-}
-
-// Whether the elements lie as in a dense NHWC (else NCHW) tensor; dimensions of size 1 do not count.
-bool lies_as(const Tensor& t, bool nhwc) {
-  int64_t expected = 1;
-  for (int d : nhwc ? std::vector<int>{1, 3, 2, 0} : std::vector<int>{3, 2, 1, 0}) {
-    if (t.size(d) > 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-bool is_channels_last(const Tensor& t) { return t.numel() > 0 && !lies_as(t, false) && lies_as(t, true); }
-
-Tensor empty_map(const std::vector<int64_t>& shape, const Tensor& like, ScalarType dtype, bool nhwc) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-Tensor lying_as(const Tensor& t, bool nhwc) {
-  if (t.numel() == 0 || lies_as(t, nhwc)) return t;
-  Tensor copy = empty_map({t.size(0), t.size(1), t.size(2), t.size(3)}, t, t.scalar_type(), nhwc);
-  torch::stable::copy_(copy, t);
-  return copy;
 }
 
 // Calls f(S{}) with the type of t's elements.
@@ -117,17 +78,17 @@ void launch_forward(const RoiMaps<arithmetic_t<S>>& maps, const Tensor& rois, Te
 
 Tensor multilevel_roi_align(std::vector<Tensor> features, Tensor rois, std::vector<double> scales, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio,
                             bool aligned, int64_t policy, double canonical_scale, int64_t canonical_level) {
-  const Pooling p = checked_pooling(std::move(scales), int64_t(features.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  const Pooling p = checked_for_cuda(std::move(scales), int64_t(features.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
   const Tensor first = features[0];
   for (const Tensor& x : features) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == first.size(0) && x.size(1) == first.size(1), "features must have shape (N, C, H, W) with one N and C");
     STD_TORCH_CHECK(x.scalar_type() == first.scalar_type() && x.is_cuda() && x.get_device_index() == first.get_device_index(),
                     "features must have one dtype and be on one CUDA device");
   }
-  check_rois(rois, first);
+  check_cuda_rois(rois, first);
   const DeviceGuard guard(first.get_device_index());
   const bool nhwc = is_channels_last(first);
-  Tensor out = empty_map({rois.size(0), first.size(1), p.height, p.width}, first, first.scalar_type(), nhwc);
+  Tensor out = empty_map({rois.size(0), first.size(1), p.height, p.width}, first, nhwc);
   if (out.numel() == 0) return out;
   std::vector<int64_t> heights, widths;
   bool aligned16_all = aligned16(out.const_data_ptr());
@@ -236,11 +197,11 @@ void run_backward(bool deterministic, bool nhwc, const Pooling& p, const std::ve
 std::vector<Tensor> multilevel_roi_align_backward(Tensor grad, Tensor rois, int64_t batch, std::vector<int64_t> heights, std::vector<int64_t> widths, int64_t channels_last_mask,
                                                   std::vector<double> scales, int64_t pooled_height, int64_t pooled_width, int64_t sampling_ratio, bool aligned, int64_t policy,
                                                   double canonical_scale, int64_t canonical_level, bool deterministic) {
-  const Pooling p = checked_pooling(std::move(scales), int64_t(heights.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
+  const Pooling p = checked_for_cuda(std::move(scales), int64_t(heights.size()), pooled_height, pooled_width, sampling_ratio, aligned, policy, canonical_scale, canonical_level);
   STD_TORCH_CHECK(widths.size() == heights.size(), "widths must have one number per level (", heights.size(), "), got ", widths.size());
   STD_TORCH_CHECK(batch >= 0, "batch must not be negative, got ", batch);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cuda() && grad.size(2) == p.height && grad.size(3) == p.width, "grad must have shape (K, C, ", p.height, ", ", p.width, ")");
-  check_rois(rois, grad);
+  check_cuda_rois(rois, grad);
   STD_TORCH_CHECK(grad.size(0) == rois.size(0), "grad must have one row per RoI (", rois.size(0), "), got ", grad.size(0));
   const DeviceGuard guard(grad.get_device_index());
   std::vector<Tensor> results, work;
@@ -248,14 +209,14 @@ std::vector<Tensor> multilevel_roi_align_backward(Tensor grad, Tensor rois, int6
   bool free = true, nhwc = false;  // `free`: no level so far has a layout that matters
   for (size_t l = 0; l < heights.size(); ++l) {
     const bool last = channels_last_mask >> l & 1;
-    results.push_back(empty_map({batch, grad.size(1), heights[l], widths[l]}, grad, grad.scalar_type(), last));
+    results.push_back(empty_map({batch, grad.size(1), heights[l], widths[l]}, grad, last));
     total += results[l].numel();
     const bool both = results[l].numel() == 0 || (lies_as(results[l], true) && lies_as(results[l], false));
     if (free && !both) nhwc = last, free = false;
   }
   if (total == 0) return results;
   for (const Tensor& result : results)  // a level in another layout than the first takes a copy
-    work.push_back(result.numel() == 0 || lies_as(result, nhwc) ? result : empty_map({batch, grad.size(1), result.size(2), result.size(3)}, grad, grad.scalar_type(), nhwc));
+    work.push_back(result.numel() == 0 || lies_as(result, nhwc) ? result : empty_map({batch, grad.size(1), result.size(2), result.size(3)}, grad, nhwc));
   run_backward(deterministic, nhwc, p, heights, widths, batch, rois, grad, work);
   for (size_t l = 0; l < results.size(); ++l)
     if (work[l].const_data_ptr() != results[l].const_data_ptr()) torch::stable::copy_(results[l], work[l]);

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nasdet import ops
+from nasdet.nn.roi_align import RoIAlign
 
 __all__ = ["ROIAlign", "ROIPooler", "batched_nms", "nms"]
 
@@ -41,7 +42,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return ops.batched_nms(boxes.float(), scores.float(), idxs, iou_threshold)
 
 
-class ROIAlign(nn.Module):
+class ROIAlign(RoIAlign):
     """RoIAlign of one feature map; ``aligned=True`` (the default here) shifts by half a pixel.
 
     Args:
@@ -58,24 +59,14 @@ class ROIAlign(nn.Module):
         sampling_ratio: int,
         aligned: bool = True,
     ) -> None:
-        super().__init__()
-        self.output_size = output_size
-        self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        super().__init__(output_size, spatial_scale, sampling_ratio, aligned)
 
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         """``input [N, C, H, W]`` and ``rois [K, 5]`` (batch index, x1, y1, x2, y2) to ``[K, C, *output_size]``."""
-        if rois.ndim != 2 or rois.shape[1] != 5:
-            raise ValueError(f"rois must have shape (K, 5), got {tuple(rois.shape)}")
-        plain = input.dequantize() if input.is_quantized else input
-        return ops.roi_align(plain, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
-        )
+        if not isinstance(rois, Tensor) or rois.ndim != 2 or rois.shape[1] != 5:
+            got = tuple(rois.shape) if isinstance(rois, Tensor) else type(rois).__name__
+            raise ValueError(f"rois must have shape (K, 5), got {got}")
+        return super().forward(input.dequantize() if input.is_quantized else input, rois)
 
 
 class ROIPooler(nn.Module):

@@ -9,12 +9,20 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import nasdet.ops  # noqa: F401  enters every op in the registry
 from nasdet._dispatch import OPS, Op
-from nasdet.testing import Case, Inputs, assert_close, assert_gradient_matches, tolerance
+from nasdet.testing import (
+    Case,
+    Inputs,
+    assert_close,
+    assert_gradient_matches,
+    double,
+    tensors,
+    tolerance,
+    with_leaves,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PAD = 1024  # elements before and after every guarded tensor
@@ -62,44 +70,6 @@ def typical_case(op: Op) -> Case:
     small = [case for case in op.cases if not case.large]
     named = [case for case in small if case.id == "mixed-layouts"]
     return named[0] if named else max(small, key=lambda case: sum(t.numel() for t in tensors(case.make(Inputs()))))
-
-
-def has_data_dependent_size(op: Op) -> bool:
-    """Whether the shape of an output depends on values, by what the fake says: then the op waits for the device."""
-    args, kwargs = op.cases[0].make(Inputs(torch.float32))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
-            op.call(*fakes, **fake_kwargs)
-    except DynamicOutputShapeException:
-        return True
-    return False
-
-
-def tensors(values: Any) -> list[Tensor]:
-    """The tensors of an op's arguments or results."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def double(values: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, values)
-
-
-def with_leaves(op: Op, args: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-    """The arguments with fresh leaves in the differentiable places, and those leaves.
-
-    An op without such places gets leaves everywhere: its outputs must not ask for a gradient.
-    """
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    places = op.differentiable or range(len(args))
-    return [tree_map_only(Tensor, leaf, a) if i in places else a for i, a in enumerate(args)], leaves
 
 
 def filler(dtype: torch.dtype) -> float | int:

@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import nasdet.ops  # noqa: F401  enters every op in the registry
 from nasdet._dispatch import OPS, Backend, Op
-from nasdet.testing import Case, Inputs, assert_close, assert_gradient_matches, tolerance
+from nasdet.testing import (
+    Case,
+    Inputs,
+    assert_close,
+    assert_gradient_matches,
+    double,
+    has_data_dependent_size,
+    tensors,
+    tolerance,
+    with_leaves,
+)
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 ROWS = [
@@ -43,47 +52,9 @@ def _need(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("require")(backend.name, reason)
 
 
-def _double(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.detach().double() if t.is_floating_point() else t, value)
-
-
-def _outputs(result: Any) -> list[Tensor]:
-    """The tensors that an op returned: one, a tuple, a list."""
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
 def _values(outputs: list[Tensor]) -> list[Tensor]:
     """The outputs that gradients go through."""
     return [y for y in outputs if y.requires_grad]
-
-
-def _has_data_dependent_size(op: Op) -> bool:
-    """Whether the shape of an output depends on values, by what the op's fake says."""
-    args, kwargs = op.cases[0].make(Inputs(torch.float32))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
-            op.call(*fakes, **fake_kwargs)
-    except DynamicOutputShapeException:
-        return True
-    return False
-
-
-def _with_gradients(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The arguments with fresh leaves in the differentiable places, and those leaves.
-
-    An op without such places gets leaves everywhere: its outputs must not ask for a gradient.
-    """
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    places = op.differentiable or range(len(args))
-    return tuple(tree_map_only(Tensor, leaf, a) if i in places else a for i, a in enumerate(args)), leaves
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -91,10 +62,10 @@ def _with_gradients(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], lis
 def test_values_and_gradients_match_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Floating-point outputs and gradients within the rounding of the arithmetic, integer outputs to the bit."""
     raw, kwargs = case.make(Inputs(dtype))
-    args, leaves = _with_gradients(op, tuple(raw))
-    exact_args, exact_leaves = _with_gradients(op, tuple(_double(list(raw))))
-    outputs = _outputs(op.call(*args, **kwargs, backend=backend.name))
-    exact_outputs = _outputs(op.reference(*exact_args, **_double(dict(kwargs))))
+    args, leaves = with_leaves(op, raw)
+    exact_args, exact_leaves = with_leaves(op, double(list(raw)))
+    outputs = tensors(op.call(*args, **kwargs, backend=backend.name))
+    exact_outputs = tensors(op.reference(*exact_args, **double(dict(kwargs))))
     assert outputs
     for index, (y, exact) in enumerate(zip(outputs, exact_outputs, strict=True)):
         if not exact.is_floating_point():
@@ -130,7 +101,7 @@ def _check_gradients(
 @pytest.mark.parametrize(("op", "backend", "case"), DIFFERENTIABLE_ROWS)
 def test_gradcheck(op: Op, backend: Backend, case: Case) -> None:
     raw, kwargs = case.make(Inputs(torch.float64, seed=1))
-    args, leaves = _with_gradients(op, tuple(raw))
+    args, leaves = with_leaves(op, raw)
     leaves = [leaf for leaf in leaves if 0 not in leaf.stride()]  # gradcheck writes into its inputs
     if sum(leaf.numel() for leaf in leaves) > 4000:
         leaves = leaves[len(leaves) // 2 :]
@@ -142,10 +113,10 @@ def test_gradcheck(op: Op, backend: Backend, case: Case) -> None:
 @pytest.mark.parametrize(("op", "backend", "case"), COMPILED_ROWS)
 def test_compiles_without_graph_breaks(op: Op, backend: Backend, case: Case) -> None:
     raw, kwargs = case.make(Inputs(torch.float32))
-    args, leaves = _with_gradients(op, tuple(raw))
+    args, leaves = with_leaves(op, raw)
 
     def step(*inputs: Any) -> list[Tensor]:
-        return [y.sin() if y.is_floating_point() else y + 1 for y in _outputs(op.call(*inputs, **kwargs))]
+        return [y.sin() if y.is_floating_point() else y + 1 for y in tensors(op.call(*inputs, **kwargs))]
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
@@ -164,12 +135,12 @@ def test_compiles_without_graph_breaks(op: Op, backend: Backend, case: Case) -> 
 @pytest.mark.parametrize(("op", "backend", "case"), COMPILED_ROWS)
 def test_runs_twice_and_on_two_threads_bit_for_bit(op: Op, backend: Backend, case: Case) -> None:
     raw, kwargs = case.make(Inputs(torch.float32))
-    args, leaves = _with_gradients(op, tuple(raw))
+    args, leaves = with_leaves(op, raw)
     results: list[list[Tensor | None]] = []
     before = torch.get_num_threads()
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        outputs = _outputs(op.call(*args, **kwargs, backend=backend.name))
+        outputs = tensors(op.call(*args, **kwargs, backend=backend.name))
         sums = [y.sum() for y in _values(outputs)]
         gradients = torch.autograd.grad(sums, leaves, allow_unused=True) if op.differentiable else ()
         results.append([*(y.detach() for y in outputs), *gradients])
@@ -182,13 +153,13 @@ def test_runs_twice_and_on_two_threads_bit_for_bit(op: Op, backend: Backend, cas
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 def test_meta_tensors_take_the_reference(op: Op) -> None:
     args, kwargs = op.cases[0].make(Inputs(torch.float32))
-    expected = _outputs(op.call(*args, **kwargs))
+    expected = tensors(op.call(*args, **kwargs))
     on_meta, meta_kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), dict(kwargs)))
-    if _has_data_dependent_size(op):
+    if has_data_dependent_size(op):
         with pytest.raises(ValueError, match="must hold data, got a meta tensor"):
             op.call(*on_meta, **meta_kwargs)
         return
-    outputs = _outputs(op.call(*on_meta, **meta_kwargs))
+    outputs = tensors(op.call(*on_meta, **meta_kwargs))
     for y, wanted in zip(outputs, expected, strict=True):
         assert y.device.type == "meta" and y.shape == wanted.shape and y.dtype == wanted.dtype
 

@@ -136,7 +136,7 @@ def _targets(rows: list[Row]) -> str:
 
 def _promise(target: dict[str, Any]) -> str:
     """What was measured, and what was promised: a ratio to a rival, or a limit."""
-    memory = target["quantity"] == "peak_memory"
+    memory = target["quantity"].endswith("memory")
     if "at_most" in target:
         unit = size if memory else seconds
         return f"{unit(target['value'])}{' at the peak' if memory else ''}; promised at most {unit(target['at_most'])}"

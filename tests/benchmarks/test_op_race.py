@@ -113,6 +113,16 @@ def test_exact_results_must_be_equal() -> None:
     assert "nasdet" in run(ordered).race.seconds
 
 
+def test_a_yardstick_may_compute_something_else() -> None:
+    def other(scores: Tensor, threshold: float) -> Tensor:
+        return top(scores, threshold + 1)
+
+    yardstick = op_race.Contestant("yardstick", lambda: other, same=False)
+    assert "yardstick" in run(bench(top, top_case(), {"nasdet": top}, exact=True, entered=[yardstick])).race.seconds
+    with pytest.raises(interleave.WrongResult):
+        run(bench(top, top_case(), {"nasdet": top, "rival": other}, exact=True))
+
+
 def test_inputs_are_whole_again_before_every_timing() -> None:
     seen = []
 
@@ -204,6 +214,7 @@ def test_promises_of_a_ratio_and_of_a_limit() -> None:
         target("nasdet", "forward", at_most=2.0),
         target("nasdet", "forward", quantity="peak_memory", at_most=999),
         target("nasdet", "forward", "rival", 2.0, quantity="peak_memory"),
+        target("nasdet", "forward", "rival", 2.0, quantity="resident_memory"),
         target("nasdet", "forward", "rival", 1.0, cases=("another",)),
         target("nasdet", "forward", "nobody", 1.0),
         target("nasdet", "forward+backward", "rival", 1.0),
@@ -223,6 +234,7 @@ def test_promises_of_a_ratio_and_of_a_limit() -> None:
         (None, 1.0, True),
         (None, 1500, False),
         ("rival", 3.0, True),
+        ("rival", 2.0, True),
     ]
     assert op_race.row_info(what, outcome, "nasdet", "bf16", "forward", "cpu")["targets"] == []
     on_gpu = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cuda")["targets"]

@@ -90,8 +90,8 @@ existing:
 	wheel=$$(ls dist/nasdet-*.whl | sort | tail -n 1); \
 	  $(NASDET_PYTHON) -m pip install --quiet --no-index --no-deps --target build/existing "$$wheel"
 
-demo: install  ## the main job: digits, a search, retraining, a comparison and its page in runs/demo
-	$(bin)/nasdet demo --out runs/demo $(ARGS)
+demo: install  ## the main job: digits, a search, retraining, a comparison and its page in runs/ (ARGS="--space nats")
+	$(bin)/nasdet demo $(ARGS)
 
 test: $(ready)  ## the fast tests, on the installed wheel
 	@$(pytest) $(python) -m pytest $(CURDIR)/tests -m "not slow and not gpu" $(ARGS)

@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-rounds", type=int, default=11, help="interleaved rounds of the op benchmarks (11)")
     group.addoption("--bench-step-threads", type=int, default=0, help="threads of a search step (0: all processors)")
     group.addoption("--bench-step-rounds", type=int, default=3, help="rounds of a step at 1 image (3); at 4: a third")
-    group.addoption("--bench-step-scale", type=float, default=1.0, help="of the paper's widths, 256 and 96 (1)")
+    group.addoption("--bench-step-scale", type=float, default=1.0, help="of the papers' widths in a step (1)")
+    group.addoption("--bench-large-step", action="store_true", help="also a NATS step at 800 x 1216 px")
 
 
 def pytest_configure(config: pytest.Config) -> None:

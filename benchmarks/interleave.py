@@ -101,11 +101,12 @@ def run_race(
     return Race(seconds)
 
 
-def check_result(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+def check_result(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> list[float]:
     """Refuse a contestant whose tensors are not the reference's, in relative L2 distance and in their finiteness.
 
-    Raises WrongResult, which names the contestant, the tensor and the distance.
+    Returns the distances. Raises WrongResult, which names the contestant, the tensor and the distance.
     """
+    distances = []
     if len(got) != len(expected):
         raise WrongResult(f"{name}: results must be {len(expected)} tensors, got {len(got)}")
     for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
@@ -117,6 +118,8 @@ def check_result(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], t
             raise WrongResult(
                 f"{name}: result {index} must be within {tolerance:g} of the reference, got {distance:.3g}"
             )
+        distances.append(float(distance))
+    return distances
 
 
 class ReplayClock:

@@ -106,7 +106,8 @@ class OpBench:
 
 @dataclass
 class Outcome:
-    """A finished race: times, peak bytes over the inputs by contestant and phase, the work, and who could not run."""
+    """A finished race: times, peak bytes over the inputs by contestant and phase, the work, who could not run, and the
+    relative L2 errors of the outputs."""
 
     case: str
     race: Race
@@ -114,6 +115,7 @@ class Outcome:
     bytes_moved: int | None
     flops: float | None
     absent: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def compiled(reference: Call, mode: str | None = None) -> Call:
@@ -129,7 +131,7 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
     """
     torch._dynamo.reset()  # otherwise the cases share one function's limit of recompilations
     setting = Setting(case, dtype, device, bench.op.differentiable)
-    calls, absent = _admitted(bench, setting, case, dtype, phase, device, threads)
+    calls, absent, errors = _admitted(bench, setting, case, dtype, phase, device, threads)
     step = setting.forward if phase == FORWARD else setting.train
     places = {c.name: c.place for c in bench.contestants}
     timed = {name: places[name](functools.partial(step, call)) for name, call in calls.items()}
@@ -141,18 +143,19 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
         memory = {name: places[name](_memory)(setting, call, phase, device) for name, call in calls.items()}
     seconds = {name: [time / repeats[name] for time in times] for name, times in race.seconds.items()}
     moved, flops = _work(bench, setting, phase)
-    return Outcome(case.id, Race(seconds), memory, moved, flops, absent)
+    return Outcome(case.id, Race(seconds), memory, moved, flops, absent, errors)
 
 
 def _admitted(
     bench: OpBench, setting: Setting, case: Case, dtype: str, phase: str, device: str, threads: int
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """The contestants whose results are the reference's, and why others are absent. Raises WrongResult."""
+) -> tuple[dict[str, Call], dict[str, str], dict[str, float]]:
+    """The contestants whose results are the reference's, why others are absent, and errors. Raises WrongResult."""
     reference = bench.reference or bench.op.reference
     exact = bench.exact
     expected = bench.comparable((setting if exact else setting.in_float64()).results(reference, phase))
     calls: dict[str, Call] = {}
     absent: dict[str, str] = {}
+    errors: dict[str, float] = {}
     for contestant in bench.contestants:
         if reason := contestant.why_not(case, phase, device, threads):
             absent[contestant.name] = reason
@@ -168,9 +171,10 @@ def _admitted(
         ours = contestant.name.startswith("nasdet")
         tolerance = 0.0 if exact else (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype]
         if contestant.same:
-            check_result(contestant.name, bench.comparable(results), expected, tolerance)
+            distances = check_result(contestant.name, bench.comparable(results), expected, tolerance)
+            errors[contestant.name] = distances[0]
         calls[contestant.name] = call
-    return calls, absent
+    return calls, absent, errors
 
 
 def _repeats(clock: Clock, call: Callable[[], Any]) -> int:
@@ -201,6 +205,8 @@ def row_info(bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str
     rivals = [rival for rival in outcome.race.seconds if rival != name]
     info: dict[str, Any] = {"contestant": name, "dtype": dtype, "phase": phase}
     info |= {"median_s": seconds, "iqr_s": outcome.race.iqr(name)}
+    if name in outcome.errors:
+        info["error"] = outcome.errors[name]
     if outcome.bytes_moved is not None:
         info |= {"bytes_floor": outcome.bytes_moved, "bytes_per_s": outcome.bytes_moved / seconds}
     if outcome.flops is not None:

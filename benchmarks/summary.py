@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from table_parts import (
@@ -31,6 +32,15 @@ DETECTION = [
     ("sigmoid_focal_loss", ("2x76725x80 sum", "fp32", "forward+backward")),
 ]
 RIVALS = ("nms", "roi_align", "sigmoid_focal_loss")
+# Whom a convolution is compared with: the fastest of its rivals.
+CONVOLUTIONS = {
+    "mixed_dilation_conv2d": ("eager", "eager, folded kernels"),
+    "grouped_dilation_conv2d": ("one convolution",),
+}
+HEADLINE_CONVOLUTIONS = [
+    *((f"c{c}-n1", "fp32", phase) for c in (128, 256, 512) for phase in ("forward", "forward+backward")),
+    *((f"plain-c{c}", "fp32", "forward") for c in (128, 256, 512)),
+]
 
 
 def headline(results: Path) -> str:
@@ -41,10 +51,28 @@ def headline(results: Path) -> str:
     sections = []
     for machine in sorted(path for path in results.glob("*") if path.is_dir()):
         files = result_files(machine)
-        sections += [part for part in (_maps(files), _detection(files), _steps(files)) if part]
+        sections += [
+            part
+            for part in (
+                _convolutions(files, HEADLINE_CONVOLUTIONS),
+                _maps(files),
+                _detection(files),
+                _steps(files),
+                _supernets(files),
+            )
+            if part
+        ]
     if not sections:
         raise ValueError(f"{results}: results must hold at least one file, got none (run `make bench` first)")
     return "\n\n".join(sections)
+
+
+def convolutions(results: Path) -> str:
+    """Every race of the multi-dilation convolutions, per machine; says so where none was measured yet."""
+    sections = [
+        _convolutions(result_files(machine)) for machine in sorted(path for path in results.glob("*") if path.is_dir())
+    ]
+    return "\n\n".join(section for section in sections if section) or "No results yet."
 
 
 def ratios(results: Path) -> str:
@@ -76,6 +104,26 @@ def _against_torchvision(name: str, race: Race) -> str:
         return cells([*own, "not offered", "", memory, ""])
     faster = f"**{ours['speedup_over']['torchvision']:.1f}x** faster"
     return cells([*own, seconds(theirs["median_s"]), faster, memory, size(peak(theirs))])
+
+
+def _convolutions(files: dict[str, list[Row]], keys: Sequence[tuple[str, str, str]] | None = None) -> str:
+    """Times, peak memory and relative L2 errors against float64; a yardstick of other values has no error."""
+    lines = [cells(["", "nasdet", "PyTorch", "", "peak memory nasdet", "PyTorch", "error nasdet", "PyTorch"])]
+    rows: list[Row] = []
+    for bench, names in CONVOLUTIONS.items():
+        found = races([row for row in files.get(bench, []) if not has_rivals(row)])
+        for key in keys or found:
+            race = found.get(key, {})
+            rivals = [race[name] for name in names if name in race]
+            if "nasdet" not in race or not rivals:
+                continue
+            ours, theirs = race["nasdet"], min(rivals, key=lambda row: row["median_s"])
+            errors = [f"{row['error']:.1e}" if "error" in row else "" for row in (ours, theirs)]
+            faster = f"**{ours['speedup_over'][theirs['contestant']]:.1f}x** faster"
+            times = [seconds(ours["median_s"]), seconds(theirs["median_s"]), faster]
+            lines.append(cells([f"`{bench}` {race_name(key)}", *times, size(peak(ours)), size(peak(theirs)), *errors]))
+            rows += race.values()
+    return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
 
 
 def _maps(files: dict[str, list[Row]]) -> str:
@@ -122,6 +170,25 @@ def _steps(files: dict[str, list[Row]]) -> str:
         lines.append(cells([key[0], *(_step(race[name]) if name in race else "" for name in names)]))
     threads = next(iter(next(iter(found.values())).values()))["environment"]["threads"]
     return f"Alphas, then weights, {threads} threads; time and peak memory:\n\n{with_rule(lines)}"
+
+
+def _supernets(files: dict[str, list[Row]]) -> str:
+    """A line per picture size: a NATS step fused and by reference, and their ratios."""
+    lines = [cells(["one NATS search step, ResNet-50", "nasdet", "reference", "", ""])]
+    found = races([row for row in files.get("supernet_nats", []) if not has_rivals(row)])
+    rows: list[Row] = []
+    for key, race in found.items():
+        if not {"nasdet", "reference"} <= set(race):
+            continue
+        ours, theirs = race["nasdet"], race["reference"]
+        faster = f"{ours['speedup_over']['reference']:.1f}x faster"
+        less = f"{theirs['peak_memory']['step'] / ours['peak_memory']['step']:.1f}x less memory"
+        lines.append(cells([key[0], _step(ours), _step(theirs), faster, less]))
+        rows += race.values()
+    if not rows:
+        return ""
+    threads = rows[0]["environment"]["threads"]
+    return f"Weights, then alphas, {threads} threads; time and peak memory:\n\n{with_rule(lines)}"
 
 
 def _step(row: Row) -> str:

@@ -9,7 +9,17 @@ from nasdet._files import read_json
 
 Row = dict[str, Any]
 Race = dict[str, Row]  # by contestant
-ORDER = ("mix", "norm_act_mix", "nms", "roi_align", "sigmoid_focal_loss", "search_step")
+ORDER = (
+    "mixed_dilation_conv2d",
+    "grouped_dilation_conv2d",
+    "mix",
+    "norm_act_mix",
+    "nms",
+    "roi_align",
+    "sigmoid_focal_loss",
+    "search_step",
+    "supernet_nats",
+)
 _MAPS = {"fpn-p3": "2x96x100x152", "fpn-p4": "2x256x50x76", "fpn-p3-nhwc": "2x96x100x152 channels_last"}
 _NMS = {f"{op}-{n}": f"`{op}`, {n:,} boxes" for op in ("nms", "batched_nms") for n in (100, 1000, 5000, 20000)} | {
     "nms_padded-8x1000": "`nms_padded`, 8 x 1,000 boxes",
@@ -28,7 +38,15 @@ _ROI = {
         ("-10-rois", ", 10 RoIs"),
     )
 }
-CASES = _MAPS | _NMS | _ROI | _FOCAL | {"100 sum": "`sigmoid_focal_loss` 100 sum"}
+_SIDES = {128: "100x152", 256: "50x76", 512: "25x38"}
+_CONV = {f"c{c}-n{n}": f"{n}x{c}x{sides}" for c, sides in _SIDES.items() for n in (1, 2)} | {
+    **{f"plain-c{c}": f"plain 3x3 1x{c}x{sides}" for c, sides in _SIDES.items()},
+    "c128-n1-nchw": "1x128x100x152 NCHW",
+    "c128-stride-2": "1x128x200x304 stride 2",
+    "x101-stage-3": "1x256x100x152 in 32 groups",
+    "batch-8-small-maps": "8x64x16x24",
+}
+CASES = _MAPS | _NMS | _ROI | _FOCAL | _CONV | {"100 sum": "`sigmoid_focal_loss` 100 sum"}
 
 
 def result_files(machine: Path) -> dict[str, list[Row]]:

@@ -1,5 +1,5 @@
 """Writes the tables of the results: all into docs/benchmarks.md, short ones between the markers of README.md and
-docs/your-detector.md.
+docs/your-detector.md and docs/multi_dilation_conv.md.
 
 python benchmarks/tables.py            # rewrite
 python benchmarks/tables.py --check    # exit status 1 when one is out of date
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from summary import headline, ratios
+from summary import convolutions, headline, ratios
 from table_parts import (
     Row,
     by_environment,
@@ -32,17 +32,21 @@ FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 GUIDE = FOLDER.parent / "docs" / "your-detector.md"
+THEORY = FOLDER.parent / "docs" / "multi_dilation_conv.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
+    "mixed_dilation_conv2d": "`mixed_dilation_conv2d`: NATS's set C (five dilations; nine at 512 channels)",
+    "grouped_dilation_conv2d": "`grouped_dilation_conv2d`: a dilation per slice of the output channels",
     "mix": "`mix`: 12 maps into one",
     "norm_act_mix": "`norm_act_mix`: group norm, ReLU and sum of 12 maps",
     "nms": "NMS of clustered boxes, IoU threshold 0.5; `batched_nms` and `nms_padded` with 80 classes",
     "roi_align": "RoIAlign, 256 channels of an 800 x 1333 image: 1,000 RoIs, 7 x 7, 2 x 2 samples, strides 4 to 32",
     "search_step": "One FAD search step at 416 x 416 px (alphas, then weights)",
+    "supernet_nats": "One NATS search step of ResNet-50, set C, 16 channel groups (weights, then alphas)",
 }
 # Of an op of maps the tensors alone: how many holes a heap has is malloc's doing. A step has its process to itself, and
 # of RoIAlign and NMS the resident set shows that nothing large is allocated beside the tensors either.
-RESIDENT = ("search_step", "nms", "roi_align")
+RESIDENT = ("search_step", "supernet_nats", "nms", "roi_align", "mixed_dilation_conv2d", "grouped_dilation_conv2d")
 
 
 def render(results: Path) -> str:
@@ -164,13 +168,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--guide", type=Path, default=GUIDE)
+    parser.add_argument("--theory", type=Path, default=THEORY)
     options = parser.parse_args(arguments)
     try:
-        old = {path: path.read_text(encoding="utf-8") for path in (options.readme, options.guide)}
+        old = {path: path.read_text(encoding="utf-8") for path in (options.readme, options.guide, options.theory)}
         old[options.page] = options.page.read_text(encoding="utf-8") if options.page.is_file() else ""
         new = {
             options.readme: insert(old[options.readme], headline(options.results)),
             options.guide: insert(old[options.guide], ratios(options.results), options.guide.name),
+            options.theory: insert(old[options.theory], convolutions(options.results), options.theory.name),
             options.page: f"# Benchmarks\n\n`make bench` repeats and rewrites these.\n\n{render(options.results)}\n",
         }
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from nasdet._version import __version__
 
 _SUBMODULES = ("arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
 
-__all__ = ["__version__", "use_backend", *_SUBMODULES]
+__all__ = ["__version__", "release_scratch", "scratch_limit", "use_backend", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +22,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"nasdet.{name}")
     if name == "use_backend":
         return importlib.import_module("nasdet._dispatch").use_backend
+    if name in ("release_scratch", "scratch_limit"):
+        return getattr(importlib.import_module("nasdet._library"), name)
     raise AttributeError(f"module 'nasdet' has no attribute {name!r}")
 
 

@@ -58,7 +58,8 @@ def register(op: Op) -> Op:
 def choose(name: str, backend: str | None, *args: Any) -> Backend:
     """The backend that runs this call: the one asked for, else the first that can.
 
-    Raises ValueError when the backend asked for (by argument or ``use_backend``) does not exist or cannot run.
+    Raises ValueError when the backend asked for (by argument or ``use_backend``) does not exist or cannot run, and
+    with every backend's reason when none can.
     """
     wanted = backend or _forced
     backends = OPS[name].backends
@@ -69,13 +70,16 @@ def choose(name: str, backend: str | None, *args: Any) -> Backend:
                     raise ValueError(f"{name}: backend {wanted!r} cannot run this call: {reason}")
                 return candidate
         raise ValueError(f"backend must be one of {[b.name for b in backends]}, got {wanted!r}")
+    reasons = []
     for candidate in backends:
         reason = candidate.why_not(*args)
         if reason is None:
             return candidate
+        reasons.append(f"{candidate.name}: {reason}")
         if not torch.compiler.is_compiling() and logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: not %s: %s", name, candidate.name, reason)
-    raise RuntimeError(f"{name}: no backend can run this call")  # the reference always can
+    # Only where the caller asks for what the reference has not, such as one of several algorithms.
+    raise ValueError(f"{name}: no backend can run this call: {'; '.join(reasons)}")
 
 
 @contextlib.contextmanager

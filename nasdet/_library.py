@@ -63,3 +63,19 @@ def cuda_runtime() -> int | None:
 def has_kernel(op: str, device: str) -> bool:
     """Whether a loaded library implements ``nasdet::<op>`` for ``"CPU"`` or ``"CUDA"``."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"nasdet::{op}", device))
+
+
+def scratch_limit(bytes: int | None = None) -> int:
+    """The scratch memory, in bytes, that one call of a compiled convolution should stay below: 64 MiB unless set.
+
+    With ``bytes`` given, sets it. Smaller limits mean smaller pieces; a call takes more only where its smallest piece
+    needs it. Calls at the same time have such memory each. 0 without the compiled library.
+    """
+    if bytes is not None and (isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1):
+        raise ValueError(f"bytes must be a positive integer or None, got {bytes!r}")
+    return 0 if why_not("cpu") else int(torch.ops.nasdet._scratch_limit(-1 if bytes is None else bytes))
+
+
+def release_scratch() -> int:
+    """Give the scratch memory kept between calls back to the system; how much it was, in bytes."""
+    return 0 if why_not("cpu") else int(torch.ops.nasdet._release_scratch())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-HELP = "list published architectures, show what a card's net costs"
+HELP = "list published architectures, show what a card's net costs, export it to plain PyTorch"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  nasdet arch list\n"
         "  nasdet arch info fad-paper --size 800x1280\n"
-        "  nasdet arch info runs/tiny/card.json --size 128x192 --backbone resnet18 --classes 10 --json"
+        "  nasdet arch info runs/tiny/card.json --size 128x192 --backbone resnet18 --classes 10 --json\n"
+        "  nasdet arch export runs/nats/card.json --out my_backbone.py     a NATS card for a program without nasdet"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -35,18 +38,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     info.add_argument("card", metavar="CARD|NAME", help="a card's JSON file, or a name from 'nasdet arch list'")
     info.add_argument("--size", default="800x1280", metavar="HxW", help="picture size in pixels (default: 800x1280)")
-    info.add_argument("--backbone", default="resnet50", metavar="NAME", help="backbone (default: resnet50)")
-    info.add_argument("--width", type=float, default=1.0, metavar="X", help="multiplier of the backbone's channels (1)")
+    info.add_argument("--backbone", metavar="NAME", help="backbone (default: the card's, or resnet50)")
+    info.add_argument("--width", type=float, metavar="X", help="multiplier of its channels (default: the card's, or 1)")
     info.add_argument("--classes", type=int, default=80, metavar="N", help="object classes (default: 80)")
     info.add_argument("--levels", type=int, default=5, metavar="N", help="pyramid levels from stride 8 on (default: 5)")
     info.add_argument("--inner-channels", type=int, metavar="N", help="c' in the place of the card's own")
     info.add_argument("--cells", type=int, metavar="N", help="cells a group in the place of the card's own")
     info.add_argument("--json", action="store_true", help="as JSON")
+    export = actions.add_parser(
+        "export",
+        help="a NATS card as a Python file that needs torch alone",
+        description=(
+            "Write a Python file, torch its only import, with the card's GENOTYPE and transform(network, GENOTYPE), "
+            "which gives a network's convolutions their dilations: your own ResNet, torchvision's, timm's. Weights and "
+            "their names stay those of the network."
+        ),
+    )
+    export.add_argument("card", metavar="CARD|NAME", help="a NATS card's JSON file, or a name from 'nasdet arch list'")
+    export.add_argument("--out", required=True, metavar="FILE", help="the Python file to write")
 
 
 def run(action: str, **arguments: Any) -> int:
-    """List, or describe one card."""
-    return _list(**arguments) if action == "list" else _info(**arguments)
+    """List, describe one card, or export it."""
+    actions: dict[str, Callable[..., int]] = {"list": _list, "info": _info, "export": _export}
+    return actions[action](**arguments)
+
+
+def _export(card: str, out: str) -> int:
+    from nasdet.arch import load_card
+    from nasdet.spaces.nats import save_plain_source
+
+    print(save_plain_source(load_card(card), out))
+    return 0
 
 
 def _list(json: bool = False) -> int:
@@ -64,8 +87,8 @@ def _list(json: bool = False) -> int:
 def _info(
     card: str,
     size: str = "800x1280",
-    backbone: str = "resnet50",
-    width: float = 1.0,
+    backbone: str | None = None,
+    width: float | None = None,
     classes: int = 80,
     levels: int = 5,
     inner_channels: int | None = None,
@@ -73,17 +96,19 @@ def _info(
     json: bool = False,
 ) -> int:
     from nasdet.arch import load_card
+    from nasdet.spaces import space_class
 
     chosen = load_card(card)
+    backbone = str(chosen.settings.get("backbone", "resnet50")) if backbone is None else backbone
+    width = float(chosen.settings.get("width", 1.0)) if width is None else width
     costs = card_costs(chosen, parse_size(size), backbone, width, classes, levels, inner_channels, cells)
     if json:
         print(_dumps(costs))
         return 0
     settings = ", ".join(f"{key} {value}" for key, value in chosen.settings.items())
     print(f"{chosen.name} ({chosen.method}){': ' + settings if settings else ''}")
-    for group, nodes in chosen.genotype.items():
-        for index, edges in enumerate(nodes):
-            print(f"  {group} node {index + 2} = " + " + ".join(f"{name}({source})" for name, source in edges))
+    for line in space_class(chosen.method).describe(chosen):
+        print(f"  {line}")
     print(f"\n{'part':<12}{'parameters':>14}{'MACs':>20}   at {size}, {classes} classes, {backbone}")
     for part in [*costs["parts"], costs["subnet"], costs["total"]]:
         print(f"{part['name']:<12}{part['parameters']:>14,}{part['macs']:>20,}")
@@ -106,6 +131,7 @@ def card_costs(
     import torch
 
     from nasdet.measure import PartCost, count, total
+    from nasdet.spaces import part_of
     from nasdet.spaces.assemble import ModelConfig, build_model
 
     config = ModelConfig(
@@ -114,10 +140,10 @@ def card_costs(
         fpn_channels=card.settings.get("channels", 256),
         levels=levels,
         num_classes=classes,
-        towers=card.to_json(),
         inner_channels=inner_channels,
         cells=cells,
     )
+    config = replace(config, **{"backbone_card" if part_of(card.method) == "backbone" else "towers": card.to_json()})
     height, long = size
     with torch.device("meta"):
         model = build_model(config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nasdet.cli.demo_spaces import SPACES, Budget, DemoSpace
 
 if TYPE_CHECKING:
     from nasdet.arch import Card
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from nasdet.engine.train import TrainConfig
     from nasdet.spaces.assemble import ModelConfig
 
-HELP = "search a detector's towers on real digits, retrain, compare and draw, in minutes"
+HELP = "search a part of a detector on real digits, retrain, compare and draw, in minutes"
 
 _DESCRIPTION = """\
-Makes the digits data set, searches the towers of a small FCOS with FAD, and trains three detectors with the same
-budget: the searched towers, plain ones, and a random architecture of the same space. Prints the comparison as it is,
-and writes one page with the cell graph, the alphas over time, curves, detections and costs.
+Makes the digits data set, searches a part of a small FCOS (its towers with FAD, or its backbone's dilations with
+NATS), and trains three detectors with the same budget: with the searched part, with the plain one, and with a random
+architecture of the same space. Prints the comparison as it is, and writes one page with the architecture, the alphas
+over time, curves, detections and costs.
 
 A demo that was stopped goes on where it was when started again with the same arguments.
 """
@@ -32,33 +34,10 @@ examples:
   nasdet demo                                      eight minutes at most on two CPU cores -> runs/demo/report.html
   nasdet demo --out runs/longer --train-steps 3000 --search-steps 600
   nasdet demo --out runs/again --seed 1            another seed: small differences are noise
+  nasdet demo --space nats                         dilations of the backbone instead -> runs/demo-nats/report.html
 
 One seed of a small budget says little about the method; the page says so too.
 """
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every part of the demo gets. The same ``train_steps`` and batch for all three detectors."""
-
-    search_steps: int = 100
-    train_steps: int = 600
-    batch: int = 8
-    search_batch: int = 4
-    images: int = 400
-    test_images: int = 100
-    size: tuple[int, int] = (128, 160)
-
-
-_MODEL: dict[str, Any] = {
-    "backbone": "resnet18",
-    "width": 0.25,
-    "fpn_channels": 32,
-    "levels": 3,
-    "short_side": 128,
-    "long_side": 160,
-}
-_INNER_CHANNELS = 24
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: runs/demo)")
+    add("--space", choices=tuple(SPACES), default="fad", help="what is searched: fad towers, nats backbone (fad)")
+    add("--out", type=Path, metavar="DIR", help="folder to write (default: runs/demo; nats: runs/demo-nats)")
     add("--seed", type=int, default=0, metavar="N", help="of data, search and training (0)")
     add("--search-steps", type=int, default=Budget.search_steps, metavar="N", help=f"({Budget.search_steps})")
     add(
@@ -81,7 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(
     *,
-    out: Path = Path("runs/demo"),
+    out: Path | None = None,
+    space: str = "fad",
     seed: int = 0,
     search_steps: int = Budget.search_steps,
     train_steps: int = Budget.train_steps,
@@ -94,9 +75,12 @@ def run(
     from nasdet.engine.runs import recorded
     from nasdet.report import write_report
 
-    began = time.monotonic()
+    if space not in SPACES:
+        raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+    out = out or Path("runs/demo" if space == "fad" else f"runs/demo-{space}")
+    began, method = time.monotonic(), SPACES[space]
     budget = Budget(search_steps=search_steps, train_steps=train_steps, images=images)
-    arguments = asdict(budget) | {"size": list(budget.size), "seed": seed}
+    arguments = asdict(budget) | {"size": list(budget.size), "seed": seed, "space": space}
     _check_same(out, arguments)
     with recorded(
         out, "demo", arguments, seed=seed, device=torch.device("cpu"), command=["nasdet", *sys.argv[1:]], resume=True
@@ -104,8 +88,10 @@ def run(
         _say("1/5  digits: real handwritten digits over photographs")
         write_digits(out / "data", seed=seed, train=budget.images, val=budget.test_images, size=budget.size)
         info["data"] = str((out / "data").resolve())
-        rows = _compare(out, budget, seed)
-        _write_table(out, rows, budget, seed)
+        rows = _compare(out, method, budget, seed)
+        _write_table(out, method, rows, budget, seed)
+        if method.fields:
+            _write_fields(out, method)
     page = write_report(out)
     _print_table(rows)
     _say(f"\n{(time.monotonic() - began) / 60:.1f} minutes. Look at {page}")
@@ -120,23 +106,25 @@ def _check_same(out: Path, arguments: dict[str, Any]) -> None:
         raise ValueError(f"out must be a new folder, or one of a demo with the same arguments, got {out}")
 
 
-def _compare(out: Path, budget: Budget, seed: int) -> list[dict[str, Any]]:
+def _compare(out: Path, method: DemoSpace, budget: Budget, seed: int) -> list[dict[str, Any]]:
     """Search, then train the searched, the plain and a random architecture alike."""
     from nasdet.data import open_data
 
     split = _stored_split(out / "search")
     folder = open_data(out / "data", split=split, seed=seed)
-    _say(f"2/5  search: FAD, {budget.search_steps} steps on half of the training images, alphas on the other half")
-    card = _search(out / "search", folder, budget, seed)
+    halves = "half of the training images, alphas on the other half"
+    _say(f"2/5  search: {method.title}, {budget.search_steps} steps on {halves}")
+    card = _search(out / "search", method, folder, budget, seed)
     rivals: tuple[tuple[str, str, Card | None], ...] = (
-        ("searched towers", "train-searched", card),
-        ("plain towers", "train-plain", None),
-        ("random architecture", "train-random", _random_card(card, seed)),
+        (method.searched, "train-searched", card),
+        (method.plain, "train-plain", None),
+        (method.drawn, "train-random", method.random_card(card, seed)),
     )
     rows = []
     for number, (name, place, rival) in enumerate(rivals, 3):
         _say(f"{number}/5  train: {name}, {budget.train_steps} steps of {budget.batch} images")
-        rows.append(_train(name, out / place, folder, rival, budget, seed))
+        config = _model(folder, method, rival)
+        rows.append(_train(name, out / place, folder, config, budget, seed))
     return rows
 
 
@@ -146,44 +134,20 @@ def _stored_split(run: Path) -> Any:
     return Split.load(run / "split.json") if (run / "split.json").is_file() else None
 
 
-def _search(out: Path, folder: DataFolder, budget: Budget, seed: int) -> Card:
+def _search(out: Path, method: DemoSpace, folder: DataFolder, budget: Budget, seed: int) -> Card:
     from nasdet.arch import load_card
-    from nasdet.engine.search import FADSearchConfig, search_fad
 
-    config = FADSearchConfig(
-        steps=budget.search_steps,
-        batch=budget.search_batch,
-        lr=0.01,
-        arch_lr=0.01,
-        inner_channels=_INNER_CHANNELS,
-        retrain_cells=1,
-        flip=False,
-        log_every=5,
-        checkpoint_every=25,
-        workers=0,
-        seed=seed,
-        name=f"fad-demo-seed{seed}",
-        **_MODEL,
-    )
     if (out / "card.json").is_file():
         return load_card(out / "card.json")
-    return search_fad(config, folder, out, resume=(out / "checkpoints").exists())
+    return method.search(out, folder, budget, seed)
 
 
-def _random_card(like: Card, seed: int) -> Card:
-    """A random genotype with the searched card's settings."""
-    from nasdet.spaces.fad import FADSpace
-
-    return FADSpace("full").random(random.Random(seed), "fad-random", settings=like.settings)
-
-
-def _train(name: str, out: Path, folder: DataFolder, card: Card | None, budget: Budget, seed: int) -> dict[str, Any]:
+def _train(name: str, out: Path, folder: DataFolder, model: ModelConfig, budget: Budget, seed: int) -> dict[str, Any]:
     """Train one detector unless it is there already, and return its row of the table."""
     from nasdet._files import read_json
     from nasdet.engine.train import train
 
     config = _train_config(budget, seed)
-    model = _model(folder, card)
     if not (out / "eval.json").is_file():
         train(config, folder, model, out, resume=(out / "checkpoints").exists())
     scores, costs = read_json(out / "eval.json"), read_json(out / "cost.json")
@@ -220,15 +184,33 @@ def _train_config(budget: Budget, seed: int) -> TrainConfig:
     )
 
 
-def _model(folder: DataFolder, card: Card | None) -> ModelConfig:
-    from nasdet.spaces.assemble import PLAIN, ModelConfig
+def _model(folder: DataFolder, method: DemoSpace, card: Card | None) -> ModelConfig:
+    from nasdet.spaces import part_of
+    from nasdet.spaces.assemble import ModelConfig
 
-    categories = tuple(folder.categories)
-    config = ModelConfig(norm="gn", num_classes=len(categories), categories=categories, tower_convs=4, **_MODEL)
-    return replace(config, towers=PLAIN if card is None else card.to_json())
+    names = tuple(folder.categories)
+    config = ModelConfig(norm="gn", num_classes=len(names), categories=names, tower_convs=4, **method.model)
+    if card is None:
+        return config
+    searched = card.to_json()
+    return (
+        replace(config, backbone_card=searched)
+        if part_of(card.method) == "backbone"
+        else replace(config, towers=searched)
+    )
 
 
-def _write_table(out: Path, rows: list[dict[str, Any]], budget: Budget, seed: int) -> None:
+def _write_fields(out: Path, method: DemoSpace) -> None:
+    """The receptive fields of the backbones that were trained, beside each other on the page."""
+    from nasdet.engine.evaluate import load_run
+    from nasdet.engine.receptive_field import measure_field, write_fields
+
+    rivals = (("train-plain", method.plain), ("train-searched", method.searched))
+    fields = [measure_field(load_run(out / run)[0].get_submodule("backbone"), name) for run, name in rivals]
+    write_fields(out, fields, "each backbone's own, trained here")
+
+
+def _write_table(out: Path, method: DemoSpace, rows: list[dict[str, Any]], budget: Budget, seed: int) -> None:
     from nasdet._files import write_json
 
     write_json(
@@ -238,7 +220,7 @@ def _write_table(out: Path, rows: list[dict[str, Any]], budget: Budget, seed: in
             "budget": {"train_steps": budget.train_steps, "images_per_step": budget.batch, "seed": seed},
             "notes": [
                 f"Trained from random weights on {budget.images} small images, tested on {budget.test_images}.",
-                "The plain towers have four convolutions each; the others one cell in each of their two groups.",
+                method.note,
             ],
         },
     )

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nasdet.cli import search_nats
+
 HELP = "search a detector's architecture on a data folder"
 
 # What --preset stands for; an option given on the command line wins.
@@ -58,6 +60,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     _add_common(fad)
     _add_fad(fad)
+    nats = methods.add_parser(
+        "nats",
+        help=search_nats.HELP,
+        description=search_nats.DESCRIPTION,
+        epilog=search_nats.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    search_nats.configure(nats)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -138,38 +148,36 @@ def run(
 ) -> int:
     """Search, and print the derived architecture and where it lies."""
     from nasdet.data import Split, open_data
-    from nasdet.engine.search import FADSearchConfig, search_fad
 
-    if method != "fad":
-        raise ValueError(f"method must be fad, got {method!r}")
-    settings = {**PRESETS[preset], **{name: value for name, value in options.items() if value is not None}}
+    presets = {"fad": PRESETS, "nats": search_nats.PRESETS}
+    if method not in presets:
+        raise ValueError(f"method must be one of {', '.join(presets)}, got {method!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {**presets[method][preset], **given}
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
     if no_repshare:
         settings["repshare"] = False
     if no_decouple:
         settings["decouple"] = False
-    config = FADSearchConfig(**settings)
     stored = out / "split.json"
     split = Split.load(stored) if resume and stored.is_file() else None
-    folder = open_data(data, split=split, seed=config.seed, skip_bad=skip_bad)
+    folder = open_data(data, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad)
     if folder.skipped:
         print("skipped: " + ", ".join(f"{number} {reason}" for reason, number in folder.skipped.items()))
-    card = search_fad(
-        config,
-        folder,
-        out,
-        weights=weights,
-        resume=resume,
-        device=device,
-        backend=backend,
-        command=["nasdet", *sys.argv[1:]],
-    )
-    print(f"{card.name}: {out / 'card.json'}")
-    for group, nodes in card.genotype.items():
-        for index, edges in enumerate(nodes):
-            terms = " + ".join(f"{name}({source})" for name, source in edges)
-            print(f"  {group} node {index + 2} = {terms}")
+    search = _search_fad if method == "fad" else search_nats.run
+    command = ["nasdet", *sys.argv[1:]]
+    places = {"weights": weights, "device": device, "backend": backend}
+    for line in search(settings, folder, out, resume=resume, command=command, **places):
+        print(line)
     recipe = "" if preset == "paper" else f" --preset {preset}"
     print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
     return 0
+
+
+def _search_fad(settings: dict[str, Any], folder: Any, out: Path, **options: Any) -> list[str]:
+    from nasdet.engine.search import FADSearchConfig, search_fad
+    from nasdet.spaces.fad import FADSpace
+
+    card = search_fad(FADSearchConfig(**settings), folder, out, **options)
+    return [f"{card.name}: {out / 'card.json'}", *(f"  {line}" for line in FADSpace.describe(card))]

@@ -141,7 +141,8 @@ def run(
     from nasdet.engine.distributed import is_main
     from nasdet.engine.train import TrainConfig, train
 
-    settings = {**PRESETS[preset or "paper"], **{name: value for name, value in options.items() if value is not None}}
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {**PRESETS[preset or "paper"], **_own_backbone(card), **given}
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
     names = {field.name for field in fields(TrainConfig)}
@@ -200,11 +201,28 @@ def model_config(
 ) -> ModelConfig:
     """The model for the folder's categories: ``settings`` over the model.json beside the card over the paper's."""
     from nasdet.arch import load_card
+    from nasdet.spaces import part_of
     from nasdet.spaces.assemble import ModelConfig
 
     base = ModelConfig()
     if beside and Path(card).is_file() and (Path(card).parent / "model.json").is_file():
         base = ModelConfig.load(Path(card).parent / "model.json")
-    towers = card if card == "plain" else load_card(card).to_json()
-    settings = {"norm": "frozen_bn" if weights else "gn", "frozen_stages": 2 if weights else 0, **settings}
-    return replace(base, towers=towers, num_classes=len(folder.categories), categories=folder.categories, **settings)
+    searched: dict[str, Any] = {"towers": "plain", "backbone_card": None}
+    chosen = None if card == "plain" else load_card(card)
+    part = "towers" if chosen is None else part_of(chosen.method)
+    if chosen is not None:
+        searched["backbone_card" if part == "backbone" else "towers"] = chosen.to_json()
+    # NATS retrains with norms that learn; a card of towers leaves the pretrained backbone's as they are.
+    norm = ("sync_bn" if part == "backbone" else "frozen_bn") if weights else "gn"
+    settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched, **settings}
+    return replace(base, num_classes=len(folder.categories), categories=folder.categories, **settings)
+
+
+def _own_backbone(card: str) -> dict[str, Any]:
+    """The backbone that a card transforms, by name and width; nothing for plain or a card of towers."""
+    from nasdet.arch import load_card
+    from nasdet.spaces import part_of
+
+    if card == "plain" or part_of((chosen := load_card(card)).method) != "backbone":
+        return {}
+    return {name: chosen.settings[name] for name in ("backbone", "width") if name in chosen.settings}

@@ -31,7 +31,10 @@ from nasdet.detectors.weights import load_backbone_weights
 __all__ = ["BACKBONES", "DETECTORS", "FCOS", "FPN", "PlainTowers", "ResNet", "build_fcos", "load_backbone_weights"]
 
 #: name -> maker of a module with ``strides`` and ``channels``
-BACKBONES: dict[str, Callable[..., Any]] = {f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101)}
+BACKBONES: dict[str, Callable[..., Any]] = {
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101)},
+    **{f"resnext{depth}_32x4d": partial(ResNet, depth, groups=32, width_per_group=4) for depth in (50, 101)},
+}
 
 
 def build_fcos(

@@ -12,8 +12,8 @@ from nasdet.detectors.norm import norm_layer
 LEVELS = ("c2", "c3", "c4", "c5")
 
 
-def _conv(inp: int, out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+def _conv(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool) -> None:
+    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool, groups: int, inner: int):
         super().__init__()
         self.conv1 = _conv(inp, planes, 3, stride)
         self.bn1 = norm_layer(norm, planes)
@@ -36,19 +36,22 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 and a shortcut; the 3x3 carries the stride, or the first 1x1 with ``stride_in_1x1``."""
+    """1x1, 3x3, 1x1 and a shortcut; the 3x3 carries the stride, or the first 1x1 with ``stride_in_1x1``.
+
+    The 3x3 has ``inner`` channels in ``groups`` convolution groups.
+    """
 
     expansion = 4
 
-    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool) -> None:
+    def __init__(self, inp: int, planes: int, stride: int, norm: str, stride_in_1x1: bool, groups: int, inner: int):
         super().__init__()
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         out = planes * self.expansion
-        self.conv1 = _conv(inp, planes, 1, first)
-        self.bn1 = norm_layer(norm, planes)
-        self.conv2 = _conv(planes, planes, 3, second)
-        self.bn2 = norm_layer(norm, planes)
-        self.conv3 = _conv(planes, out, 1)
+        self.conv1 = _conv(inp, inner, 1, first)
+        self.bn1 = norm_layer(norm, inner)
+        self.conv2 = _conv(inner, inner, 3, second, groups)
+        self.bn2 = norm_layer(norm, inner)
+        self.conv3 = _conv(inner, out, 1)
         self.bn3 = norm_layer(norm, out)
         self.downsample = _shortcut(inp, out, stride, norm)
 
@@ -84,6 +87,8 @@ class ResNet(nn.Module):
     :data:`nasdet.detectors.norm.NORMS`. ``frozen_stages`` counts the parts, from the stem on, that do not train and
     whose norms stay in evaluation mode: 0 none, 1 the stem, 2 the stem and ``c2``, as Detectron's FREEZE_AT.
     ``stride_in_1x1`` moves a bottleneck's stride to its first convolution, as in the paper and in Caffe's weights.
+    ``groups`` and ``width_per_group`` make it a ResNeXt (Xie et al., 2017): a bottleneck's 3x3 has ``width_per_group *
+    groups`` channels in c2, twice that in c3 and so on, in ``groups`` convolution groups; 32 and 4 is the 32x4d.
     """
 
     def __init__(
@@ -95,12 +100,20 @@ class ResNet(nn.Module):
         frozen_stages: int = 0,
         outputs: Sequence[str] = LEVELS,
         stride_in_1x1: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
         if not width > 0:
             raise ValueError(f"width must be positive, got {width}")
+        plain = (groups, width_per_group) == (1, 64)
+        if min(groups, width_per_group) < 1 or (BLOCKS[depth][0] is BasicBlock and not plain):
+            raise ValueError(
+                f"groups and width_per_group must be positive, and 1 and 64 without bottlenecks (depth {depth}), got "
+                f"{groups} and {width_per_group}"
+            )
         if isinstance(outputs, str) or not outputs or any(name not in LEVELS for name in outputs):
             raise ValueError(f"outputs must be names among {', '.join(LEVELS)}, got {outputs!r}")
         self.outputs = tuple(name for name in LEVELS if name in outputs)
@@ -115,10 +128,11 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inp = planes[0]
         for stage in range(stages):
+            inner = max(1, int(planes[stage] * width_per_group / 64)) * groups
             blocks = []
             for index in range(counts[stage]):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(inp, planes[stage], stride, norm, stride_in_1x1))
+                blocks.append(block(inp, planes[stage], stride, norm, stride_in_1x1, groups, inner))
                 inp = planes[stage] * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         indices = {name: LEVELS.index(name) for name in self.outputs}

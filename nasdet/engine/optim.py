@@ -79,7 +79,7 @@ class Schedule:
     """The learning rate as a pure function of the step (from 0): ``lr * warm-up(step) * decay(step)``.
 
     ``decay``: ``"step"`` multiplies by ``gamma`` at each of ``milestones``, fractions of ``steps`` (2/3 and 8/9 are 60k
-    and 80k of 90k); ``"cosine"`` is ``(1 + cos(pi * step / steps)) / 2``; ``"constant"`` is 1.
+    and 80k of 90k); ``"cosine"`` falls from 1 to ``final``, half a cosine over the ``steps``; ``"constant"`` is 1.
     ``warmup``: ``"linear"`` rises from ``warmup_factor`` to 1 over ``warmup_steps``; ``"constant"`` stays at
     ``warmup_factor`` for as long; ``"none"``. ``warmup_steps=None`` means 500, or a tenth of a run shorter than 5,000.
     """
@@ -92,6 +92,7 @@ class Schedule:
     warmup: str = "linear"
     warmup_steps: int | None = None
     warmup_factor: float = 1 / 3
+    final: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr >= 0):
@@ -108,6 +109,8 @@ class Schedule:
             raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
         if not 0 <= self.warmup_factor <= 1:
             raise ValueError(f"warmup_factor must be in 0..1, got {self.warmup_factor}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must be in 0..1, got {self.final}")
 
     def at(self, step: int) -> float:
         """The rate of ``step``."""
@@ -125,7 +128,8 @@ class Schedule:
         if self.decay == "constant":
             return 1.0
         if self.decay == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(step, self.steps) / self.steps))
+            cosine = 0.5 * (1.0 + math.cos(math.pi * min(step, self.steps) / self.steps))
+            return self.final + (1.0 - self.final) * cosine
         return self.gamma ** sum(step >= round(milestone * self.steps) for milestone in self.milestones)
 
 

@@ -1,11 +1,9 @@
-"""Search runs: a method's search on a detector and a data folder, in a run folder that can be resumed."""
+"""FAD searches: a search on a detector and a data folder, in a run folder that can be resumed."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,7 @@ import torch
 from torch import Tensor
 
 from nasdet.arch import Card, save_card
-from nasdet.data import (
-    Batch,
-    Compose,
-    DataFolder,
-    DetectionDataset,
-    HorizontalFlip,
-    Resize,
-    Split,
-    make_loader,
-    require_selectable,
-)
+from nasdet.data import DataFolder
 from nasdet.engine.checkpoint import LAST, seed_everything
 from nasdet.engine.distributed import local_device
 from nasdet.engine.layout import training_layout
@@ -32,6 +20,7 @@ from nasdet.engine.loop import Loop
 from nasdet.engine.optim import Schedule
 from nasdet.engine.records import append_line
 from nasdet.engine.runs import recorded
+from nasdet.engine.supernet import SupernetRun, check_search
 from nasdet.engine.train import write_cost
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -156,7 +145,7 @@ def search_fad(
     split; ``TestSplitError`` for data that includes test images; ``NonFiniteLoss`` when the search diverges.
     """
     out, where = Path(out), local_device(device)
-    _check(data, out, resume)
+    check_search("search fad", data, out, resume)
     run = _FADRun(config, data, where, backend, weights, started=resume and (out / LAST).exists())
     loop = Loop(
         out,
@@ -191,18 +180,7 @@ def search_fad(
         return _finish(config, data, run, out)
 
 
-def _check(data: DataFolder, out: Path, resume: bool) -> None:
-    """Refuse what must not start, before anything is written."""
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"search fad must run in one process, got {processes}")
-    for dataset in (data.search_val(), data.search_train()):
-        require_selectable(dataset, data.split)
-    path = out / "split.json"
-    if resume and (out / LAST).exists() and path.is_file() and (old := Split.load(path)).sha256 != data.split.sha256:
-        raise ValueError(f"{path}: split must be the run's own, {old.sha256[:12]}, got {data.split.sha256[:12]}")
-
-
-class _FADRun:
+class _FADRun(SupernetRun):
     """Model, optimisers and data of one search."""
 
     def __init__(
@@ -214,7 +192,8 @@ class _FADRun:
         weights: str | Path | None,
         started: bool,
     ) -> None:
-        self.config, self.data, self.device = config, data, device
+        super().__init__(config, data, device)
+        self.config = config
         seed_everything(config.seed)
         self.space = config.search_space()
         self.supernet = self.space.supernet(config.fpn_channels, config.inner_channels, config.cells, backend)
@@ -243,42 +222,17 @@ class _FADRun:
 
     def stepper(self, start: int) -> Callable[[int], Mapping[str, Tensor]]:
         """The step function of the loop, its batches lined up with step ``start``."""
-        search_train, search_val = self.data.search_train(), self.data.search_val()
-        weight_batches = self._batches(search_train, 2 * self.config.seed, start)
-        arch_batches = self._batches(search_val, 2 * self.config.seed + 1, start)
+        seed, lined_up = 2 * self.config.seed, {"start": start, "steps": self.config.steps}
+        weight_batches = self.batches(self.data.search_train(), seed=seed, **lined_up)
+        arch_batches = self.batches(self.data.search_val(), seed=seed + 1, **lined_up)
 
         def step(index: int) -> Mapping[str, Tensor]:
             arch_batch, weight_batch = next(arch_batches), next(weight_batches)
             terms: dict[str, Tensor] = {}
-            values = self.bilevel.step(
-                index, lambda: self._loss(weight_batch, terms), lambda: self._loss(arch_batch, {})
-            )
+            values = self.bilevel.step(index, lambda: self.loss(weight_batch, terms), lambda: self.loss(arch_batch, {}))
             return {**values, **terms}
 
         return step
-
-    def _batches(self, dataset: DetectionDataset, seed: int, start: int) -> Iterator[Batch]:
-        config = self.config
-        loader = make_loader(
-            dataset,
-            config.batch,
-            Compose([Resize(config.short_side, config.long_side), *([HorizontalFlip()] if config.flip else [])]),
-            seed=seed,
-            start_step=start,
-            steps=config.steps,
-            workers=config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        # The iterator, and with it the workers, is made in the first step: after the loop has taken over the signals.
-        return itertools.chain.from_iterable(iter(loader) for _ in range(1))
-
-    def _loss(self, batch: Batch, terms: dict[str, Tensor]) -> Tensor:
-        batch = batch.to(self.device, self.format, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            outputs = self.model(batch.images)
-        losses: dict[str, Tensor] = self.model.loss(outputs, batch.targets)  # type: ignore[operator]  # a detector's
-        terms.update({name: value.detach() for name, value in losses.items()})
-        return torch.stack(list(losses.values())).sum()
 
 
 def _finish(config: FADSearchConfig, data: DataFolder, run: _FADRun, out: Path) -> Card:

@@ -1,6 +1,15 @@
 """Modules over the operators."""
 
+from nasdet.nn.dilation_conv import GroupedDilationConv2d, MixedDilationConv2d, check_same_conv2d
 from nasdet.nn.group_norm_relu import GroupNormReLU, group_norm_relu
 from nasdet.nn.roi_align import MultiScaleRoIAlign, RoIAlign
 
-__all__ = ["GroupNormReLU", "MultiScaleRoIAlign", "RoIAlign", "group_norm_relu"]
+__all__ = [
+    "GroupNormReLU",
+    "GroupedDilationConv2d",
+    "MixedDilationConv2d",
+    "MultiScaleRoIAlign",
+    "RoIAlign",
+    "check_same_conv2d",
+    "group_norm_relu",
+]

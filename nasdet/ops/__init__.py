@@ -2,7 +2,9 @@
 
 from nasdet._dispatch import use_backend
 from nasdet.ops.boxes import box_iou, generalized_box_iou
+from nasdet.ops.grouped_dilation_conv2d import grouped_dilation_conv2d
 from nasdet.ops.mix import mix
+from nasdet.ops.mixed_dilation_conv2d import mixed_dilation_conv2d
 from nasdet.ops.nms import batched_nms, nms, nms_padded
 from nasdet.ops.norm_act_mix import norm_act_mix
 from nasdet.ops.roi_align import multilevel_roi_align, roi_align
@@ -13,7 +15,9 @@ __all__ = [
     "batched_nms",
     "box_iou",
     "generalized_box_iou",
+    "grouped_dilation_conv2d",
     "mix",
+    "mixed_dilation_conv2d",
     "multilevel_roi_align",
     "nms",
     "nms_padded",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nasdet._files import write_atomic
-from nasdet.report import alphas, curves, graph, pictures, tables
+from nasdet.report import alphas, curves, dilations, graph, pictures, receptive_field, tables
 from nasdet.report.markup import duration, figure, grid, legend, text
 from nasdet.report.read import Run, number, read_run
 from nasdet.report.style import CSS, SCRIPT
@@ -185,6 +185,7 @@ def _run_sections(run: Run, budget: int, seen: dict[str, str]) -> list[tuple[str
     found = [
         ("cells", "Architecture", _cells(run, seen)),
         ("alphas", "How the search decided", _drawn(lambda: _alphas(run))),
+        ("fields", "Effective receptive field", _fields(run)),
         ("curves", "Loss and AP", _drawn(lambda: curves.curve_section(run.metrics))),
         ("detections", "Detections", _drawn(lambda: pictures.picture_section(run, budget)) if budget else ""),
         ("categories", "Average precision", tables.categories(run.eval) if run.eval else ""),
@@ -211,6 +212,8 @@ def _cells(run: Run, seen: dict[str, str]) -> str:
     if key in seen:
         return f'<p class="note">{name}: the same architecture as under “{text(seen[key])}”, drawn there.</p>'
     seen[key] = run.name.replace("-", " ")
+    if layers := dilations.intensities(genotype):
+        return told + dilations.intensity_bars(layers)
     cells = graph.find_cells({"genotype": genotype})
     if not cells:
         shown = json.dumps(genotype, indent=1)
@@ -241,7 +244,14 @@ def _inputs(method: Any, group: str) -> tuple[tuple[str, str], str]:
     return ("input 0", "input 1"), ""
 
 
+def _fields(run: Run) -> str:
+    content = run.erf
+    return "" if content is None else _drawn(lambda: receptive_field.field_section(content))
+
+
 def _alphas(run: Run) -> str:
+    if run.info.get("verb") == "search nats" or dilations.intensities((run.card or {}).get("genotype")):
+        return dilations.searched_dilations(run.alphas, run.info.get("choices"))
     histories = alphas.histories(run.alphas)
     cells = graph.find_cells({"genotype": (run.card or {}).get("genotype")})
     shown = [

@@ -26,6 +26,7 @@ class Run:
     eval: dict[str, Any] | None = None
     demo: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
+    erf: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     detections: list[dict[str, Any]] | None = None
@@ -65,6 +66,7 @@ def _read_one(path: Path, name: str) -> Run:
     run.eval = _object(path / "eval.json")
     run.demo = _object(path / "demo.json", rows=list)
     run.split = _object(path / "split.json")
+    run.erf = _object(path / "erf.json", maps=list)
     run.metrics = [row for row in read_lines(path / "metrics.jsonl") if number(row.get("step")) is not None]
     run.alphas = [row for row in read_lines(path / "alphas.jsonl") if isinstance(row.get("alphas"), dict)]
     results = path / "detections.json"
@@ -82,7 +84,24 @@ def _read_one(path: Path, name: str) -> Run:
         for index, row in enumerate(content[key] if content else []):
             if not isinstance(row, dict):
                 raise ValueError(f"{path / file}: {key}[{index}] must be an object, got {_kind(row)}")
+    for index, field_ in enumerate(run.erf["maps"] if run.erf else []):
+        if wrong := _wrong_map(field_):
+            raise ValueError(f"{path / 'erf.json'}: maps[{index}] {wrong}")
     return run
+
+
+def _wrong_map(entry: Any) -> str | None:
+    """What is wrong with a map of an ``erf.json``, or None."""
+    if not isinstance(entry, dict):
+        return f"must be an object, got {_kind(entry)}"
+    rows = entry.get("rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        return f"must have rows, got {_kind(rows)}"
+    if len({len(row) for row in rows}) != 1:
+        return "must have rows of one length"
+    if any(number(value) is None for row in rows for value in row):
+        return "must have finite numbers in its rows"
+    return None
 
 
 def _object(path: Path, **required: type) -> dict[str, Any] | None:

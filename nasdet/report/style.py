@@ -4,14 +4,14 @@ from __future__ import annotations
 
 _LIGHT = """
 --ground:#fbfbf9;--card:#fff;--ink:#1b1d21;--muted:#62666f;--line:#e1e2e0;--accent:#1f5fbf;
---c0:#1f5fbf;--c1:#c2570c;--c2:#1d7f52;--c3:#8541b8;--c4:#be2f4a;--c5:#8b8f98;--c6:#0d7d8c;--c7:#86690c;
+--c0:#1f5fbf;--c1:#c2570c;--c2:#1d7f52;--c3:#8541b8;--c4:#be2f4a;--c5:#8b8f98;--c6:#0d7d8c;--c7:#86690c;--c8:#b03a9d;
 --std:#1f5fbf;--sep:#c2570c;--other:#1d7f52;--none:#8b8f98;
 --std-rgb:31 95 191;--sep-rgb:216 110 24;--other-rgb:29 127 82;--none-rgb:120 124 132;
 --good:#1d7f52;--bad:#be2f4a;
 """
 _DARK = """
 --ground:#131519;--card:#1b1e24;--ink:#e8e9ec;--muted:#a0a5b0;--line:#32363f;--accent:#82b1ff;
---c0:#82b1ff;--c1:#f6a55c;--c2:#63c999;--c3:#c795ef;--c4:#f58397;--c5:#7d828d;--c6:#5cc8d8;--c7:#d9bb55;
+--c0:#82b1ff;--c1:#f6a55c;--c2:#63c999;--c3:#c795ef;--c4:#f58397;--c5:#7d828d;--c6:#5cc8d8;--c7:#d9bb55;--c8:#f293dd;
 --std:#82b1ff;--sep:#f6a55c;--other:#63c999;--none:#8d929d;
 --std-rgb:90 150 255;--sep-rgb:240 145 60;--other-rgb:80 190 140;--none-rgb:150 155 165;
 --good:#63c999;--bad:#f58397;
@@ -146,6 +146,13 @@ th span.std,th span.sep,th span.other,th span.none,p span.std,p span.sep,p span.
 .panel path{fill:none;stroke:var(--c5);stroke-width:1;opacity:.42;vector-effect:non-scaling-stroke}
 .panel .best{stroke:var(--tone);stroke-width:2.2;opacity:1}
 .panel .even{stroke-dasharray:2 3;opacity:.9}
+.ways{grid-template-columns:repeat(auto-fill,minmax(148px,1fr))}
+.ways path{stroke:none;opacity:1}
+.intensities{max-width:720px}
+.intensities text{font-size:12px;fill:var(--ink)}
+.intensities .layer{text-anchor:end;font-size:11.5px}
+.intensities .share{text-anchor:middle;fill:var(--card);font-weight:600;font-size:11px}
+.wide{margin:.4em 0 18px}
 .tag{
   font-size:.72rem;margin-left:4px;border:1px solid var(--line);border-radius:99px;padding:0 6px;
   color:var(--muted);

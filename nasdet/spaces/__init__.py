@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import Any
 
 # Loaded on demand: a card of one method needs no other method's modules.
-SPACES: dict[str, str] = {"fad": "nasdet.spaces.fad:FADSpace"}
+SPACES: dict[str, str] = {
+    "fad": "nasdet.spaces.fad:FADSpace",
+    "nats": "nasdet.spaces.nats:NATSSpace",
+}
 
 
 def space_class(method: str) -> Any:
@@ -18,3 +21,8 @@ def space_class(method: str) -> Any:
         raise ValueError(f"method must be one of {', '.join(SPACES)}, got {method!r}")
     module, name = SPACES[method].split(":")
     return getattr(import_module(module), name)
+
+
+def part_of(method: str) -> str:
+    """What a method's cards build: ``"towers"`` of a detector (the default), or its ``"backbone"``."""
+    return str(getattr(space_class(method), "part", "towers"))

@@ -13,7 +13,7 @@ from nasdet._files import read_json, write_json
 from nasdet.arch import Card
 from nasdet.detectors import BACKBONES, DETECTORS
 from nasdet.detectors.norm import NORMS
-from nasdet.spaces import space_class
+from nasdet.spaces import part_of, space_class
 
 PLAIN = "plain"
 
@@ -25,8 +25,8 @@ class ModelConfig:
     ``backbone`` and ``width`` (a multiplier of its channels), ``fpn_channels`` and ``levels`` of the pyramid;
     ``norm`` of the backbone and ``frozen_stages``; ``categories``, the class names in the order of the labels, and
     their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
-    ``inner_channels`` and ``cells`` in the place of the card's own where given; ``short_side`` and ``long_side``, the
-    picture size it was trained for, in pixels.
+    ``inner_channels`` and ``cells`` in the place of the card's own where given; ``backbone_card``, the JSON of a card
+    that transforms the backbone; ``short_side`` and ``long_side``, the picture size it was trained for, in pixels.
     """
 
     detector: str = "fcos"
@@ -42,6 +42,7 @@ class ModelConfig:
     tower_convs: int = 4
     inner_channels: int | dict[str, int] | None = None
     cells: int | None = None
+    backbone_card: dict[str, Any] | None = None
     short_side: int = 800
     long_side: int = 1333
     options: dict[str, Any] = field(default_factory=dict)
@@ -69,13 +70,19 @@ class ModelConfig:
             object.__setattr__(self, "towers", Card.from_json(self.towers).to_json())
         elif self.towers != PLAIN:
             raise ValueError(f"towers must be {PLAIN!r} or a card's JSON, got {self.towers!r}")
+        if self.backbone_card is not None:
+            card = Card.from_json(self.backbone_card)
+            if part_of(card.method) != "backbone":
+                raise ValueError(f"backbone_card must be a card of a backbone, got {card.name!r} ({card.method})")
+            object.__setattr__(self, "backbone_card", card.to_json())
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be an object, got {type(self.options).__name__}")
 
     @property
     def card(self) -> Card | None:
-        """The card of the towers; None for plain ones."""
-        return Card.from_json(self.towers) if isinstance(self.towers, Mapping) else None
+        """What was searched: the card of the towers, or else of the backbone; None for a plain detector."""
+        card = self.towers if isinstance(self.towers, Mapping) else self.backbone_card
+        return None if card is None else Card.from_json(card)
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as a JSON object."""
@@ -112,9 +119,13 @@ def _positive(name: str, value: Any) -> None:
 
 def build_towers(config: ModelConfig, *, backend: str | None = None) -> nn.Module | None:
     """The towers of a configuration: a card's module, or None for the detector's plain ones."""
-    card = config.card
-    if card is None:
+    if not isinstance(config.towers, Mapping):
         return None
+    card = Card.from_json(config.towers)
+    if part_of(card.method) != "towers":
+        raise ValueError(
+            f"towers must be a card of towers, got {card.name!r} ({card.method}), a {part_of(card.method)}"
+        )
     space = space_class(card.method)
     towers: nn.Module = space.build(
         card, config.fpn_channels, inner_channels=config.inner_channels, cells=config.cells, backend=backend
@@ -136,9 +147,10 @@ def build_model(
     """The detector of a configuration.
 
     ``towers`` stand in the place of the configured ones (a supernet); ``weights`` is a local file with the backbone's
-    pretrained weights; ``backend`` chooses the mixing ops' backend. Weights are drawn from torch's global generator.
+    pretrained weights; ``backend`` chooses the searched parts' backend. Weights are drawn from torch's global
+    generator. A card of the backbone takes it over with its weights.
     """
-    return DETECTORS[config.detector](
+    model = DETECTORS[config.detector](
         config.backbone,
         config.num_classes,
         width=config.width,
@@ -151,3 +163,7 @@ def build_model(
         frozen_stages=config.frozen_stages,
         **config.options,
     )
+    if config.backbone_card is not None:
+        card = Card.from_json(config.backbone_card)
+        space_class(card.method).build(card, model.get_submodule("backbone"), backend=backend)
+    return model

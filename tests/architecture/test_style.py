@@ -14,7 +14,8 @@ import pytest
 CODE = {".py": 400, ".cpp": 600, ".cu": 600, ".cuh": 600, ".h": 600}
 FUNCTION_LINES = 60
 # files beside the operators' own in kernels/ and csrc/: shared helpers, and the libraries' own entries
-HELPERS = {"box_order", "build", "launch", "module", "storage"}
+HELPERS = {"box_order", "build", "launch", "module", "scratch", "storage", "tuning"}
+CONVOLUTIONS = ("conv", "dilation", "frequency", "winograd")  # behind both multi-dilation convolutions
 
 
 def tracked(repository: Path) -> list[Path]:
@@ -106,7 +107,8 @@ def test_one_basename_per_operator(repository: Path) -> None:
     orphans = []
     for path in layers:
         base = path.stem.removeprefix("_")
-        helper = base in HELPERS or any(base.startswith(f"{op}_") and path.suffix in (".h", ".cuh") for op in ops)
+        helper = base in HELPERS or base.split("_")[0] in CONVOLUTIONS
+        helper |= any(base.startswith(f"{op}_") and path.suffix in (".h", ".cuh") for op in ops)
         if path.is_file() and base not in ops and not helper:
             orphans.append(str(path.relative_to(repository)))
     assert not orphans, f"no nasdet/ops/<name>.py for {orphans}"
@@ -117,10 +119,11 @@ def test_public_names() -> None:
     import nasdet.ops
 
     parts = ["arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces"]
-    assert sorted(nasdet.__all__) == sorted(["__version__", "use_backend", *parts])
+    assert sorted(nasdet.__all__) == sorted(["__version__", "release_scratch", "scratch_limit", "use_backend", *parts])
     suppression = ["batched_nms", "box_iou", "generalized_box_iou", "nms", "nms_padded", "soft_nms"]
     others = ["mix", "multilevel_roi_align", "norm_act_mix", "roi_align", "sigmoid_focal_loss", "use_backend"]
-    assert nasdet.ops.__all__ == sorted(suppression + others)
+    convolutions = ["grouped_dilation_conv2d", "mixed_dilation_conv2d"]
+    assert nasdet.ops.__all__ == sorted(suppression + others + convolutions)
     for name in nasdet.__all__:
         assert getattr(nasdet, name) is not None
     assert dir(nasdet) == sorted(nasdet.__all__)

@@ -57,7 +57,10 @@ def written(folder: Path, results: Path) -> tuple[list[str], Path, Path, Path]:
     readme, page, guide = folder / "README.md", folder / "docs" / "benchmarks.md", folder / "guide.md"
     readme.write_text(README)
     guide.write_text(README)
+    theory = folder / "theory.md"
+    theory.write_text(README)
     options = ["--results", str(results), "--readme", str(readme), "--page", str(page), "--guide", str(guide)]
+    options += ["--theory", str(theory)]
     return options, readme, page, guide
 
 
@@ -192,6 +195,38 @@ def test_ratios_name_what_torchvision_does_not_offer(results: Path, tmp_path: Pa
     assert "| `soft_nms` linear, 5,000 boxes fp32, forward | 3.0 ms | not offered |  | 30 MB |  |" in text
     assert "20,000" not in text and "mix" not in text
     assert "10.5x" in tables.headline(results) and "soft_nms" not in tables.headline(results)
+
+
+def test_a_convolution_is_compared_with_the_faster_of_its_rivals(results: Path, tmp_path: Path) -> None:
+    mixed = {"bench": "mixed_dilation_conv2d", "phase": "forward"}
+    rows = [
+        row("nasdet", 0.02, "c128-n1", error=3e-7, speedup_over={"eager": 9.0, "eager, folded kernels": 8.0}, **mixed),
+        row("eager", 0.18, "c128-n1", error=5e-7, **mixed),
+        row("eager, folded kernels", 0.16, "c128-n1", error=6e-7, **mixed),
+    ]
+    record.record(document(tmp_path / "more.json", *rows), results)
+    found = tables.convolutions(results)
+    line = "| `mixed_dilation_conv2d` 1x128x100x152 fp32, forward | 20.0 ms | 160.0 ms | **8.0x** faster |"
+    assert f"{line} 30 MB | 30 MB | 3.0e-07 | 6.0e-07 |" in found
+    assert line in tables.headline(results)
+
+
+def test_a_nats_step_is_shown_fused_and_by_reference(results: Path, tmp_path: Path) -> None:
+    common = {"case": "1x3x416x416", "phase": "w step + alpha step", "bench": "supernet_nats"}
+    memory = [{"step": peak, "step, resident": 2 * peak} for peak in (500_000_000, 1_700_000_000)]
+    rows = [
+        row("nasdet", 1.5, peak_memory=memory[0], **common) | {"speedup_over": {"reference": 4.04}},
+        row("reference", 6.0, peak_memory=memory[1], **common),
+        row("nasdet", 1.5, **common) | {"case": "1x3x800x1216"},
+    ]
+    record.record(document(tmp_path / "more.json", *rows), results)
+    text = tables.headline(results)
+    assert "Weights, then alphas, 1 threads; time and peak memory:" in text
+    line = "| 1x3x416x416 | 1.50 s, 500 MB | 6.00 s, 1,700 MB | 4.0x faster | 3.4x less memory |"
+    assert line in text and "800x1216" not in text, "one alone is no comparison"
+    page = tables.render(results)
+    assert "**One NATS search step of ResNet-50" in page and "*resident* | 1,000 MB | 3,400 MB |" in page
+    assert "1x3x416x416" not in tables.ratios(results)
 
 
 @pytest.mark.parametrize("readme", ["none", tables.END + tables.BEGIN, tables.BEGIN * 2 + tables.END])

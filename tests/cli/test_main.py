@@ -76,12 +76,30 @@ def test_a_demo_of_another_budget_is_not_mixed_in(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_small_demo_runs_through_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("space", "names"),
+    [
+        ("fad", ("searched towers", "plain towers", "random architecture")),
+        ("nats", ("searched backbone", "original backbone", "random dilations")),
+    ],
+)
+def test_a_small_demo_runs_through_and_again(
+    space: str, names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["demo", "--out", str(tmp_path / "demo"), "--search-steps", "2", "--train-steps", "3", "--images", "12"]
+    arguments += ["--space", space] if space != "fad" else []
     assert main(arguments) == 0
     first = capsys.readouterr().out
-    assert "searched towers" in first and (tmp_path / "demo" / "report.html").is_file()
+    assert all(name in first for name in names) and (tmp_path / "demo" / "report.html").is_file()
     rows = json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"]
     assert [row["run"] for row in rows] == ["train-searched", "train-plain", "train-random"]
+    assert tuple(row["name"] for row in rows) == names
+    if space == "nats":
+        assert len({(row["parameters"], row["macs"]) for row in rows}) == 1, "dilations cost nothing"
+        fields = json.loads((tmp_path / "demo" / "erf.json").read_text())["maps"]
+        assert [field["name"] for field in fields] == ["original backbone", "searched backbone"]
+        cards = [json.loads((tmp_path / "demo" / run / "card.json").read_text()) for run in ("search", "train-random")]
+        assert cards[0]["settings"]["channel_groups"] == cards[1]["settings"]["channel_groups"] == 16
+        assert cards[0]["genotype"].keys() == cards[1]["genotype"].keys() and cards[0] != cards[1]
     assert main(arguments) == 0
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"] == rows

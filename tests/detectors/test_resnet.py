@@ -126,6 +126,8 @@ def test_channels_last_stays() -> None:
         ({"outputs": "c5"}, "outputs must be names among"),
         ({"outputs": ()}, "outputs must be names among"),
         ({"frozen_stages": 6}, "frozen_stages must be in 0..5, got 6"),
+        ({"groups": 0}, "groups and width_per_group must be positive"),
+        ({"groups": 32, "width_per_group": 4}, "1 and 64 without bottlenecks .depth 18., got 32 and 4"),
     ],
     ids=str,
 )
@@ -134,6 +136,28 @@ def test_bad_arguments(arguments: dict, text: str) -> None:
         ResNet(**{"depth": 18, "width": 0.25, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("depth", "parameters", "inner"), [(50, 25_028_904, 128), (101, 44_177_704, 128)], ids=["x50", "x101"]
+)
+def test_resnext_has_published_parameters_and_torchvisions_names(depth: int, parameters: int, inner: int) -> None:
+    with torch.device("meta"):
+        model = BACKBONES[f"resnext{depth}_32x4d"]()
+    assert sum(p.numel() for p in model.parameters()) + 2048 * 1000 + 1000 == parameters
+    assert set(model.state_dict()) == _torchvision_names(depth)
+    for stage in range(1, 5):
+        conv = model.get_submodule(f"layer{stage}.1.conv2")
+        channels = inner * 2 ** (stage - 1)
+        assert (conv.in_channels, conv.out_channels, conv.groups) == (channels, channels, 32)
+    assert model.channels == {"c2": 256, "c3": 512, "c4": 1024, "c5": 2048}
+
+
+def test_narrow_resnext_runs() -> None:
+    model = BACKBONES["resnext50_32x4d"](width=0.25)
+    assert model.get_submodule("layer1.0.conv2").weight.shape == (32, 1, 3, 3)
+    assert model(torch.randn(1, 3, 64, 64))["c5"].shape == (1, 512, 2, 2)
+
+
 def test_registry_names() -> None:
-    assert sorted(BACKBONES) == ["resnet101", "resnet18", "resnet34", "resnet50"]
+    resnets = ["resnet101", "resnet18", "resnet34", "resnet50"]
+    assert sorted(BACKBONES) == [*resnets, "resnext101_32x4d", "resnext50_32x4d"]
     assert BACKBONES["resnet18"](width=0.25).channels["c5"] == 128

@@ -29,6 +29,8 @@ def test_cosine_constant_and_warmups():
     cosine = Schedule(lr=2.0, steps=100, decay="cosine", warmup="none")
     assert cosine.at(0) == 2.0 and cosine.at(50) == pytest.approx(1.0) and cosine.at(100) == pytest.approx(0.0)
     assert all(cosine.at(step) > cosine.at(step + 1) for step in range(100))
+    lifted = Schedule(lr=0.01, steps=100, decay="cosine", warmup="none", final=0.04)
+    assert lifted.at(0) == 0.01 and lifted.at(50) == pytest.approx(0.0052) and lifted.at(100) == pytest.approx(0.0004)
     flat = Schedule(lr=1.0, steps=100, decay="constant", warmup="constant", warmup_steps=7)
     assert [flat.at(step) for step in (0, 6, 7, 99)] == [1 / 3, 1 / 3, 1.0, 1.0]
     short = Schedule(lr=1.0, steps=100, decay="constant")
@@ -39,7 +41,7 @@ def test_cosine_constant_and_warmups():
 @pytest.mark.parametrize(
     "bad",
     [{"lr": -1.0}, {"lr": math.nan}, {"steps": 0}, {"decay": "poly"}, {"warmup": "x"}, {"milestones": (60_000,)}]
-    + [{"warmup_steps": -1}, {"warmup_factor": 2.0}],
+    + [{"warmup_steps": -1}, {"warmup_factor": 2.0}, {"final": 1.5}],
     ids=str,
 )
 def test_bad_schedules(bad):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
+from convolutions import fuzz_grouped_dilation_conv2d, fuzz_mixed_dilation_conv2d
 from drawing import Draw
 from losses_and_sums import fuzz_mix, fuzz_norm_act_mix, fuzz_sigmoid_focal_loss
 from pooling import fuzz_multilevel_roi_align, fuzz_roi_align
@@ -37,6 +38,8 @@ FUZZERS: dict[str, Callable[[Draw], None]] = {
     "sigmoid_focal_loss": fuzz_sigmoid_focal_loss,
     "mix": fuzz_mix,
     "norm_act_mix": fuzz_norm_act_mix,
+    "mixed_dilation_conv2d": fuzz_mixed_dilation_conv2d,
+    "grouped_dilation_conv2d": fuzz_grouped_dilation_conv2d,
 }
 BATCH = 100  # cases of one task
 

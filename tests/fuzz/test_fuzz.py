@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import convolutions
 import fuzz
 import losses_and_sums
 import pooling
@@ -86,6 +87,13 @@ def _a_thousandth_off(real: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *rest, backend, **more: real(*rest, backend=backend, **more) * (1.001 if backend == "cpp" else 1)
 
 
+def _other_dilation(real: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(x: Any, weight: Any, dilations: Any, *rest: Any, backend: str, **more: Any) -> Any:
+        return real(x, weight, [1, *dilations[1:]] if backend == "cpp" else dilations, *rest, backend=backend, **more)
+
+    return wrong
+
+
 @pytest.mark.parametrize(
     ("module", "op", "bug"),
     [
@@ -99,6 +107,8 @@ def _a_thousandth_off(real: Callable[..., Any]) -> Callable[..., Any]:
         pytest.param(losses_and_sums, "mix", _no_gradient_for_one_map, id="mix-gradient"),
         pytest.param(losses_and_sums, "norm_act_mix", _a_thousandth_off, id="norm_act_mix-value"),
         pytest.param(losses_and_sums, "sigmoid_focal_loss", _a_thousandth_off, id="sigmoid_focal_loss-value"),
+        pytest.param(convolutions, "mixed_dilation_conv2d", _a_thousandth_off, id="mixed_dilation_conv2d-value"),
+        pytest.param(convolutions, "grouped_dilation_conv2d", _other_dilation, id="grouped_dilation_conv2d-dilation"),
     ],
 )
 def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch, module: Any, op: str, bug: Callable[..., Any]) -> None:

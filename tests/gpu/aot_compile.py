@@ -6,14 +6,17 @@ by a recorder, so signatures, constants and warps are those of real calls; no GP
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -24,24 +27,41 @@ from triton.runtime.jit import JITFunction
 mix, norm_act_mix, sigmoid_focal_loss = (
     importlib.import_module(f"nasdet.kernels.{op}") for op in ("mix", "norm_act_mix", "sigmoid_focal_loss")
 )
+mixed, grouped, convolutions = (
+    importlib.import_module(f"nasdet.kernels.{name}")
+    for name in ("mixed_dilation_conv2d", "grouped_dilation_conv2d", "_dilation_run")
+)
 MAPS, SHAPE, GROUPS = 12, (2, 96, 100, 152), 32  # RepShare's node on P3
-NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+}  # fmt: skip
+SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that one block may have
+PRODUCTS = ((torch.bfloat16, ""), (torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "ieee"))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-Launch = tuple[JITFunction, dict[str, Any], int]  # kernel, arguments by name, warps
+Launch = tuple[JITFunction, dict[str, Any], dict[str, int]]  # kernel, arguments by name, warps and stages
 
 
-def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) -> list[Launch]:
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the block, launches are added to the list instead of started."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **kwargs: Any) -> None:
-        launches.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, num_warps))
+        options = {"num_warps": num_warps}
+        if "num_stages" in kwargs:
+            options["num_stages"] = kwargs.pop("num_stages")
+        launches.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
 
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) -> list[Launch]:
     xs = [torch.empty(SHAPE, dtype=dtype, device="meta", memory_format=memory_format) for _ in range(MAPS)]
     weights = torch.empty(MAPS, device="meta")
     gamma, beta = torch.empty(2, MAPS, SHAPE[1], device="meta").unbind()
-    run, JITFunction.run = JITFunction.run, record
-    try:
+    with recording() as launches:
         y = mix.forward(xs, weights)
         mix.backward(y, xs, weights, True, True)
         y, mean, rstd = norm_act_mix.forward(xs, weights, gamma, beta, GROUPS, 1e-5, [1] * MAPS)
@@ -50,9 +70,33 @@ def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) ->
             sigmoid_focal_loss.forward(xs[0], xs[1], 0.25, gamma, True)
             loss = sigmoid_focal_loss.forward(xs[0], xs[1], 0.25, gamma, False)
             sigmoid_focal_loss.backward(loss, xs[0], xs[1], 0.25, gamma, False, True, True)
-    finally:
-        JITFunction.run = run
     return launches
+
+
+def every_candidate(key: Any, candidates: Sequence[Any], like: Any, launch: Callable[[Any], None]) -> None:
+    for config in candidates:
+        launch(config)
+
+
+def recorded_convolutions(dtype: torch.dtype, precision: str, arch: int) -> list[tuple[str, Launch]]:
+    """Every configuration of every product for a large map, and the first choice for ResNeXt's groups."""
+    x = torch.empty(4, 256, 50, 84, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    kernels, factors = torch.empty(5, 256, 256, 3, 3, dtype=dtype, device="meta"), torch.empty(5, 256, device="meta")
+    own = torch.empty(256, 8, 3, 3, dtype=dtype, device="meta")
+    set_c = [1, 1, 2, 2, 3, 3, 1, 3, 3, 1]
+    kind = "16-bit" if dtype != torch.float32 else precision
+    device = {"kind_of": lambda x: kind, "processor_of": lambda x: (arch, SHARED_MEMORY[arch])}
+    with mock.patch.multiple(convolutions, **device), recording() as launches:
+        most = 1 if dtype == torch.float16 else 100
+        with mock.patch.multiple(convolutions, run_fastest=every_candidate, MEASURED=most):
+            mixed.forward(x, kernels, factors, set_c, 1, 1, 1, 0)
+            mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, False, True, True)
+        if dtype == torch.bfloat16:
+            mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, True, False, False)
+            splits = [96, 64, 32, 32, 32]
+            grouped.forward(x, own, set_c, splits, 1, 1, 32, 0)
+            grouped.backward(x, x, own, set_c, splits, 1, 1, 32, 0, True, True)
+    return [(f"{NAMES[dtype]}-{kind}" if "BLOCK_K" in launch[1] else NAMES[dtype], launch) for launch in launches]
 
 
 def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
@@ -63,7 +107,8 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     aligned = [["tt.divisibility", 16]]
     for position, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr:
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, tuple):
             signature[parameter.name] = tuple("*" + NAMES[x.dtype] for x in value)
@@ -80,10 +125,8 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def resources(kernel: JITFunction, arguments: dict[str, Any], warps: int, arch: int) -> dict[str, Any]:
-    compiled = triton.compile(
-        source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
-    )
+def resources(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, int], arch: int) -> dict[str, Any]:
+    compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -93,14 +136,18 @@ def resources(kernel: JITFunction, arguments: dict[str, Any], warps: int, arch: 
     used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
     narrow = len(re.findall(r"ld\.global\.b16|ld\.global\.b8", ptx))  # one element of a 16-bit map at a time
-    return {**used, "shared": compiled.metadata.shared, "narrow_loads": narrow, "wide_loads": ptx.count("ld.global.v4")}
+    products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    return {
+        **used, "shared": compiled.metadata.shared, "narrow_loads": narrow, "wide_loads": ptx.count("ld.global.v4"),
+        "products": products, "async_loads": len(re.findall(r"cp\.async\.c[ag]\.shared\.global .*, 0x10", ptx)),
+    }  # fmt: skip
 
 
 def main(archs: list[int]) -> None:
     report: dict[str, Any] = {}
     for dtype, layout in ((torch.bfloat16, "nchw"), (torch.bfloat16, "nhwc"), (torch.float32, "nchw")):
         memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-        for kernel, arguments, warps in recorded_launches(dtype, memory_format):
+        for kernel, arguments, options in recorded_launches(dtype, memory_format):
             module = kernel.fn.__module__.rpartition(".")[2].strip("_")
             name = f"{module}.{kernel.fn.__name__}"
             if any(isinstance(value, tuple) for value in arguments.values()):
@@ -109,7 +156,16 @@ def main(archs: list[int]) -> None:
                 name += f"-{NAMES[dtype]}" + ("" if arguments["SQUARE"] else "-any-gamma")
             for arch in archs:
                 if f"{name}-sm{arch}" not in report:
-                    report[f"{name}-sm{arch}"] = resources(kernel, arguments, warps, arch)
+                    report[f"{name}-sm{arch}"] = resources(kernel, arguments, options, arch)
+    for arch in archs:
+        for dtype, precision in PRODUCTS:
+            for label, (kernel, arguments, options) in recorded_convolutions(dtype, precision, arch):
+                name = f"dilation_conv.{kernel.fn.__name__}-{label}"
+                if "BLOCK_K" in arguments:
+                    tile = "x".join(str(arguments[f"BLOCK_{side}"]) for side in "MNK")
+                    name += f"-{tile}-{options['num_warps']}w-{options['num_stages']}s"
+                if f"{name}-sm{arch}" not in report:
+                    report[f"{name}-sm{arch}"] = resources(kernel, arguments, options, arch)
     print(json.dumps(report))
 
 

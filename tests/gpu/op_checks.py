@@ -50,10 +50,53 @@ def _several_chunks(inputs: Inputs) -> tuple[Sequence[Any], dict[str, Any]]:
     return ([inputs.randn(1, 2, 131, 129, shift=3.0)], inputs.weights(1), gn_weight, gn_bias, 1), {}
 
 
-# What only the GPU kernels have to be afraid of: lists longer than one launch takes, slices longer than one chunk.
+def _convolution(
+    inputs: Inputs, x: tuple[int, int, int, int], weight: tuple[int, ...], channels_last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Map and kernels; these as ``module.to(memory_format=torch.channels_last)`` leaves them, if wished."""
+    kernels = inputs.randn(*weight, scale=(weight[-3] * weight[-1] ** 2) ** -0.5)
+    if channels_last:
+        kernels = kernels.flatten(0, -4).to(memory_format=torch.channels_last).view(weight)
+    return inputs.randn(*x, layout="channels_last" if channels_last else "contiguous"), kernels
+
+
+def _mixed(
+    x: tuple[int, int, int, int], weight: tuple[int, ...], dilations: Sequence[Any], *options: Any, **more: bool
+) -> Any:
+    def make(inputs: Inputs) -> tuple[Sequence[Any], dict[str, Any]]:
+        mix = torch.stack([inputs.weights(weight[0]) for _ in range(weight[1])], dim=1)
+        return (*_convolution(inputs, x, weight, **more), mix, dilations, *options), {}
+
+    return make
+
+
+def _grouped(
+    x: tuple[int, int, int, int], weight: tuple[int, ...], dilations: Sequence[Any], *options: Any, **more: bool
+) -> Any:
+    def make(inputs: Inputs) -> tuple[Sequence[Any], dict[str, Any]]:
+        return (*_convolution(inputs, x, weight, **more), dilations, *options), {}
+
+    return make
+
+
+# What only the GPU kernels have to be afraid of: lists longer than one launch takes, slices longer than one chunk,
+# channels of several tiles of which the last is not full, kernels in the layout that the products read.
 EXTRA_CASES = {
     "mix": (Case("many-maps", _many_maps_to_mix), Case("zero-weight-vector", _zero_weight)),
     "norm_act_mix": (Case("many-maps", _many_maps_to_norm), Case("several-chunks", _several_chunks)),
+    "mixed_dilation_conv2d": (
+        Case("several-blocks", _mixed((1, 72, 6, 7), (2, 137, 72, 3, 3), (1, (1, 2)), 1, 1)),
+        Case("several-chunks", _mixed((2, 3, 40, 30), (2, 2, 3, 1, 1), (1, 3), 1, 1)),
+        Case("kernels-channels-last", _mixed((1, 16, 5, 6), (2, 16, 16, 3, 3), (1, 2), 1, 1, channels_last=True)),
+    ),
+    "grouped_dilation_conv2d": (
+        Case("several-blocks", _grouped((1, 72, 6, 7), (137, 72, 3, 3), (1, (1, 2)), (70, 67), 1, 1)),
+        Case("several-chunks", _grouped((2, 3, 40, 30), (2, 3, 1, 1), (1,), (2,), 1, 1)),
+        Case(
+            "kernels-channels-last", _grouped((2, 32, 5, 6), (48, 32, 3, 3), (1, 2), (16, 32), 2, 1, channels_last=True)
+        ),
+        Case("joined-groups", _grouped((1, 24, 6, 5), (48, 3, 3, 3), (1, 2), (24, 24), 2, 8)),
+    ),
 }
 
 
@@ -115,6 +158,16 @@ def guarded_allocations() -> Iterator[list[Tensor]]:
         assert bool((ends == CANARY).all()), f"written outside a tensor of {buffer.numel() - 2 * PAD} elements"
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 products as exact as the tolerances expect: torch's convolutions use TF32 unless told otherwise."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def upstream_of(y: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device)
@@ -135,7 +188,7 @@ def run(
     """Outputs and gradients, between guards."""
     raw, kwargs = tree_map_only(Tensor, embedded, tuple(case.make(Inputs(dtype, device))))
     args, leaves = with_leaves(op, raw)
-    with guarded_allocations() as buffers:
+    with without_tf32(), guarded_allocations() as buffers:
         outputs = tensors(op.call(*args, **kwargs, **more, backend=backend))
         gradients = gradients_of(op, outputs, leaves)
         assert buffers or backend != "triton", "no allocation went through the guards"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ KERNELS = {
     "norm_act_mix.gradient_kernel",
     "sigmoid_focal_loss.forward_kernel", "sigmoid_focal_loss.sum_kernel", "sigmoid_focal_loss.reduce_kernel",
     "sigmoid_focal_loss.backward_kernel",
+    "dilation_conv.fold_kernel", "dilation_conv.product_kernel", "dilation_conv.weight_gradient_kernel",
+    "dilation_conv.unfold_kernel",
 }  # fmt: skip
 
 Report = dict[str, dict[str, Any]]
@@ -31,7 +34,7 @@ def report(program_environment: Callable[..., dict[str, str]]) -> Report:
     environment = program_environment()
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).with_name("aot_compile.py")), *map(str, SHARED_MEMORY)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -52,7 +55,42 @@ def test_shared_memory_fits(report: Report) -> None:
 
 
 def test_maps_are_loaded_16_bytes_at_a_time(report: Report) -> None:
-    maps = {name: row for name, row in report.items() if "bf16" in name or "fp32" in name}
+    maps = {
+        name: row
+        for name, row in report.items()
+        if ("bf16" in name or "fp32" in name) and not name.startswith("dilation_conv")
+    }
     assert len(maps) >= 2 * 2 * 2
     wrong = {name: row for name, row in maps.items() if row["narrow_loads"] or not row["wide_loads"]}
     assert not wrong
+
+
+def products_of(report: Report, kind: str) -> Report:
+    kernels = ("dilation_conv.product_kernel", "dilation_conv.weight_gradient_kernel")
+    return {name: row for name, row in report.items() if name.startswith(kernels) and f"-{kind}-" in name}
+
+
+@pytest.mark.parametrize("kind", ["bf16-16-bit", "fp16-16-bit", "fp32-tf32"])
+def test_products_run_on_the_matrix_units(report: Report, kind: str) -> None:
+    rows = products_of(report, kind)
+    assert len(rows) >= 2 * len(SHARED_MEMORY)
+    wrong = {name: row for name, row in rows.items() if row["products"] != ("wgmma" if "sm90" in name else "mma")}
+    assert not wrong
+
+
+def test_exact_products_do_not_round_to_tf32(report: Report) -> None:
+    rows = products_of(report, "fp32-ieee")
+    assert len(rows) >= 2 * len(SHARED_MEMORY)
+    assert not {name: row for name, row in rows.items() if row["products"]}
+
+
+def test_products_keep_several_stages_of_operands_in_flight(report: Report) -> None:
+    """Copies past the registers, 16 bytes at a time, into as many buffers as asked for; sm_80 computes on the last."""
+    rows = products_of(report, "bf16-16-bit") | products_of(report, "fp16-16-bit")
+    wrong = {}
+    for name, row in rows.items():
+        m, n, k, stages = (int(v) for v in re.findall(r"(\d+)x(\d+)x(\d+)-\d+w-(\d)s", name)[0])
+        buffers = stages if name.endswith("sm90") else stages - 1
+        if not row["async_loads"] or row["shared"] < buffers * (m + n) * k * 2:
+            wrong[name] = row
+    assert rows and not wrong

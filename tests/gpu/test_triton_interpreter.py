@@ -18,7 +18,9 @@ from nasdet._dispatch import OPS
 pytestmark = pytest.mark.needs("triton")
 WITH_TRITON = [op.name for op in OPS.values() if any(backend.name == "triton" for backend in op.backends)]
 TESTS = {
-    name: [f"{case.id}-{dtype}" for case in op_checks.cases_of(OPS[name]) for dtype in interpret_ops.dtypes_of(case)]
+    name: [
+        f"{case.id}-{dtype}" for case in op_checks.cases_of(OPS[name]) for dtype in interpret_ops.dtypes_of(name, case)
+    ]
     + [test.__name__ for test in interpret_ops.PROPERTIES.get(name, ())]
     for name in WITH_TRITON
 }
@@ -33,7 +35,7 @@ def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[st
         if name not in known:
             command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name]
             environment = program_environment(TRITON_INTERPRET="1")
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             assert result.returncode == 0, result.stderr[-4000:]
             known[name] = json.loads(result.stdout.splitlines()[-1])
         return known[name]

@@ -29,7 +29,7 @@ ROWS = [
     pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
     for op in OPS.values()
     for backend in op.backends
-    if backend.name in ("cpp", "reference")
+    if backend.name in ("cpp", "folded", "reference")
     for case in op.cases
     if not case.large
 ]

@@ -38,8 +38,8 @@ def test_one_more_backend(tree: Any) -> None:
 
 def test_one_more_search_space(tree: Any) -> None:
     tree.add("kernel_space.py", "nasdet/spaces/kernel.py")
-    line = '{"fad": "nasdet.spaces.fad:FADSpace", "kernel": "nasdet.spaces.kernel:KernelSpace"}'
-    tree.edit("nasdet/spaces/__init__.py", '{"fad": "nasdet.spaces.fad:FADSpace"}', line)
+    last, line = '"fad": "nasdet.spaces.fad:FADSpace",', '"kernel": "nasdet.spaces.kernel:KernelSpace",'
+    tree.insert("nasdet/spaces/__init__.py", f"    {last}", line)
     assert tree.check("space").split() == ["same"]
 
 

@@ -31,7 +31,8 @@ def check_self_contained(page: Any, source: str) -> None:
         for key in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
             value = attributes.get(key)
             if value is not None:
-                assert value.startswith("data:image/jpeg;base64,") or value[1:] in ids, (key, value[:60])
+                embedded = value.startswith(("data:image/jpeg;base64,", "data:image/png;base64,"))
+                assert embedded or value[1:] in ids, (key, value[:60])
     assert "url(" not in source and "@import" not in source and "http:" not in source and "https:" not in source
     assert all(attributes.get("alt") for attributes in page.all("img"))
     assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
@@ -184,6 +185,11 @@ def test_nan_in_metrics_is_said_and_not_drawn(tmp_path: Path, parse: Any) -> Non
         ("demo.json", '{"rows": {}}', "'rows' must be a list, got a dict"),
         ("eval.json", "\x00", "not valid JSON"),
         ("split.json", "nonsense", "not valid JSON"),
+        ("erf.json", "{}", "'maps' must be a list, got nothing"),
+        ("erf.json", '{"maps": [3]}', r"maps\[0\] must be an object, got a int"),
+        ("erf.json", '{"maps": [{"rows": []}]}', r"maps\[0\] must have rows, got a list"),
+        ("erf.json", '{"maps": [{"rows": [[1], [1, 2]]}]}', r"maps\[0\] must have rows of one length"),
+        ("erf.json", '{"maps": [{"rows": [[1, null]]}]}', r"maps\[0\] must have finite numbers"),
         ("detections.json", "{}", "must be a list of COCO results"),
         ("detections.json", '[{"image_id": [1]}]', r"\[0\] must be a COCO result with an integer image_id"),
     ],

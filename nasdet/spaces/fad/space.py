@@ -214,6 +214,15 @@ class FADSpace:
         set_backend(net, backend)
         return net
 
+    @staticmethod
+    def describe(card: Card) -> list[str]:
+        """A line for each node: the sum of its edges."""
+        return [
+            f"{group} node {INPUTS + index} = " + " + ".join(f"{name}({source})" for name, source in edges)
+            for group, nodes in card.genotype.items()
+            for index, edges in enumerate(nodes)
+        ]
+
 
 def _assemble(groups: Mapping[str, CellGroup]) -> FADTower | FADStack:
     if tuple(groups) == DETECTION_GROUPS:

@@ -1,0 +1,245 @@
+// The launchers of the direct convolution: scratch, the order of the work, the tasks of the threads.
+#pragma once
+#include <cstring>
+
+#include "conv_direct_plan.h"
+#include "nasdet/checks.h"
+#include "nasdet/isa.h"
+#include "scratch.h"
+
+namespace nasdet {
+namespace {
+
+constexpr int64_t kBandPixels = 384;  // of a task
+
+inline int64_t stored_bytes(int storage) { return storage == 0 ? 4 : storage == 1 ? 8 : 2; }
+inline int64_t arithmetic_bytes(int storage) { return storage == 1 ? 8 : 4; }
+
+inline const char* direct_why_not(const ConvProblem& p) {
+  for (const ConvBranch& b : p.branches)
+    if (p.groups > 1 && (b.first % (p.out_channels / p.groups) || b.last % (p.out_channels / p.groups))) return "a branch cuts a convolution group";
+  return nullptr;
+}
+
+// [first, last) in as many runs as tasks: panels of up to kTaskChannels channels that read near ones.
+inline std::vector<std::pair<int64_t, int64_t>> panel_tasks(const std::vector<ConvPanel>& panels, int64_t first, int64_t last, int64_t reach) {
+  std::vector<std::pair<int64_t, int64_t>> tasks;
+  for (int64_t begin = first, end; begin < last; begin = end) {
+    int64_t width = panels[size_t(begin)].width;
+    for (end = begin + 1; end < last; ++end) {
+      width += panels[size_t(end)].width;
+      if (width > kTaskChannels || panels[size_t(end)].source - panels[size_t(begin)].source > reach) break;
+    }
+    tasks.push_back({begin, end});
+  }
+  return tasks;
+}
+
+inline void pack_panel(const ConvProblem& p, const ConvFamily& family, const ConvPanel& panel, int64_t bytes, bool transposed) {
+  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups, all = int64_t(p.kernel) * p.kernel;
+  std::memset(panel.weights, 0, size_t(bytes));
+  // One channel in, one out: lanes are channels of the output, which are those of the input.
+  const bool by_input = transposed && family.form != ConvForm::depthwise;
+  for (const ConvSource& source : family.sources) {
+    const int64_t out = p.groups == 1 ? source.part->first : panel.source, outs = p.groups == 1 ? source.part->last - out : width;
+    for (size_t b = 0; b < source.part->branches.size(); ++b) {
+      const ConvBranch& branch = *source.part->branches[b];
+      const ConvPack job{p.storage, family.form, branch.weight, branch.mix, branch.first, fan, all, source.place[b].data(), source.taps, source.row, by_input, out, outs,
+                         p.groups == 1 ? panel.target : panel.target % fan};
+      NASDET_KERNEL(conv_direct_pack)(job, panel);
+    }
+  }
+  if (family.form == ConvForm::pairs) NASDET_KERNEL(conv_direct_pair_rows)(panel, family.rows);
+}
+
+// All target pixels of all families, as many panels at a time as the scratch holds.
+inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
+  const int64_t zero_bytes = int64_t(Scratch::padded(size_t(source.channels * stored_bytes(p.storage))));
+  const int64_t room = std::max<int64_t>(scratch_limit() - zero_bytes, 0);
+  const auto panel_bytes = [&](const ConvFamily& f, const ConvPanel& panel) {
+    return int64_t(Scratch::padded(size_t(f.rows * NASDET_KERNEL(conv_direct_width)(p.storage, f.form, panel.width) * arithmetic_bytes(p.storage))));
+  };
+  int64_t most = 0, all = 0;
+  for (const ConvFamily& f : families)
+    for (const ConvPanel& panel : f.panels) {
+      const int64_t bytes = panel_bytes(f, panel);
+      most = std::max(most, bytes), all += bytes;
+    }
+  const int64_t held = std::max(most, std::min(all, room));
+  Scratch scratch{size_t(zero_bytes + held)};
+  char* const zeros = scratch.take<char>(size_t(zero_bytes));
+  std::memset(zeros, 0, size_t(zero_bytes));
+  char* const packed = scratch.take<char>(size_t(held));
+  for (ConvFamily& f : families) {
+    const int64_t pixels = p.images * f.lattice.rows * f.lattice.columns, bands = (pixels + kBandPixels - 1) / kBandPixels, count = int64_t(f.panels.size());
+    for (int64_t first = 0, last; first < count; first = last) {
+      int64_t used = 0;
+      for (last = first; last < count; ++last) {
+        const int64_t bytes = panel_bytes(f, f.panels[size_t(last)]);
+        if (used + bytes > held) break;
+        f.panels[size_t(last)].weights = packed + used;
+        used += bytes;
+      }
+      torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) pack_panel(p, f, f.panels[size_t(i)], panel_bytes(f, f.panels[size_t(i)]), transposed);
+      });
+      const ConvTiles job{p.storage, f.form, source, target, zeros, f.lattice, f.spans.data(), int64_t(f.spans.size()), f.panels.data()};
+      const auto tasks = panel_tasks(f.panels, first, last, kTaskSources);
+      torch::stable::parallel_for(0, bands * int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const auto& [from, to] = tasks[size_t(i / bands)];
+          const int64_t band = i % bands * kBandPixels;
+          NASDET_KERNEL(conv_direct_tiles)(job, band, std::min(pixels, band + kBandPixels), from, to);
+        }
+      });
+    }
+  }
+}
+
+inline void direct_forward(const ConvProblem& p, const void* x, void* y) {
+  const std::vector<ConvPart> parts = parts_of(p);
+  std::vector<ConvFamily> families = forward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts);
+  run_families(p, families, {x, p.in_channels, p.height, p.width}, {y, p.out_channels, p.out_height, p.out_width}, false);
+}
+
+// Some panels of one part, and a range of input channels: a task of the weight gradient.
+struct GradUnit {
+  const ConvPart* part;
+  const std::vector<ConvSpan>* taps;
+  ConvForm form;
+  std::vector<ConvPanel> panels;
+  int64_t first, last, range;  // range: its number among those of the panels
+  int64_t bytes;
+};
+
+inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<ConvPart>& parts, const std::vector<std::vector<ConvSpan>>& taps) {
+  const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
+  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
+  std::vector<GradUnit> units;
+  for (const int64_t step : {60, 30, 18}) {  // multiples of a tile's 6 channels; smaller ones where tasks are few
+    units.clear();
+    for (size_t i = 0; i < parts.size(); ++i) {
+      ConvFamily family{form_of(p.storage, shape, fan, width, p.groups, false), {}, {}, {}, {}};
+      add_panels(family, shape, parts[i].first, parts[i].last, width, fan);
+      for (const auto& [from, to] : panel_tasks(family.panels, 0, int64_t(family.panels.size()), kGradSources)) {
+        const std::vector<ConvPanel> panels(family.panels.begin() + from, family.panels.begin() + to);
+        for (int64_t first = 0; first < fan; first += step) {
+          const int64_t last = std::min(fan, first + step);
+          int64_t bytes = 0;
+          for (const ConvPanel& panel : panels)
+            bytes += int64_t(Scratch::padded(size_t(int64_t(taps[i].size()) * (last - first) * NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width) * arithmetic_bytes(p.storage))));
+          units.push_back({&parts[i], &taps[i], family.form, panels, first, last, first / step, bytes});
+        }
+      }
+    }
+    if (units.size() >= 8 || step >= 2 * fan) break;
+  }
+  return units;
+}
+
+// Sums to the gradients of the branches. `mixes`: [range][branch][out_channels] parts of mix_grad.
+inline void unfold_unit(const ConvProblem& p, const GradUnit& unit, char* mixes) {
+  const int64_t branches = int64_t(p.branches.size()), size = arithmetic_bytes(p.storage);
+  for (const ConvPanel& panel : unit.panels)
+    for (size_t b = 0; b < unit.part->branches.size(); ++b) {
+      const ConvBranch& branch = *unit.part->branches[b];
+      if (!branch.weight_grad && !branch.mix_grad) continue;
+      char* const mix = mixes + ((unit.range * branches + (&branch - p.branches.data())) * p.out_channels + branch.first) * size;
+      const ConvUnfold job{p.storage, branch.weight, branch.mix, branch.weight_grad, branch.mix_grad ? mix : nullptr, branch.first, p.in_channels / p.groups,
+                           int64_t(p.kernel) * p.kernel, unit.part->place[b].data(), unit.first, unit.last};
+      NASDET_KERNEL(conv_direct_unfold)(job, panel, unit.form);
+    }
+}
+
+template <class T> void sum_mixes(const ConvProblem& p, const T* parts, int64_t ranges) {
+  const int64_t branches = int64_t(p.branches.size());
+  for (int64_t b = 0; b < branches; ++b) {
+    const ConvBranch& branch = p.branches[size_t(b)];
+    for (int64_t o = branch.first; branch.mix_grad && o < branch.last; ++o) {
+      double sum = 0;
+      for (int64_t r = 0; r < ranges; ++r) sum += double(parts[(r * branches + b) * p.out_channels + o]);
+      static_cast<T*>(branch.mix_grad)[o - branch.first] = T(sum);
+    }
+  }
+}
+
+inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* x, const void* grad) {
+  std::vector<std::vector<ConvSpan>> taps;
+  for (const ConvPart& part : parts) {
+    taps.emplace_back();
+    for (const Tap& tap : part.taps) taps.back().push_back({tap.first, tap.second, 0, 0, 0});
+  }
+  std::vector<GradUnit> units = grad_units(p, parts, taps);
+  int64_t ranges = 0, most = 0, all = 0;
+  for (const GradUnit& unit : units) ranges = std::max(ranges, unit.range + 1), most = std::max(most, unit.bytes), all += unit.bytes;
+  const int64_t zero_bytes = int64_t(Scratch::padded(size_t(std::max(p.in_channels, p.out_channels) * stored_bytes(p.storage))));
+  const int64_t mix_bytes = int64_t(Scratch::padded(size_t(ranges * int64_t(p.branches.size()) * p.out_channels * arithmetic_bytes(p.storage))));
+  const int64_t held = std::max(most, std::min(all, std::max<int64_t>(scratch_limit() - zero_bytes - mix_bytes, 0)));
+  Scratch scratch{size_t(zero_bytes + mix_bytes + held)};
+  char* const zeros = scratch.take<char>(size_t(zero_bytes));
+  std::memset(zeros, 0, size_t(zero_bytes));
+  char* const mixes = scratch.take<char>(size_t(mix_bytes));
+  char* const sums = scratch.take<char>(size_t(held));
+  for (size_t first = 0, last; first < units.size(); first = last) {
+    int64_t used = 0;
+    for (last = first; last < units.size() && used + units[last].bytes <= held; ++last) {
+      char* at = sums + used;
+      for (ConvPanel& panel : units[last].panels) {
+        panel.weights = at;
+        at += Scratch::padded(size_t(int64_t(units[last].taps->size()) * (units[last].last - units[last].first) *
+                                     NASDET_KERNEL(conv_direct_width)(p.storage, units[last].form, panel.width) * arithmetic_bytes(p.storage)));
+      }
+      used += units[last].bytes;
+    }
+    torch::stable::parallel_for(int64_t(first), int64_t(last), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const GradUnit& unit = units[size_t(i)];
+        NASDET_KERNEL(conv_direct_weight_grad)({p.storage, unit.form, {x, p.in_channels, p.height, p.width}, {grad, p.out_channels, p.out_height, p.out_width}, zeros,
+                                                p.images, p.stride_h, p.stride_w, unit.taps->data(), int64_t(unit.taps->size()), unit.first, unit.last,
+                                                unit.panels.data(), int64_t(unit.panels.size())});
+        unfold_unit(p, unit, mixes);
+      }
+    });
+  }
+  p.storage == 1 ? sum_mixes(p, reinterpret_cast<const double*>(mixes), ranges) : sum_mixes(p, reinterpret_cast<const float*>(mixes), ranges);
+}
+
+inline void direct_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
+  const std::vector<ConvPart> parts = parts_of(p);
+  if (dx) {
+    bool complete;
+    std::vector<ConvFamily> families = backward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+    if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
+    run_families(p, families, {grad, p.out_channels, p.out_height, p.out_width}, {dx, p.in_channels, p.height, p.width}, true);
+  }
+  bool wanted = false;
+  for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
+  if (wanted) direct_weight_grad(p, parts, x, grad);
+}
+
+// Products a second of one thread, measured where a core does 16 float32 products a cycle at 3.7 GHz. Other machines shift
+// all algorithms alike, and it is only their order that matters.
+inline double direct_rate(const ConvProblem& p) {
+  const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
+  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
+  const double slower = p.storage == 1 ? 0.5 : 1;
+  if (shape.lanes * arithmetic_bytes(p.storage) < 32) return 10e9 * slower;  // no fused multiply-add
+  switch (form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0)) {
+    case ConvForm::depthwise: return 7e9 * slower;
+    case ConvForm::narrow: return width <= 4 ? 18e9 : width <= 8 ? 28e9 : 42e9;
+    case ConvForm::pairs: return 100e9;
+    default: return 53e9 * slower;
+  }
+}
+
+inline double direct_seconds(const ConvProblem& p, bool backward) {
+  double products = 0, folded = 0;
+  const double kernel = double(p.in_channels / p.groups) * p.kernel * p.kernel;
+  for (const ConvPart& part : parts_of(p)) products += double(part.taps.size()) * double(part.last - part.first);
+  for (const ConvBranch& b : p.branches) folded += kernel * double(b.last - b.first);
+  products *= double(p.images * p.out_height * p.out_width) * double(p.in_channels / p.groups);
+  return 2e-5 + (backward ? 2 : 1) * (folded * 1.5e-10 + products / direct_rate(p));
+}
+
+}  // namespace
+}  // namespace nasdet

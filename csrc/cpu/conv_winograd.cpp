@@ -1,0 +1,36 @@
+// Winograd's convolution F(4x4, 3x3) for float32, its data gradient and its weight gradient, of any dilation: the pixels that
+// are a dilation apart form an image of their own. The kernels are built for AVX2 and AVX-512 only.
+#include "nasdet/isa.h"
+#include "winograd_plan.h"
+
+NASDET_DECLARE_KERNEL(void, winograd_weights, const WinogradProduct&, int64_t first, int64_t last)
+NASDET_DECLARE_KERNEL(void, winograd_tiles, const WinogradProduct&, int64_t first, int64_t count, float* scratch)
+NASDET_DECLARE_KERNEL(void, winograd_gradient_tiles, const WinogradGradient&, int64_t first, int64_t last)
+NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&, int64_t first, int64_t last, int64_t tiles)
+NASDET_DECLARE_KERNEL(void, winograd_gradient_collect, const WinogradGradient&, int64_t first, int64_t last)
+
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#include "winograd_kernels.h"
+
+namespace nasdet::NASDET_ISA {
+
+void winograd_weights(const WinogradProduct& p, int64_t first, int64_t last) {
+  for (int64_t task = first; task < last; ++task) transform_weights(p, task);
+}
+void winograd_tiles(const WinogradProduct& p, int64_t first, int64_t count, float* scratch) { convolve_tiles(p, first, count, scratch); }
+void winograd_gradient_tiles(const WinogradGradient& g, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) gradient_tiles(g, i);
+}
+void winograd_gradient_planes(const WinogradGradient& g, int64_t first, int64_t last, int64_t tiles) {
+  for (int64_t task = first; task < last; ++task) gradient_plane(g, task, tiles);
+}
+void winograd_gradient_collect(const WinogradGradient& g, int64_t first, int64_t last) {
+  for (int64_t v = first; v < last; ++v) collect_gradient(g, v);
+}
+
+}  // namespace nasdet::NASDET_ISA
+#endif
+
+#ifdef NASDET_REGISTER
+#include "winograd_launch.h"
+#endif

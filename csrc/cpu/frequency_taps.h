@@ -1,0 +1,216 @@
+// Spectra of the weights, straight from the branches' taps, and back. A block of lanes x lanes channels is laid out as
+// grids of taps [row][tap y][tap x][lane]; taps of several branches at one place add up.
+#pragma once
+#include "frequency_tile.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+constexpr int kTaps = 9;
+#if defined(__AVX512F__)
+constexpr int kPanel = 64;
+#else
+constexpr int kPanel = 16;  // columns of one matrix product
+#endif
+
+NASDET_INLINE void transpose(Lane (&rows)[kFloats]) {
+#if defined(__AVX512F__)
+  unroll<4>([&](auto level) {
+    constexpr int kStep = 1 << level;
+    vec_i32 low, high;  // lanes of row i and of row i + kStep (counted from 16)
+    for (int l = 0; l < kFloats; ++l) low[l] = l & kStep ? kFloats + l - kStep : l, high[l] = l & kStep ? kFloats + l : l + kStep;
+    unroll<kFloats>([&](auto index) {
+      constexpr int i = index;
+      if constexpr ((i & kStep) == 0) {
+        const __m512 a = (__m512)rows[i], b = (__m512)rows[i + kStep];
+        rows[i] = (Lane)_mm512_permutex2var_ps(a, (__m512i)low, b), rows[i + kStep] = (Lane)_mm512_permutex2var_ps(a, (__m512i)high, b);
+      }
+    });
+  });
+#else
+  __m256 pairs[8], fours[8];
+  unroll<4>([&](auto i) {
+    pairs[2 * i] = _mm256_unpacklo_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps((__m256)rows[2 * i], (__m256)rows[2 * i + 1]);
+  });
+  unroll<2>([&](auto half) {
+    unroll<2>([&](auto i) {
+      const __m256 a = pairs[4 * half + i], b = pairs[4 * half + 2 + i];
+      fours[4 * half + 2 * i] = _mm256_shuffle_ps(a, b, 0x44), fours[4 * half + 2 * i + 1] = _mm256_shuffle_ps(a, b, 0xee);
+    });
+  });
+  unroll<4>([&](auto i) {
+    rows[i] = (Lane)_mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+    rows[4 + i] = (Lane)_mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+  });
+#endif
+}
+
+// The grids of one block of channels.
+template <int kGrid> struct Block {
+  static constexpr int kArea = kGrid * kGrid, kRow = kArea * kFloats;  // places, and elements, of one grid
+
+  const FrequencyWeights& w;
+  float scale;
+  int places[kArea], place_count;  // where any branch has a tap
+
+  Block(const FrequencyWeights& weights, int tile) : w(weights), scale(1.f / float(tile * tile)), place_count(0) {
+    bool used[kArea] = {};
+    for (int64_t b = 0; b < w.branch_count; ++b)
+      for (int k = 0; k < kTaps; ++k) used[place(w.branches[b], k)] = true;
+    for (int i = 0; i < kArea; ++i)
+      if (used[i]) places[place_count++] = i;
+  }
+
+  int place(const FrequencyBranch& b, int tap) const { return (w.radius_h + (tap / 3 - 1) * b.dilation_h) * kGrid + w.radius_w + (tap % 3 - 1) * b.dilation_w; }
+
+  void clear(float* grids) const {
+    for (int row = 0; row < kFloats; ++row)
+      for (int i = 0; i < place_count; ++i) store(grids + row * kRow + places[i] * kFloats, Lane{});
+  }
+
+  // What a branch has in the block: rows [first, last) of outputs, and `taps` consecutive taps of `ins` inputs in each.
+  struct Part {
+    int first, last;
+    int64_t taps, offset;   // of the block's corner from the branch's first weight, which need not be in the branch
+    int at[kFloats * kTaps];  // places of the taps in grids of rows over inputs
+  };
+  bool part_of(const FrequencyBranch& b, int64_t out, int64_t in, Part& p) const {
+    const int64_t first = b.first - out, last = b.last - out;
+    p.first = first > 0 ? int(first < kFloats ? first : kFloats) : 0, p.last = last < kFloats ? int(last > 0 ? last : 0) : kFloats;
+    if (p.first >= p.last) return false;
+    const int64_t ins = w.in_channels - in < kFloats ? w.in_channels - in : kFloats;
+    p.taps = ins * kTaps, p.offset = ((out - b.first) * w.in_channels + in) * kTaps;
+    for (int k = 0; k < kTaps; ++k)
+      for (int c = 0, to = place(b, k) * kFloats; c < kFloats; ++c) p.at[c * kTaps + k] = c * kRow + to;
+    return true;
+  }
+  int64_t stride() const { return w.in_channels * kTaps; }
+  // From the corner of a block in the chunk to that of the next.
+  int64_t to_next(int64_t in, bool more) const { return in + kFloats >= w.ins && more ? kFloats * stride() - in * kTaps : kFloats * kTaps; }
+  static int64_t at_chunk(const Part& p, int chunk) {  // elements of a chunk that are in the branch
+    const int64_t left = p.taps - chunk * kFloats;
+    return left < kFloats ? left > 0 ? left : 0 : kFloats;
+  }
+
+  // grids[in][place][out] = the mixture's taps. The block that comes next lies `ahead` weights further.
+  void gather(float* grids, int64_t out, int64_t in, int64_t ahead) const {
+    clear(grids);
+    Part p;
+    for (int64_t n = 0; n < w.branch_count; ++n) {
+      const FrequencyBranch& b = w.branches[n];
+      if (!part_of(b, out, in, p)) continue;
+      Lane factor = splat(scale);
+      if (b.mix) {
+        float lanes[kFloats] = {};
+        for (int o = p.first; o < p.last; ++o) lanes[o] = b.mix[out + o - b.first];
+        factor *= load(lanes);
+      }
+      const bool whole = p.first == 0 && p.last == kFloats && p.taps == kFloats * kTaps;
+      for (int chunk = 0; chunk < kTaps; ++chunk) {
+        Lane rows[kFloats];
+        const float* const from = b.weight + p.offset + chunk * kFloats;
+        const int64_t count = at_chunk(p, chunk);
+        if (whole)
+          unroll<kFloats>([&](auto o) {
+            rows[o] = load(from + o * stride());
+            __builtin_prefetch(from + o * stride() + ahead);
+          });
+        else
+          for (int o = 0; o < kFloats; ++o) rows[o] = o >= p.first && o < p.last ? load_lanes(from + o * stride(), count) : Lane{};
+        transpose(rows);
+        const int* const at = p.at + chunk * kFloats;
+        unroll<kFloats>([&](auto e) { store(grids + at[e], load(grids + at[e]) + rows[e] * factor); });
+      }
+    }
+  }
+
+  // The reverse: gradients of the taps times mix to the weights; their products with the weights, summed, to mix.
+  void scatter(const float* grids, int64_t out, int64_t in, int64_t ahead) const {
+    Part p;
+    for (int64_t n = 0; n < w.branch_count; ++n) {
+      const FrequencyBranch& b = w.branches[n];
+      if (!part_of(b, out, in, p)) continue;
+      Lane sums[kFloats] = {};
+      const bool lines = p.taps == kFloats * kTaps && (reinterpret_cast<uintptr_t>(b.weight_grad + p.offset) | uintptr_t(stride() * 4)) % kBytes == 0;
+      for (int chunk = 0; chunk < kTaps; ++chunk) {
+        Lane rows[kFloats];
+        const int* const at = p.at + chunk * kFloats;
+        unroll<kFloats>([&](auto e) { rows[e] = scale * load(grids + at[e]); });
+        transpose(rows);
+        const int64_t from = p.offset + chunk * kFloats, count = at_chunk(p, chunk);
+        for (int o = p.first; o < p.last; ++o) {
+          const int64_t at_row = from + o * stride();
+          if (b.mix_grad_part) {
+            sums[o] += rows[o] * load_lanes(b.weight + at_row, count);
+            __builtin_prefetch(b.weight + at_row + ahead);
+          }
+          const Lane gradient = b.mix ? rows[o] * b.mix[out + o - b.first] : rows[o];
+          if (!b.weight_grad) continue;
+          if (lines) store_plane(b.weight_grad + at_row, gradient, true);
+          else store_lanes(b.weight_grad + at_row, gradient, count);
+        }
+      }
+      for (int o = p.first; o < p.last && b.mix_grad_part; ++o)
+        b.mix_grad_part[in / kFloats * (b.last - b.first) + out + o - b.first] = horizontal_sum<float>(sums[o]);
+    }
+  }
+
+  // to[row][place][lane] = from[lane][place][row].
+  void turn(const float* from, float* to) const {
+    for (int i = 0; i < place_count; ++i) {
+      Lane rows[kFloats];
+      const int at = places[i] * kFloats;
+      unroll<kFloats>([&](auto r) { rows[r] = load(from + r * kRow + at); });
+      transpose(rows);
+      unroll<kFloats>([&](auto r) { store(to + r * kRow + at, rows[r]); });
+    }
+  }
+};
+
+template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
+  using Two = Tile<T>;
+  const Block<kGrid> block(w, T);
+  const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
+  const int64_t depth = w.transposed ? w.outs : w.ins, width = ((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats * kFloats;
+  const Lane sign = splat<float>(w.transposed ? 1 : -1);
+  float *const grids = w.grids, *const turned = w.grids + kFloats * Block<kGrid>::kRow;
+  for (int64_t i = 0; i < 2 * kFloats * Block<kGrid>::kRow; i += kFloats) store(grids + i, Lane{});
+  typename Two::Half half;
+  for (int row = 2 * w.radius_h + 1; row < kGrid; ++row)
+    for (int k = 0; k <= T / 2; ++k) half.re[k][row] = half.im[k][row] = Lane{};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
+    block.gather(grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
+    if (w.transposed) block.turn(grids, turned);
+    const int64_t first = w.transposed ? out : in, lane = w.transposed ? in : out, rest = width - lane / kPanel * kPanel;
+    const int64_t panel = rest < kPanel ? rest : kPanel;
+    float* const to = w.planes + lane / kPanel * kPanel * depth + lane % kPanel;
+    for (int64_t r = 0; r < kFloats && first + r < depth; ++r) {
+      const float* const grid = (w.transposed ? turned : grids) + r * Block<kGrid>::kRow;
+      for (int row = 0; row <= 2 * w.radius_h; ++row) Two::template tap_row<kGrid>(grid + row * kGrid * kFloats, half, row);
+      Two::template columns<typename Two::Weight, kGrid>(half, to + (first + r) * panel, w.plane, w.streaming, sign);
+    }
+  }
+  streaming_fence();
+}
+
+template <int T, int kGrid> void weight_gradients(const FrequencyWeights& w, int64_t begin, int64_t end) {
+  using Two = Tile<T>;
+  const Block<kGrid> block(w, T);
+  const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats, width = (w.outs + kFloats - 1) / kFloats * kFloats;
+  typename Two::Half half;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
+    if (in + kFloats > w.ins) block.clear(w.grids);
+    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r) {
+      Two::template columns_back<kGrid>(w.planes + (in + r) * width + out, w.plane, splat<float>(-1), int(2 * width), half);
+      for (int row = 0; row <= 2 * w.radius_h; ++row) Two::template tap_row_back<kGrid>(half, row, w.grids + r * Block<kGrid>::kRow + row * kGrid * kFloats);
+    }
+    block.scatter(w.grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
+  }
+  streaming_fence();
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

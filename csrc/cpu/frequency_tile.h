@@ -1,0 +1,208 @@
+// Two-dimensional transforms of a T x T tile, for as many channels at once as a vector has lanes: rows first, as real
+// numbers, then columns. Columns 0 and T / 2 of the half spectrum are real, and so have half of their frequencies.
+#pragma once
+#include "frequency.h"
+#include "frequency_fft.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+#define NASDET_APART __attribute__((noinline))
+
+NASDET_INLINE Lane load_lanes(const float* p, int64_t count) { return count == kFloats ? load(p) : load_part(p, count); }
+NASDET_INLINE void store_lanes(float* p, Lane v, int64_t count) {
+  if (count == kFloats) store(p, v);
+  else store_part(p, v, count);
+}
+
+// Half a cache line past the caches would be worse than into them.
+NASDET_INLINE void store_plane(float* p, Lane v, bool streaming) {
+  if (kBytes == 64 && streaming) store_streaming(p, v);
+  else store(p, v);
+}
+
+template <int T> struct Tile {
+  static constexpr int kLast = T / 2;
+  static constexpr int64_t kBins = frequency_bins(T);
+
+  struct alignas(64) Half { Lane re[kLast + 1][T], im[kLast + 1][T]; };  // [column of the half spectrum][row]
+
+  // The first complex frequency of a column.
+  static constexpr int bin(int column) { return column == 0 ? (kLast - 1) * T : column == kLast ? (kLast - 1) * T + kLast - 1 : (column - 1) * T; }
+
+  static NASDET_INLINE void keep_row(const Complexes<kLast + 1>& y, Half& half, int row) {
+    unroll<kLast + 1>([&](auto k) {
+      half.re[k][row] = y.re[k];
+      if constexpr (int(decltype(k){}) % kLast != 0) half.im[k][row] = y.im[k];
+    });
+  }
+
+  template <bool kInside> static NASDET_APART void map_row(const float* p, int64_t pixel, int first, int last, int64_t count, Half& half, int row) {
+    Reals<T> x;
+    unroll<T>([&](auto j) { x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_lanes(p + j * pixel, count) : Lane{}; });
+    keep_row(real_fft<T>(x), half, row);
+  }
+  template <int kUsed> static NASDET_APART void tap_row(const float* p, Half& half, int row) {
+    Reals<T> x;
+    unroll<kUsed>([&](auto j) { x.at[j] = load(p + j * kFloats); });
+    keep_row(real_fft<T, kUsed>(x), half, row);
+  }
+
+  // How a complex frequency is stored: as factors of a map's spectrum, of the output's gradient, or of the weights.
+  struct Factor {
+    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane) {
+      store_plane(p, re + im, streaming), store_plane(p + plane, re, streaming), store_plane(p + 2 * plane, im, streaming);
+    }
+  };
+  struct ConjugateFactor {
+    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane) {
+      store_plane(p, re, streaming), store_plane(p + plane, re + im, streaming), store_plane(p + 2 * plane, re - im, streaming);
+    }
+  };
+  struct Weight {  // sign: -1 for the conjugate
+    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane sign) {
+      store_plane(p, re, streaming), store_plane(p + plane, sign * im - re, streaming), store_plane(p + 2 * plane, re + sign * im, streaming);
+    }
+  };
+
+  template <class Form, int kUsed> static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming, Lane sign) {
+    Complexes<T> x;
+    unroll<kUsed>([&](auto j) { x.re[j] = half.re[column][j], x.im[j] = half.im[column][j]; });
+    const Complexes<T> y = fft<T, -1, kUsed>(x);
+    float* p = planes + 3 * bin(column) * plane;
+    unroll<T>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k], y.im[k], streaming, sign); });
+  }
+  template <class Form, int kUsed> static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming, Lane sign) {
+    Reals<T> x;
+    unroll<kUsed>([&](auto j) { x.at[j] = half.re[column][j]; });
+    const auto y = real_fft<T, kUsed>(x);
+    float* const p = planes + 3 * bin(column) * plane;
+    float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
+    unroll<kLast - 1>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k + 1], y.im[k + 1], streaming, sign); });
+    store_plane(real, y.re[0], streaming), store_plane(real + plane, y.re[kLast], streaming);
+  }
+  template <class Form, int kUsed> static void columns(const Half& half, float* planes, int64_t plane, bool streaming, Lane sign) {
+    real_column<Form, kUsed>(half, 0, planes, plane, streaming, sign);
+    real_column<Form, kUsed>(half, kLast, planes, plane, streaming, sign);
+    for (int column = 1; column < kLast; ++column) complex_column<Form, kUsed>(half, column, planes, plane, streaming, sign);
+  }
+
+  // A complex frequency from the three real products; sign -1 where the second factor was conjugated. Reads ahead for
+  // the call that comes next, whose planes lie `ahead` elements further.
+  static NASDET_INLINE void take(const float* p, int64_t plane, Lane sign, int ahead, Lane& re, Lane& im) {
+    __builtin_prefetch(p + ahead), __builtin_prefetch(p + plane + ahead), __builtin_prefetch(p + 2 * plane + ahead);
+    const Lane first = load(p);
+    re = first - load(p + 2 * plane), im = first + sign * load(p + plane);
+  }
+
+  // Only the first kWanted rows.
+  template <int kWanted> static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half, int column) {
+    Complexes<T> x;
+    const float* const p = planes + 3 * bin(column) * plane;
+    unroll<T>([&](auto k) { take(p + 3 * k * plane, plane, sign, ahead, x.re[k], x.im[k]); });
+    const Complexes<T> y = fft<T, 1>(x);
+    unroll<kWanted>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
+  }
+  template <int kWanted> static NASDET_APART void real_column_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half, int column) {
+    Complexes<kLast + 1> x;
+    const float* const p = planes + 3 * bin(column) * plane;
+    const float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
+    x.re[0] = load(real), x.re[kLast] = load(real + plane);
+    unroll<kLast - 1>([&](auto k) { take(p + 3 * k * plane, plane, sign, ahead, x.re[k + 1], x.im[k + 1]); });
+    const auto y = real_ifft<T>(x);
+    unroll<kWanted>([&](auto j) { half.re[column][j] = y.at[j]; });
+  }
+  template <int kWanted> static void columns_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half) {
+    real_column_back<kWanted>(planes, plane, sign, ahead, half, 0);
+    real_column_back<kWanted>(planes, plane, sign, ahead, half, kLast);
+    for (int column = 1; column < kLast; ++column) complex_column_back<kWanted>(planes, plane, sign, ahead, half, column);
+  }
+
+  static NASDET_INLINE Reals<T> row_back(const Half& half, int row) {
+    Complexes<kLast + 1> x;
+    unroll<kLast + 1>([&](auto k) {
+      x.re[k] = half.re[k][row];
+      if constexpr (int(decltype(k){}) % kLast != 0) x.im[k] = half.im[k][row];
+    });
+    return real_ifft<T>(x);
+  }
+  template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
+    const Reals<T> y = row_back(half, row);
+    unroll<T>([&](auto j) {
+      if (j >= first && j < last) store_lanes(p + j * pixel, kAdd ? y.at[j] + load_lanes(p + j * pixel, count) : y.at[j], count);
+    });
+  }
+  template <int kWanted> static NASDET_APART void tap_row_back(const Half& half, int row, float* p) {
+    const Reals<T> y = row_back(half, row);
+    unroll<kWanted>([&](auto j) { store(p + j * kFloats, y.at[j]); });
+  }
+};
+
+// Where one tile lies in its map, and what part of it is inside.
+struct Placed {
+  int64_t offset;  // elements from the map's start to the tile's corner, which may lie outside
+  int row_first, row_last, column_first, column_last;
+};
+
+NASDET_INLINE Placed placed(const FrequencyTiles& t, int64_t index) {
+  const int64_t image = index / (t.rows * t.columns), rest = index % (t.rows * t.columns);
+  const int64_t row = rest / t.columns * t.step_h - t.margin_h, column = rest % t.columns * t.step_w - t.margin_w;
+  const auto clipped = [](int64_t window, int64_t room) { return int(room < window ? room : window); };
+  return {((image * t.height + row) * t.width + column) * t.channels, row < 0 ? int(-row) : 0, clipped(t.window_h, t.height - row),
+          column < 0 ? int(-column) : 0, clipped(t.window_w, t.width - column)};
+}
+
+NASDET_INLINE int64_t lanes_used(int64_t channels, int64_t first) { return channels - first < kFloats ? channels - first : kFloats; }
+
+template <int T, class Form> void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
+  using Two = Tile<T>;
+  const int64_t vectors = out.channels / kFloats;
+  typename Two::Half half;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tile = i / vectors, channel = i % vectors * kFloats, count = lanes_used(t.channels, out.first_channel + channel);
+    const Placed at = placed(t, t.first_tile + tile);
+    const float* const corner = map + at.offset + out.first_channel + channel;
+    const bool inside = at.column_first == 0 && at.column_last == T && count == kFloats;
+    for (int row = 0; row < T; ++row) {
+      const float* const p = corner + row * t.width * t.channels;
+      if (row < at.row_first || row >= at.row_last)
+        for (int k = 0; k <= T / 2; ++k) half.re[k][row] = half.im[k][row] = Lane{};
+      else if (inside) Two::template map_row<true>(p, t.channels, 0, T, kFloats, half, row);
+      else Two::template map_row<false>(p, t.channels, at.column_first, at.column_last, count, half, row);
+    }
+    Two::template columns<Form, T>(half, out.data + tile * out.channels + channel, out.plane, out.streaming, Lane{});
+  }
+  streaming_fence();
+}
+
+// One tile's vector of channels back into its map.
+template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
+  using Two = Tile<T>;
+  const Placed at = placed(t, t.first_tile + tile);
+  const int64_t count = lanes_used(t.channels, in.first_channel + channel);
+  typename Two::Half half;
+  Two::template columns_back<T>(in.data + tile * in.channels + channel, in.plane, splat<float>(1), 2 * kFloats, half);
+  float* const corner = map + at.offset + in.first_channel + channel;
+  for (int row = at.row_first; row < at.row_last; ++row)
+    Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
+}
+
+template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
+  const int64_t vectors = in.channels / kFloats;
+  for (int64_t i = begin; i < end; ++i) map_back<T, false>(t, in, map, i / vectors, i % vectors * kFloats);
+}
+
+// No two rows of tiles that are `phases` rows apart overlap. A range counts rows of tiles of this phase x vectors of
+// channels; along a row the order is that of its columns, so that every sum has one order. Tiles in hand are whole rows.
+template <int T> void add_maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases, int64_t begin, int64_t end) {
+  const int64_t vectors = in.channels / kFloats;
+  for (int64_t i = begin, next; i < end; i = next) {
+    const int64_t row = phase + i / vectors * phases, first = i % vectors;
+    next = end - i < vectors - first ? end : i + vectors - first;
+    for (int64_t column = 0; column < t.columns; ++column)
+      for (int64_t v = first; v < first + next - i; ++v) map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
+  }
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

@@ -1,0 +1,100 @@
+// The pool behind Scratch: pieces of memory between the calls that use them.
+#ifdef NASDET_REGISTER
+#include "scratch.h"
+
+#include "nasdet/checks.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace nasdet {
+namespace {
+
+constexpr size_t kHugePage = 2 << 20;
+
+struct Piece { char* data; size_t size; };
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Piece> idle;
+};
+
+Pool& pool() {
+  static Pool* const shared = new Pool;  // never destroyed: threads may outlive static objects
+  return *shared;
+}
+
+std::atomic<int64_t> limit{64 << 20};
+
+Piece allocated(size_t bytes) {
+  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* const data = std::aligned_alloc(kHugePage, size);
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return {static_cast<char*>(data), size};
+}
+
+}  // namespace
+
+int64_t scratch_limit() { return limit.load(std::memory_order_relaxed); }
+void set_scratch_limit(int64_t bytes) { limit.store(bytes, std::memory_order_relaxed); }
+
+int64_t release_scratch() {
+  std::vector<Piece> idle;
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    idle.swap(pool().idle);
+  }
+  size_t bytes = 0;
+  for (const Piece& piece : idle) {
+    bytes += piece.size;
+    std::free(piece.data);
+  }
+  return int64_t(bytes);
+}
+
+Scratch::Scratch(size_t bytes) : data_(nullptr), size_(0) {
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    std::vector<Piece>& idle = pool().idle;
+    if (!idle.empty()) {
+      data_ = idle.back().data, size_ = idle.back().size;
+      idle.pop_back();
+    }
+  }
+  if (size_ >= bytes) return;
+  std::free(data_);
+  const Piece piece = allocated(bytes);
+  data_ = piece.data, size_ = piece.size;
+}
+
+int64_t scratch_limit_op(int64_t bytes) {  // negative: as it is
+  if (bytes >= 0) set_scratch_limit(bytes);
+  return scratch_limit();
+}
+int64_t release_scratch_op() { return release_scratch(); }
+
+Scratch::~Scratch() {
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  pool().idle.push_back({data_, size_});
+}
+
+}  // namespace nasdet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(nasdet, m) {
+  m.def("_scratch_limit(int bytes) -> int");
+  m.def("_release_scratch() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(nasdet, CompositeExplicitAutograd, m) {
+  m.impl("_scratch_limit", TORCH_BOX(&nasdet::scratch_limit_op));
+  m.impl("_release_scratch", TORCH_BOX(&nasdet::release_scratch_op));
+}
+#endif

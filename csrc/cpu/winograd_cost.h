@@ -1,0 +1,31 @@
+// What Winograd's convolution costs: a model fitted to one thread of Zen 4. Only for conv_winograd.cpp under NASDET_REGISTER.
+#pragma once
+#include <algorithm>
+
+#include "conv.h"
+
+namespace nasdet {
+
+// How many tiles of 4 pixels, a dilation apart, cover an axis.
+inline int64_t winograd_axis_tiles(int64_t size, int64_t dilation) {
+  const int64_t whole = size / (4 * dilation), rest = size - whole * 4 * dilation;
+  return whole * dilation + std::min(rest, dilation);
+}
+
+// Seconds for the transforms: of a tile's vector of channels to and from the domain, and of a vector of kernels.
+struct WinogradCost { double into, out_of, kernel; };
+
+// Seconds of one thread for the slices of one dilation that fill `vectors` vectors of channels.
+inline double winograd_dilation_seconds(const ConvProblem& p, int64_t tiles, int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
+  constexpr WinogradCost kProduct[] = {{90e-9, 45e-9, 85e-9}, {125e-9, 60e-9, 110e-9}}, kGradient[] = {{130e-9, 40e-9, 135e-9}, {200e-9, 75e-9, 190e-9}};
+  constexpr double kAdding = 40e-9, kRate = 90e9, kOverhead = 5e-6;
+  const bool wide = lanes == 16;
+  const double t = double(tiles), in = double((p.in_channels + lanes - 1) / lanes), out = double(vectors), kernels = double(p.in_channels) * out;
+  const double product = t * 72 * kernels * double(lanes) / kRate + kOverhead;
+  const WinogradCost &one = kProduct[wide], &gradient = kGradient[wide];
+  if (!backward) return product + t * (one.into * in + one.out_of * out) + one.kernel * kernels;
+  const double of_x = product + t * (one.into * out + (one.out_of + kAdding) * in) + one.kernel * kernels;
+  return weight_wanted ? of_x + product + t * (gradient.into * in + gradient.out_of * out) + gradient.kernel * kernels : of_x;
+}
+
+}  // namespace nasdet

@@ -1,0 +1,64 @@
+// What the launcher of Winograd's convolution hands its kernels. F(4x4, 3x3): an output tile of 4 x 4 pixels, each a
+// dilation apart, comes from 6 x 6 input pixels; in the domain of 6 x 6 = 36 planes the convolution is a product of matrices.
+#pragma once
+#include <cstdint>
+
+namespace nasdet {
+
+constexpr int64_t kWinogradPlanes = 36;
+
+// The first output pixel of a tile.
+struct WinogradTile { int32_t image, row, column; };
+
+// Up to a vector of channels of one branch: the first of them in the map, and where their weights are (of y's side only).
+struct WinogradChannels {
+  int64_t first, count;
+  const float* weight;  // [count][in_channels][3][3]
+  const float* mix;     // [count], or null: all are 1
+  float* weight_grad;   // null: not wanted
+  float* mix_grad;      // null: not wanted
+};
+
+// Vectors that one matrix product computes side by side.
+struct WinogradPanel { int64_t first, count; };
+
+// One side of the convolution: a map, and those of its channels that take part, in vectors.
+struct WinogradSide {
+  const float* map;
+  int64_t pixel;  // channels of the whole map
+  const WinogradChannels* vectors;
+  int64_t count;
+};
+
+// Outputs `wide` = inputs `deep` times the weights, for one dilation: y from x, or the gradient of x from that of y.
+struct WinogradProduct {
+  int64_t height, width, dilation_h, dilation_w;
+  const WinogradTile* tiles;
+  WinogradSide deep, wide;
+  float* out;               // the map of `wide`
+  int64_t in_channels;      // of the convolution
+  int64_t depth;            // rows of the weights: all vectors of `deep` but for the end of the last one
+  bool transposed;          // the gradient of x: `deep` are y's channels, and the kernel is flipped
+  bool accumulate;          // adds to `out`
+  const WinogradPanel* panels;
+  int64_t panel_count;
+  float* weights;           // [planes][panel][depth][vectors of the panel]
+  int64_t weight_plane, deep_plane, wide_plane;  // floats from plane to plane: of the weights, and of a chunk's scratch
+};
+
+// The gradient of the weights of one dilation: x's tiles transposed times those of the gradient of y.
+struct WinogradGradient {
+  int64_t height, width, dilation_h, dilation_w;
+  const WinogradTile* tiles;  // of the piece at hand
+  WinogradSide x, y;
+  int64_t in_channels;
+  bool accumulate;            // not the first piece
+  const WinogradPanel* panels;
+  int64_t panel_count;
+  float *x_tiles, *y_tiles;   // [planes][tiles][row of vectors]
+  int64_t x_row, y_row;
+  float* sums;                // [planes][panel][in_channels][vectors of the panel]
+  int64_t x_plane, y_plane, sum_plane;
+};
+
+}  // namespace nasdet

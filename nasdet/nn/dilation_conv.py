@@ -1,0 +1,261 @@
+"""Convolutions with several dilations, in the place of one ``nn.Conv2d``: mixed while searching, grouped afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
+from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair, positive
+
+
+def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
+    """``conv``, if it is a plain ``nn.Conv2d`` that the modules below can stand for; ``name`` is for the error.
+
+    That is: a square kernel of odd size, zero padding that keeps the size at stride 1, and no subclass, whose own
+    forward would be lost.
+    """
+    if type(conv) is not nn.Conv2d:
+        raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
+    height, width = conv.kernel_size
+    if height != width or height % 2 == 0:
+        raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
+    same = tuple(dilation * (height // 2) for dilation in conv.dilation)
+    padding = same if conv.padding == "same" else conv.padding
+    if padding != same or conv.padding_mode != "zeros":
+        raise ValueError(
+            f"{name} must be padded with {same[0]}x{same[1]} zeros, got {conv.padding} ({conv.padding_mode})"
+        )
+    return conv
+
+
+class _DilationConv2d(nn.Module):
+    """What both have in common: the shape, a weight and perhaps a bias, and how the op is called."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        dilations: Sequence[int | Pair],
+        stride: int | Pair,
+        groups: int,
+        algorithm: str | None,
+        precision: str,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = positive("in_channels", in_channels)
+        self.out_channels = positive("out_channels", out_channels)
+        if positive("kernel_size", kernel_size) % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.kernel_size = (kernel_size, kernel_size)
+        self.stride = pair("stride", stride)
+        self.groups = positive("groups", groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
+            )
+        self.dilations = checked_dilations(dilations)
+        self.algorithm, self.precision, self.backend = algorithm, precision, backend
+
+    def _make_parameters(self, replicas: int, bias: bool) -> None:
+        """Weight and bias drawn as ``nn.Conv2d`` draws them."""
+        fan = self.in_channels // self.groups
+        self.weight = nn.Parameter(torch.empty(replicas * self.out_channels, fan, *self.kernel_size))
+        bound = 1 / math.sqrt(fan * self.kernel_size[0] ** 2)
+        nn.init.uniform_(self.weight, -bound, bound)
+        self.bias = nn.Parameter(torch.empty(self.out_channels).uniform_(-bound, bound)) if bias else None
+
+    def _take(self, conv: nn.Conv2d, weight: Tensor) -> None:
+        """``weight`` and the bias of ``conv`` as parameters, training where those of ``conv`` do."""
+        self.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        self.bias = conv.bias
+        self.train(conv.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to(memory_format=torch.channels_last)`` included, which would make every call copy the weight."""
+        super()._apply(fn, recurse)
+        self.weight.data = self.weight.data.contiguous()
+        return self
+
+    def _with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def extra_repr(self) -> str:
+        dilations = ", ".join(str(d[0]) if d[0] == d[1] else f"{d[0]}x{d[1]}" for d in self.dilations)
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, bias={self.bias is not None}, dilations=({dilations})"
+        )
+
+
+class GroupedDilationConv2d(_DilationConv2d):
+    """A convolution whose slices of output channels have their own dilations, in the place of an ``nn.Conv2d``.
+
+    Its parameters ``weight [Cout, Cin / groups, k, k]`` and ``bias`` are those of the convolution that it replaces, in
+    name, shape and order, and so are its multiply-accumulates; "same" padding. See
+    :func:`nasdet.ops.grouped_dilation_conv2d` for ``dilations``, ``splits``, ``algorithm``, ``precision`` and
+    ``backend``; ``splits=None`` gives every dilation an equal share.
+
+    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        dilations: Sequence[int | Pair] = (1,),
+        splits: Sequence[int] | None = None,
+        stride: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        algorithm: str | None = None,
+        precision: str = "fast",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, dilations, stride, groups, algorithm, precision, backend
+        )
+        count = len(self.dilations)
+        if splits is None:
+            if out_channels % count:
+                raise ValueError(f"out_channels must be a multiple of the {count} dilations, got {out_channels}")
+            splits = [out_channels // count] * count
+        self.splits = checked_splits(splits, count, out_channels, groups)
+        self._make_parameters(1, bias)
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, dilations: Sequence[int | Pair], splits: Sequence[int] | None = None
+    ) -> GroupedDilationConv2d:
+        """The same convolution with other dilations: shares the parameters of ``conv``, row by row."""
+        check_same_conv2d(conv)
+        with torch.device("meta"):  # nothing is allocated or drawn that is replaced at once
+            made = cls(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size[0],
+                dilations,
+                splits,
+                (conv.stride[0], conv.stride[1]),
+                conv.groups,
+                bias=False,
+            )
+        made._take(conv, conv.weight)
+        made.weight = conv.weight
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._with_bias(
+            grouped_dilation_conv2d(
+                x,
+                self.weight,
+                self.dilations,
+                self.splits,
+                self.stride,
+                self.groups,
+                algorithm=self.algorithm,
+                precision=self.precision,
+                backend=self.backend,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, splits={self.splits}"
+
+
+class MixedDilationConv2d(_DilationConv2d):
+    """The searchable form: a replica of the kernel per dilation, mixed by ``softmax(alpha)`` in each slice of channels.
+
+    In the place of an ``nn.Conv2d`` (NATS, Peng et al., NeurIPS 2019, section 3.2). Parameters: ``weight [G Cout,
+    Cin / groups, k, k]``, a replica for each of ``G`` dilations one after the other (four dimensions, so that the
+    module can be laid out channels_last); ``alpha [channel_groups, G]``, zeros at first, the uniform mixture; one
+    ``bias`` for all. ``channel_groups`` equal contiguous slices of the output channels decide
+    independently; 1 is a choice for the whole path, as in DARTS. See :func:`nasdet.ops.mixed_dilation_conv2d` for
+    ``dilations``, ``algorithm``, ``precision`` and ``backend``.
+
+    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        dilations: Sequence[int | Pair] = (1,),
+        channel_groups: int = 1,
+        stride: int | Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        algorithm: str | None = None,
+        precision: str = "fast",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, dilations, stride, groups, algorithm, precision, backend
+        )
+        self.channel_groups = positive("channel_groups", channel_groups)
+        if out_channels % channel_groups:
+            raise ValueError(f"channel_groups must divide the {out_channels} output channels, got {channel_groups}")
+        self._make_parameters(len(self.dilations), bias)
+        self.alpha = nn.Parameter(torch.zeros(channel_groups, len(self.dilations)))
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, dilations: Sequence[int | Pair], channel_groups: int = 1
+    ) -> MixedDilationConv2d:
+        """A replica of ``conv``'s weight for each dilation; the bias of ``conv`` is shared."""
+        check_same_conv2d(conv)
+        with torch.device("meta"):
+            made = cls(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size[0],
+                dilations,
+                channel_groups,
+                (conv.stride[0], conv.stride[1]),
+                conv.groups,
+                bias=False,
+            )
+        count = len(made.dilations)
+        made._take(conv, conv.weight.detach().repeat(count, 1, 1, 1))
+        made.alpha = nn.Parameter(torch.zeros(channel_groups, count, device=conv.weight.device))
+        return made
+
+    @property
+    def replicas(self) -> Tensor:
+        """The weight as ``[G, Cout, Cin / groups, k, k]``, a view."""
+        return self.weight.unflatten(0, (len(self.dilations), self.out_channels))
+
+    def mixture(self) -> Tensor:
+        """The mixing weights ``[G, channel_groups]``: over the dilations of a slice they sum to 1."""
+        return self.alpha.softmax(dim=1).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._with_bias(
+            mixed_dilation_conv2d(
+                x,
+                self.replicas,
+                self.mixture(),
+                self.dilations,
+                self.stride,
+                self.groups,
+                algorithm=self.algorithm,
+                precision=self.precision,
+                backend=self.backend,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, channel_groups={self.channel_groups}"

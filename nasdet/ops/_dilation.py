@@ -1,0 +1,248 @@
+"""What the two multi-dilation convolutions share: their checks, and the convolution that their references call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasdet import _library
+from nasdet.ops._checks import FLOATS
+
+Pair = tuple[int, int]
+
+ALGORITHMS = ("direct", "frequency", "winograd")
+FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
+PRECISIONS = ("fast", "exact")
+_BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
+
+
+def positive(name: str, value: Any) -> int:
+    """``value`` as a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def pair(name: str, value: Any) -> Pair:
+    """A positive int, or two of them, as (vertical, horizontal)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        first, second = value
+        if all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in (first, second)):
+            return first, second
+    raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}")
+
+
+def checked_dilations(dilations: Any) -> tuple[Pair, ...]:
+    """A non-empty sequence of dilations, each an int or (vertical, horizontal), as pairs."""
+    if isinstance(dilations, (str, Tensor)) or not isinstance(dilations, Sequence):
+        raise TypeError(f"dilations must be a sequence of integers or pairs, got {type(dilations).__name__}")
+    if len(dilations) == 0:
+        raise ValueError("dilations must hold at least one dilation, got none")
+    return tuple(pair(f"dilations[{index}]", value) for index, value in enumerate(dilations))
+
+
+def checked_splits(splits: Any, count: int, channels: int, groups: int) -> tuple[int, ...]:
+    """Output channels per dilation: positive, ``count`` of them, summing to ``channels``, no convolution group cut."""
+    if isinstance(splits, (str, Tensor)) or not isinstance(splits, Sequence):
+        raise TypeError(f"splits must be a sequence of integers, got {type(splits).__name__}")
+    if len(splits) != count:
+        raise ValueError(f"splits must have one entry for each of the {count} dilations, got {len(splits)}")
+    sizes = tuple(positive(f"splits[{index}]", value) for index, value in enumerate(splits))
+    if sum(sizes) != channels:
+        raise ValueError(f"splits must sum to the {channels} output channels, got {sizes} with sum {sum(sizes)}")
+    width = channels // groups
+    if groups > 1:
+        for index, size in enumerate(sizes):
+            if size % width:
+                raise ValueError(
+                    f"splits[{index}] must cover whole convolution groups of {width} output channels, got {size}"
+                )
+    return sizes
+
+
+def merged(dilations: Sequence[Pair], splits: Sequence[int]) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+    """Neighbouring slices of one dilation as one slice: the same convolution in fewer parts."""
+    kept: list[tuple[Pair, int]] = []
+    for dilation, size in zip(dilations, splits, strict=True):
+        if kept and kept[-1][0] == dilation:
+            kept[-1] = dilation, kept[-1][1] + size
+        else:
+            kept.append((dilation, size))
+    return tuple(dilation for dilation, _ in kept), tuple(size for _, size in kept)
+
+
+def checked_algorithm(algorithm: str | None, precision: str) -> None:
+    """The names of :data:`ALGORITHMS` (or None) and :data:`PRECISIONS`."""
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)} or None, got {algorithm!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "exact" and algorithm == "winograd":
+        raise ValueError("algorithm must not be 'winograd' with precision 'exact', which excludes it")
+
+
+def algorithm_code(algorithm: str | None, precision: str) -> int:
+    """The two arguments as the one of the raw ops."""
+    if algorithm is not None:
+        return ALGORITHMS.index(algorithm) + 1
+    return FASTEST if precision == "fast" else FASTEST_EXACT
+
+
+def chosen_algorithm(
+    x: Tensor,
+    weight: Tensor,
+    dilations: Sequence[Pair],
+    splits: Sequence[int],
+    stride: Pair,
+    groups: int,
+    algorithm: str | None = None,
+    precision: str = "fast",
+    backward: bool = False,
+) -> str:
+    """The algorithm that the C++ backend runs such a call with; ``splits`` is empty for the mixture.
+
+    For tests, benchmarks and errors: it is not traced. Raises ValueError when the algorithm asked for cannot run.
+    """
+    with torch.no_grad():
+        name, reason = torch.ops.nasdet._dilation_conv_choice(
+            x.detach(),
+            weight.detach(),
+            flat(dilations),
+            list(splits),
+            *stride,
+            groups,
+            algorithm_code(algorithm, precision),
+            backward,
+        )
+    if reason:
+        raise ValueError(f"algorithm must be one that can run this call, got {algorithm!r}: {reason}")
+    return str(name)
+
+
+def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
+    """Whether torch's convolutions beat the C++ backend at the grouped form, by what was measured:
+
+    - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster;
+    - depthwise, which is bound by memory;
+    - groups of up to 8 channels, and maps of a few pixels, in the forward. Where gradients follow they cost less here.
+    """
+    out_channels, fan = weight.shape[:2]
+    if x.dtype == torch.bfloat16:
+        return _BFLOAT16_PRODUCTS and groups == 1 and min(out_channels, fan) >= 32 and weight.shape[-1] > 1
+    if x.dtype != torch.float32:
+        return False
+    if fan == 1 and out_channels == groups:
+        return groups >= 32
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    n, _, height, width = same_size(x, out_channels, stride)
+    return (1 < groups and 4 <= out_channels // groups <= 8 and fan >= 4) or (n * height * width <= 16 and fan >= 32)
+
+
+def holds_data(x: Tensor) -> bool:
+    """Whether this is a real call, not one that a compiler or an exporter traces."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def flat(pairs: Sequence[Pair]) -> list[int]:
+    """Pairs as the raw ops take them: vertical, horizontal, vertical, ..."""
+    return [value for two in pairs for value in two]
+
+
+def same_size(x: Tensor, channels: int, strides: Pair) -> tuple[int, int, int, int]:
+    """The shape of a convolution's result."""
+    return x.shape[0], channels, -(-x.shape[2] // strides[0]), -(-x.shape[3] // strides[1])
+
+
+def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty map of ``shape`` in the layout that the ops give results for ``like``."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Dense as NHWC, and not as NCHW too."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def checked_operands(x: Tensor, weight: Tensor, weight_axes: str, groups: int) -> tuple[Tensor, Tensor]:
+    """Map and weight of a convolution; both in autocast's dtype where autocast is on, as for torch's ``conv2d``.
+
+    ``weight_axes`` names the weight's dimensions, for the errors; the last four are (Cout, Cin / groups, k, k).
+    """
+    for name, value, axes in (("x", x, "N, Cin, H, W"), ("weight", weight, weight_axes)):
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a float32, float64, float16 or bfloat16 tensor, got {kind}")
+        if value.dim() != axes.count(",") + 1:
+            raise ValueError(f"{name} must have shape ({axes}), got {tuple(value.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on {x.device}, got {weight.device}")
+    *_, out_channels, fan, height, width = weight.shape
+    if height != width or height % 2 == 0:
+        raise ValueError(f"weight must have a square kernel of odd size, got {height}x{width}")
+    positive("groups", groups)
+    if x.shape[1] % groups or out_channels % groups or out_channels == 0:
+        raise ValueError(
+            f"groups must divide the {x.shape[1]} input and the {out_channels} output channels, got {groups}"
+        )
+    if fan * groups != x.shape[1] or fan == 0:
+        raise ValueError(
+            f"weight must have {x.shape[1]} / {groups} input channels for x with {x.shape[1]} channels and "
+            f"groups = {groups}, got {fan}"
+        )
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x must have a height and width of at least 1, got {tuple(x.shape)}")
+    return _in_one_dtype(x, weight)
+
+
+def _in_one_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if _autocasts(x) and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    return x, weight
+
+
+def _autocasts(x: Tensor) -> bool:
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def finite_on_cpu(name: str, value: Tensor) -> None:
+    """Refuse NaN and infinity where looking costs no wait: real CPU tensors, outside of tracing."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return
+    if type(value) not in (Tensor, torch.nn.Parameter):  # a fake tensor has no values
+        return
+    if not math.isfinite(float(value.detach().abs().sum(dtype=torch.float64))):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def same_conv2d(x: Tensor, weight: Tensor, dilation: Pair, stride: Pair, groups: int) -> Tensor:
+    """torch's ``conv2d`` padded so that stride 1 keeps the size; not touched by autocast, which came before."""
+    radius = weight.shape[-1] // 2
+    padding = (dilation[0] * radius, dilation[1] * radius)
+    if _autocasts(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return F.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+
+def in_layout_of(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` channels_last where ``x`` is (and is not also contiguous), else contiguous."""
+    return y.contiguous(memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format)
+
+
+def torchs_own(*args: Any) -> str | None:
+    """``why_not`` of a backend made of torch's convolution, which takes everything but an algorithm asked for."""
+    algorithm = args[6] if len(args) > 6 else None
+    return None if algorithm is None else f"torch chooses for itself, {algorithm!r} cannot be asked for"

@@ -1,0 +1,82 @@
+"""Which convolutions of a network are searched, and how they are exchanged: all of them or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from nasdet.nn import check_same_conv2d
+
+#: network -> {module path of a convolution: stage (3, 4 or 5)}
+Selector = Callable[[nn.Module], Mapping[str, int]]
+
+# ``layer2.0.conv2`` (torchvision, timm, mmdetection, ours) or ``res3.0.conv2`` (detectron2), at any depth.
+_BOTTLENECK = re.compile(r"(?:^|\.)(?:layer(?P<layer>[234])|res(?P<res>[345]))\.\d+\.conv2$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution to transform: its module path, its stage, its output channels, and their convolution groups."""
+
+    name: str
+    stage: int
+    channels: int
+    groups: int = 1
+
+    @property
+    def width(self) -> int:
+        """Output channels that must stay together: a convolution group's; 1 for an ungrouped convolution."""
+        return 1 if self.groups == 1 else self.channels // self.groups
+
+
+def bottleneck_convs(network: nn.Module) -> dict[str, int]:
+    """The 3x3 convolution of every bottleneck block in stages 3, 4 and 5 of a ResNet or ResNeXt (the paper's choice).
+
+    Known by name, ``layer2`` to ``layer4`` with ``conv1``, ``conv2``, ``conv3`` in each block, so it finds those of
+    torchvision, timm, mmdetection and this library, alone or inside a detector (``"backbone.body.layer2.0.conv2"``),
+    and detectron2's ``res3`` to ``res5``. A block without ``conv3`` is no bottleneck and is passed over.
+    """
+    found = {}
+    for name, _ in network.named_modules():
+        match = _BOTTLENECK.search(name)
+        if match is None or not hasattr(network.get_submodule(name.rpartition(".")[0]), "conv3"):
+            continue
+        found[name] = int(match["res"]) if match["res"] else int(match["layer"]) + 1
+    return found
+
+
+def find_layers(network: nn.Module, selector: Selector | None = None) -> tuple[Layer, ...]:
+    """The layers of a network in its own order; ``selector`` is :func:`bottleneck_convs` by default.
+
+    Raises ``ValueError`` when there is none, a name is no module's, a stage is not 3, 4 or 5, or a convolution has a
+    dilation already; ``TypeError`` for anything but a plain ``nn.Conv2d``.
+    """
+    chosen = (selector or bottleneck_convs)(network)
+    if not chosen:
+        raise ValueError(
+            f"network must have 3x3 convolutions in bottlenecks of its stages 3 to 5, got none in "
+            f"{type(network).__name__}; name them with selector="
+        )
+    known = {name for name, _ in network.named_modules()}
+    layers = []
+    for name, stage in chosen.items():
+        if name not in known or not name:
+            raise ValueError(f"selector must name modules of {type(network).__name__}, got {name!r}")
+        if stage not in (3, 4, 5):
+            raise ValueError(f"selector must give stage 3, 4 or 5 for {name}, got {stage!r}")
+        conv = check_same_conv2d(network.get_submodule(name), name)
+        if conv.dilation != (1, 1):
+            raise ValueError(f"{name} must have dilation 1, got {conv.dilation}")
+        layers.append(Layer(name, stage, conv.out_channels, conv.groups))
+    order = {name: index for index, (name, _) in enumerate(network.named_modules())}
+    return tuple(sorted(layers, key=lambda layer: order[layer.name]))
+
+
+def exchange(network: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Put each module in its place; all were made before, so that nothing fails halfway."""
+    for name, module in replacements.items():
+        network.set_submodule(name, module)
+    return network

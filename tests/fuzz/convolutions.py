@@ -1,0 +1,112 @@
+"""Fuzz of the multi-dilation convolutions: ``mixed_dilation_conv2d`` and ``grouped_dilation_conv2d``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from drawing import DTYPES, Draw, compare
+from torch import Tensor
+
+from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
+from nasdet.testing import tolerance
+
+
+def _channels(draw: Draw) -> tuple[int, int, int]:
+    """Groups, and input and output channels of each."""
+    if draw.chance(0.4):
+        return 1, draw.random.randint(1, 90 if draw.chance(0.2) else 20), draw.random.randint(1, 90)
+    if draw.chance(0.2):
+        return draw.random.randint(2, 80), 1, 1
+    sizes = (1, 2, 3, 4, 4, 7, 8, 8, 16, 20)
+    return draw.random.randint(2, 5), draw.choice(sizes), draw.choice(sizes)
+
+
+def _operands(draw: Draw) -> tuple[Tensor, tuple[int, int, int], int, Any]:
+    groups, fan, width = _channels(draw)
+    kernel = draw.choice((1, 3, 3, 3, 3, 5, 7))
+    dtype, stride = draw.choice(DTYPES), draw.choice((1, 1, 2, (1, 2), (3, 1)))
+    shape = (draw.random.randint(0 if draw.chance(0.05) else 1, 3), groups * fan, max(draw.size(20), 1), draw.size(20))
+    shape = (*shape[:3], max(shape[3], 1))
+    if kernel > 3 or groups * fan * width > 2000:
+        shape = (min(shape[0], 1), shape[1], min(shape[2], 6), min(shape[3], 6))
+    draw.note(shape=shape, groups=groups, fan=fan, width=width, kernel=kernel, stride=stride, dtype=dtype)
+    return draw.laid_out(draw.normal(*shape).to(dtype), expandable=True), (groups, fan, width), kernel, stride
+
+
+def _dilations(draw: Draw, count: int) -> list[Any]:
+    choices = (1, 1, 2, 3, (1, 3), (3, 1), (2, 5), 30)
+    dilations = [draw.choice(choices) for _ in range(count)]
+    draw.note(dilations=dilations)
+    return dilations
+
+
+def _precision(draw: Draw) -> dict[str, Any]:
+    options: dict[str, Any] = {"precision": draw.choice(("fast", "exact"))}
+    if draw.backend == "cpp" and draw.chance(0.5):
+        options = {"algorithm": "direct"}
+    draw.note(**options)
+    return options
+
+
+def _bounds(
+    leaves: list[Tensor], terms: int, magnitude: float, condition: float
+) -> tuple[Callable[[float], float], Callable[[torch.dtype, float, Tensor], float]]:
+    count = max(leaves[0].numel(), 1) * terms
+
+    def gradient(dtype: torch.dtype, largest: float, upstream: Tensor) -> float:
+        top = max(largest, float(upstream.abs().max()) if upstream.numel() and largest else 0.0)
+        # A value of the mixture's gradient is a sum over all pixels of products of all three operands.
+        return tolerance(dtype, count, top * magnitude) * condition
+
+    return lambda largest: tolerance(leaves[0].dtype, terms, max(largest, magnitude)) * condition, gradient
+
+
+def fuzz_mixed_dilation_conv2d(draw: Draw) -> None:
+    x, (groups, fan, width), kernel, stride = _operands(draw)
+    count, outputs = draw.random.randint(1, 4), groups * width
+    dilations, options = _dilations(draw, count), _precision(draw)
+    columns = draw.choice([n for n in range(1, outputs + 1) if outputs % n == 0])
+    scale = (fan * kernel**2) ** -0.5
+    weight = draw.normal(count, outputs, fan, kernel, kernel, scale=scale).to(x.dtype)
+    mix = draw.normal(count, columns).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    draw.note(columns=columns)
+    leaves = [x, draw.laid_out(weight), draw.laid_out(mix)]
+    magnitude = 1 + float(mix.abs().sum(0).max())
+    bound, gradient_bound = _bounds(leaves, count * fan * kernel**2, magnitude, _condition(options))
+    compare(
+        draw,
+        lambda *v: mixed_dilation_conv2d(*v, dilations, stride, groups, backend=draw.backend, **options),
+        lambda *v: mixed_dilation_conv2d(*v, dilations, stride, groups, backend="reference"),
+        leaves,
+        bound,
+        gradient_bound,
+    )
+
+
+def fuzz_grouped_dilation_conv2d(draw: Draw) -> None:
+    x, (groups, fan, width), kernel, stride = _operands(draw)
+    whole = groups if groups > 1 else width
+    cuts = sorted(draw.random.sample(range(1, whole), min(draw.random.randint(0, 4), whole - 1)))
+    unit = width if groups > 1 else 1
+    splits = [(b - a) * unit for a, b in zip([0, *cuts], [*cuts, whole], strict=True)]
+    dilations, options = _dilations(draw, len(splits)), _precision(draw)
+    draw.note(splits=splits)
+    scale = (fan * kernel**2) ** -0.5
+    weight = draw.normal(groups * width, fan, kernel, kernel, scale=scale).to(x.dtype)
+    leaves = [x, draw.laid_out(weight)]
+    bound, gradient_bound = _bounds(leaves, fan * kernel**2, 1.0, _condition(options))
+    compare(
+        draw,
+        lambda *v: grouped_dilation_conv2d(*v, dilations, splits, stride, groups, backend=draw.backend, **options),
+        lambda *v: grouped_dilation_conv2d(*v, dilations, splits, stride, groups, backend="reference"),
+        leaves,
+        bound,
+        gradient_bound,
+    )
+
+
+def _condition(options: dict[str, Any]) -> float:
+    """Winograd's transforms magnify a rounding."""
+    return 4.0 if options.get("precision") == "fast" else 1.0

@@ -1,0 +1,158 @@
+"""The modules in the place of ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nasdet.nn import GroupedDilationConv2d, MixedDilationConv2d, check_same_conv2d
+
+CONVS = {
+    "plain": {"kernel_size": 3, "padding": 1},
+    "stride": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "groups": {"kernel_size": 3, "padding": 1, "groups": 4, "bias": False},
+    "k5-same": {"kernel_size": 5, "padding": "same"},
+    "k1": {"kernel_size": 1, "stride": (2, 1)},
+}
+
+
+@pytest.fixture(params=CONVS)
+def conv(request: pytest.FixtureRequest) -> nn.Conv2d:
+    return nn.Conv2d(8, 12, **CONVS[request.param])
+
+
+def test_grouped_with_dilation_1_is_the_convolution(conv: nn.Conv2d) -> None:
+    made = GroupedDilationConv2d.from_conv(conv, [1, 1], [3, 9])
+    x = torch.randn(2, 8, 9, 7)
+    torch.testing.assert_close(made(x), conv(x))
+    assert made.weight is conv.weight and made.bias is conv.bias
+    assert list(made.state_dict()) == list(conv.state_dict())
+
+
+def test_grouped_slices_have_their_dilations() -> None:
+    conv = nn.Conv2d(8, 12, 3, padding=1, stride=2)
+    made = GroupedDilationConv2d.from_conv(conv, [2, (1, 3)], [4, 8])
+    x = torch.randn(2, 8, 9, 7)
+    parts = [
+        F.conv2d(x, conv.weight[:4], conv.bias[:4], 2, 2, 2),  # type: ignore[index]  # it has a bias
+        F.conv2d(x, conv.weight[4:], conv.bias[4:], 2, (1, 3), (1, 3)),  # type: ignore[index]  # it has a bias
+    ]
+    torch.testing.assert_close(made(x), torch.cat(parts, 1))
+
+
+def test_mixed_starts_as_the_even_mixture_of_copies(conv: nn.Conv2d) -> None:
+    dilations = [1, 3, (2, 1)]
+    made = MixedDilationConv2d.from_conv(conv, dilations, channel_groups=4)
+    assert made.alpha.shape == (4, 3) and not made.alpha.any()
+    for replica in made.replicas:
+        assert torch.equal(replica, conv.weight)
+    x = torch.randn(2, 8, 9, 7)
+    radius = conv.kernel_size[0] // 2
+    branches = []
+    for d in ((1, 1), (3, 3), (2, 1)):
+        padding = (d[0] * radius, d[1] * radius)
+        branches.append(F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, d, conv.groups))
+    torch.testing.assert_close(made(x), torch.stack(branches).mean(0))
+    torch.testing.assert_close(MixedDilationConv2d.from_conv(conv, [1, 1, 1], 2)(x), conv(x))
+
+
+def test_each_slice_follows_its_alphas() -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    made = MixedDilationConv2d.from_conv(conv, [1, 2], channel_groups=3)
+    with torch.no_grad():
+        made.alpha.copy_(torch.tensor([[0.0, -1e4], [-1e4, 0.0], [0.0, -1e4]]))
+    grouped = GroupedDilationConv2d.from_conv(conv, [1, 2, 1], [2, 2, 2])
+    x = torch.randn(1, 4, 7, 8)
+    torch.testing.assert_close(made(x), grouped(x))
+
+
+def test_channels_last_modules() -> None:
+    conv = nn.Conv2d(8, 12, 3, padding=1)
+    x = torch.randn(2, 8, 9, 7)
+    for made in (GroupedDilationConv2d.from_conv(conv, [1, 2]), MixedDilationConv2d.from_conv(conv, [1, 2], 3)):
+        expected = made(x)
+        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+        assert made.weight.is_contiguous()  # as the kernels read it, without a copy in every call
+        y = made(x.to(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, expected)
+
+
+def test_gradients_reach_replicas_alphas_and_bias() -> None:
+    made = MixedDilationConv2d(4, 6, 3, [1, 2, 3], channel_groups=2)
+    made(torch.randn(2, 4, 7, 8)).square().sum().backward()
+    for parameter in made.parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    assert len(list(made.parameters())) == 3
+
+
+def test_from_conv_keeps_what_belongs_to_the_convolution() -> None:
+    conv = nn.Conv2d(8, 12, 3, padding=1, dtype=torch.float64).eval().requires_grad_(False)
+    for made in (GroupedDilationConv2d.from_conv(conv, [1, 2]), MixedDilationConv2d.from_conv(conv, [1, 2])):
+        assert made.weight.dtype == torch.float64 and not made.weight.requires_grad and not made.training
+        assert made.bias is conv.bias
+    assert GroupedDilationConv2d.from_conv(conv, [1, 2]).splits == (6, 6)
+    frozen = MixedDilationConv2d.from_conv(conv, [1, 2])
+    assert frozen.alpha.requires_grad, "the alphas of a frozen convolution are still searched"
+
+
+def test_fresh_modules_draw_as_conv2d() -> None:
+    torch.manual_seed(0)
+    made = GroupedDilationConv2d(64, 128, 3, [1, 2, (1, 3), 1])
+    conv = nn.Conv2d(64, 128, 3)
+    for ours, theirs in zip(made.parameters(), conv.parameters(), strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.std(), theirs.std(), rtol=0.2, atol=0)
+    assert "dilations=(1, 2, 1x3, 1), splits=(32, 32, 32, 32)" in repr(made)
+    assert "channel_groups=4" in repr(MixedDilationConv2d(8, 8, 3, [1, 2], 4))
+
+
+def test_state_round_trip_from_the_convolution() -> None:
+    """Weights trained for the plain convolution load as they are."""
+    conv, made = nn.Conv2d(8, 12, 3, padding=1), GroupedDilationConv2d(8, 12, 3, [1, 1])
+    made.load_state_dict(conv.state_dict())
+    x = torch.randn(1, 8, 5, 5)
+    torch.testing.assert_close(made(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Conv1d(4, 4, 3, padding=1), TypeError, "conv must be a plain nn.Conv2d, got Conv1d"),
+        (lambda: type("Standardised", (nn.Conv2d,), {})(4, 4, 3, padding=1), TypeError, "got Standardised"),
+        (lambda: nn.Conv2d(4, 4, 4, padding=2), ValueError, "square kernel of odd size, got 4x4"),
+        (lambda: nn.Conv2d(4, 4, (3, 5), padding=(1, 2)), ValueError, "square kernel of odd size, got 3x5"),
+        (lambda: nn.Conv2d(4, 4, 3), ValueError, "padded with 1x1 zeros, got .0, 0."),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, dilation=2), ValueError, "padded with 2x2 zeros"),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), ValueError, "reflect"),
+    ],
+)
+def test_only_plain_same_convolutions_are_replaced(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_same_conv2d(make())
+    for kind in (GroupedDilationConv2d, MixedDilationConv2d):
+        with pytest.raises(error, match=message):
+            kind.from_conv(make(), [1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GroupedDilationConv2d(4, 6, 2), "kernel_size must be odd, got 2"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, [1, 0]), r"dilations\[1\] must be a positive integer"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, [1, 2], [3, 2]), "splits must sum to the 6 output channels"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, [1, 2], [1, 5], groups=2), "cover whole convolution groups of 3"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, [1, 2, 3, 4]), "out_channels must be a multiple of the 4 dilations"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, groups=3), "groups must divide in_channels 4 and out_channels 6"),
+        (lambda: MixedDilationConv2d(4, 6, 3, [1, 2], 4), "channel_groups must divide the 6 output channels, got 4"),
+        (lambda: MixedDilationConv2d(4, 6, 3, [1, 2], 0), "channel_groups must be a positive integer, got 0"),
+        (lambda: MixedDilationConv2d(0, 6), "in_channels must be a positive integer, got 0"),
+    ],
+)
+def test_bad_arguments(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,143 @@
+"""The C++ backend of the multi-dilation convolutions: its choice of an algorithm, its errors, its scratch memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import nasdet
+from nasdet.ops import _dilation, grouped_dilation_conv2d, mixed_dilation_conv2d
+
+pytestmark = pytest.mark.needs("cpp")
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _default_limit() -> Iterator[None]:
+    before = nasdet.scratch_limit()
+    yield
+    nasdet.scratch_limit(before)
+
+
+def operands(channels: int = 32, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(1, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x, torch.randn(2, channels, channels, 3, 3, dtype=dtype), torch.rand(2, channels)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("splits", [(), (20, 12)], ids=["mixed", "grouped"])
+def test_the_choice_can_be_asked_for(splits: tuple[int, ...], backward: bool) -> None:
+    x, weight, _ = operands()
+    own = weight if not splits else weight[0]
+    arguments = (x, own, ((1, 1), (2, 2)), splits, (1, 1), 1)
+    for name in (None, "direct"):
+        chosen = _dilation.chosen_algorithm(*arguments, algorithm=name, backward=backward)
+        assert chosen in _dilation.ALGORITHMS and name in (None, chosen)
+    exact = _dilation.chosen_algorithm(*arguments, precision="exact", backward=backward)
+    assert exact in ("direct", "frequency")
+
+
+@pytest.mark.parametrize("algorithm", ["frequency", "winograd"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_algorithm_that_cannot_run_is_an_error_with_its_reason(algorithm: str, grouped: bool) -> None:
+    """float64 is left to the direct algorithm."""
+    x, weight, mix = operands(dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"algorithm must be one that can run this call, got '{algorithm}': .+"):
+        if grouped:
+            grouped_dilation_conv2d(x, weight[0], (1, 2), (16, 16), algorithm=algorithm)
+        else:
+            mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm=algorithm)
+
+
+def test_raw_calls_with_bad_arguments_are_errors_not_crashes() -> None:
+    x, weight, mix = operands()
+    mixed, grouped = torch.ops.nasdet.mixed_dilation_conv2d, torch.ops.nasdet.grouped_dilation_conv2d
+    for call in (
+        lambda: mixed(x, weight, mix, [1, 1], 1, 1, 1, 0),
+        lambda: mixed(x, weight, mix, [1, 1, 2, 0], 1, 1, 1, 0),
+        lambda: mixed(x, weight, mix.double(), [1, 1, 2, 2], 1, 1, 1, 0),
+        lambda: mixed(x, weight, mix[:, :3], [1, 1, 2, 2], 1, 1, 1, 0),
+        lambda: mixed(x, weight, mix, [1, 1, 2, 2], 0, 1, 1, 0),
+        lambda: mixed(x, weight, mix, [1, 1, 2, 2], 1, 1, 1, 9),
+        lambda: grouped(x, weight[0], [1, 1, 2, 2], [16, 17], 1, 1, 1, 0),
+        lambda: grouped(x, weight[0], [1, 1, 2, 2], [32], 1, 1, 1, 0),
+        lambda: grouped(x, weight[0, :, :4], [1, 1, 2, 2], [3, 29], 1, 1, 8, 0),
+        lambda: grouped(x.double(), weight[0], [1, 1], [32], 1, 1, 1, 0),
+    ):
+        with pytest.raises(RuntimeError, match="must"):
+            call()
+
+
+@pytest.mark.parametrize("limit", [MEBIBYTE, 4 * MEBIBYTE, 64 * MEBIBYTE])
+def test_scratch_stays_below_the_limit_and_is_kept_until_released(limit: int) -> None:
+    x, weight, mix = operands(128, 24)
+    for value in (x, weight, mix):
+        value.requires_grad_()
+    nasdet.release_scratch()
+    assert nasdet.scratch_limit(limit) == limit == nasdet.scratch_limit()
+    first = mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
+    first.sum().backward()
+    second = mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
+    assert torch.equal(first, second)
+    page = 2 * MEBIBYTE  # memory is taken in huge pages
+    assert 0 < nasdet.release_scratch() <= -(-limit // page) * page
+    assert nasdet.release_scratch() == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "64 MB"])
+def test_the_limit_is_a_positive_integer(value: object) -> None:
+    with pytest.raises(ValueError, match="bytes must be a positive integer or None"):
+        nasdet.scratch_limit(value)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_sixteen_threads_at_once_have_scratch_of_their_own() -> None:
+    x, weight, mix = operands(64, 20)
+    expected = mixed_dilation_conv2d(x, weight, mix, (1, 3), algorithm="direct")
+    results: list[bool] = []
+
+    def work(index: int) -> None:
+        for _ in range(4):
+            y = mixed_dilation_conv2d(x, weight, mix * 2**index, (1, 3), algorithm="direct")
+            results.append(torch.equal(y, expected * 2**index))
+            if index % 5 == 0:
+                nasdet.release_scratch()
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 64 and all(results)
+    nasdet.release_scratch()
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "dtype", "size"),
+    [(64, 1, torch.bfloat16, 10), (64, 64, torch.float32, 10), (64, 8, torch.float32, 10), (64, 1, torch.float32, 3)],
+    ids=["bfloat16", "depthwise", "narrow-groups", "tiny-map"],
+)
+def test_where_torch_is_faster_its_convolutions_run(
+    channels: int, groups: int, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    x = torch.randn(1, channels, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels // groups, 3, 3).to(dtype)
+    assert _dilation.torch_is_faster(x, weight, (1, 1), groups)
+    y = grouped_dilation_conv2d(x, weight, [2], [channels], 1, groups, backend="cpp")
+    assert torch.equal(y, F.conv2d(x, weight, padding=2, dilation=2, groups=groups)) and y.stride() == x.stride()
+    ours = grouped_dilation_conv2d(x, weight, [2], [channels], 1, groups, algorithm="direct")
+    torch.testing.assert_close(ours, y, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4 * 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_elsewhere_the_kernels_run(dtype: torch.dtype) -> None:
+    x, weight, _ = operands(dtype=dtype)
+    assert not _dilation.torch_is_faster(x, weight[0], (1, 1), 1)
+    x, weight, _ = operands()
+    assert not _dilation.torch_is_faster(x, weight[0], (1, 1), 1)
+    assert not _dilation.torch_is_faster(x, weight[0, :, :4].requires_grad_(), (1, 1), 8)

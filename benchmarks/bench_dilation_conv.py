@@ -108,8 +108,9 @@ MIXED_BENCH = OpBench(
         Contestant("nasdet", lambda: mixed_dilation_conv2d),
         Contestant("nasdet, 2 threads", lambda: mixed_dilation_conv2d, devices=("cpu",), cases=ALL, threads=2),
         Contestant("nasdet direct", lambda: _forced(mixed_dilation_conv2d, "direct"), devices=("cpu",)),
-        Contestant("eager", lambda: eager),
-        Contestant("eager, folded kernels", lambda: eager_folded),
+        # PyTorch 2.13's bfloat16 weight gradient of a grouped convolution is wrong on some CPUs.
+        Contestant("eager", lambda: eager, may_fail=True),
+        Contestant("eager, folded kernels", lambda: eager_folded, may_fail=True),
         Contestant("torch.compile", lambda: compiled(eager), may_fail=True, devices=("cuda",)),
     ),
     [

@@ -13,6 +13,7 @@ from machine import on_threads, pinned, processors
 from op_setting import DTYPES, FORWARD, PHASES, TRAINING, Call, Setting
 from torch import Tensor
 
+import nasdet
 from nasdet import _dispatch
 from nasdet._cases import Case
 from nasdet.measure.memory import peak_memory
@@ -34,7 +35,7 @@ class Contestant:
     make: Callable[[], Call]
     phases: Sequence[str] = PHASES
     devices: Sequence[str] = ("cpu", "cuda")
-    may_fail: bool = False  # a rival whose compiler or library may not be there; a failure of anyone else is an error
+    may_fail: bool = False  # a rival that may be missing or wrong: then absent, for that reason; in others an error
     cases: Sequence[str] = ()  # runs in these only; in all when empty
     threads: int = 0  # runs on so many, whatever the others do (CPU); 0: as the others
     same: bool = True  # computes the op; a yardstick that computes something else of the same cost is not checked
@@ -160,19 +161,19 @@ def _admitted(
         if reason := contestant.why_not(case, phase, device, threads):
             absent[contestant.name] = reason
             continue
+        ours = contestant.name.startswith("nasdet")
+        tolerance = 0.0 if exact else (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype]
         try:
             call = contestant.make()
             results = contestant.place(setting.results)(call, phase)
+            if contestant.same:
+                distances = check_result(contestant.name, bench.comparable(results), expected, tolerance)
+                errors[contestant.name] = distances[0]
         except Exception as error:
             if not contestant.may_fail:
                 raise
             absent[contestant.name] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
-        ours = contestant.name.startswith("nasdet")
-        tolerance = 0.0 if exact else (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype]
-        if contestant.same:
-            distances = check_result(contestant.name, bench.comparable(results), expected, tolerance)
-            errors[contestant.name] = distances[0]
         calls[contestant.name] = call
     return calls, absent, errors
 
@@ -267,4 +268,5 @@ def _peak(setting: Setting, probe: Callable[[], Any], device: str, tensors_only:
     setting.restore()
     for parameter in setting.parameters:
         parameter.grad = None
+    nasdet.release_scratch()  # what a first call would take
     return peak_memory(probe, device=device, tensors_only=tensors_only)

@@ -19,6 +19,7 @@ constexpr int64_t kPlanRois = 64;     // RoIs that one task plans
 constexpr int64_t kPoolRois = 16;     // RoIs of one pooling task
 constexpr int64_t kPlaneChannels = 16, kPixelChannels = 64;  // channels of one task
 constexpr int64_t kClearBytes = 1 << 20;
+constexpr int64_t kRowParts = 8;      // pieces of a map per thread
 constexpr int32_t kBand = 16;         // RoIs are walked in bands of so many rows
 
 // Asks for huge pages, which take their first touch and scattered writes far better; a kernel without them ignores it.
@@ -218,26 +219,28 @@ void clear(const std::vector<std::pair<char*, int64_t>>& pieces) {
   });
 }
 
-// Gradients: a task owns the channels [first, last) of one image on one level and adds its RoIs in their order, whatever
-// the number of threads. 16-bit maps are summed in float32 and rounded once.
+// What a task of the gradient owns: channels [first, last) of rows [top, bottom) of one image on one level.
+struct GradientTask { const Group* group; int64_t first, last, top, bottom; };
+
+// A task adds its RoIs in their order, so that a pixel's sum is the same however the work is cut. 16-bit maps are summed in
+// float32 and rounded once.
 template <class T> struct MapGradient {
   const Plans& plans;
   const std::vector<Level>& levels;
   int64_t channels, bins;
-  int64_t pixel_channels, plane_channels;  // of one task
   int storage;
   bool narrow;
 
-  int64_t block(const Group& group) const { return levels[group.level].channels_last ? pixel_channels : plane_channels; }
-
-  void operator()(const Group& group, int64_t first, int64_t last, std::vector<T>& sums) const {
+  void operator()(const GradientTask& task, std::vector<T>& sums) const {
+    const Group& group = *task.group;
     const Level& level = levels[group.level];
     const int64_t plane = level.height * level.width, image = group.image * channels * plane, size = int64_t(level.map.element_size());
     char* map = static_cast<char*>(level.map.mutable_data_ptr()) + image * size;
+    const int64_t first = task.first, last = task.last;
     RoiJob job{map, nullptr, first, last, 0, bins, storage, true, false};
-    if (level.channels_last && !narrow) return add_pixels(job, group, level, map, size);
+    if (level.channels_last && !narrow) return add_rows(job, task, level.width * channels * size, map);
     if (narrow) {
-      sums.assign(size_t(block(group) * plane), T(0));
+      sums.assign(size_t((level.channels_last ? kPixelChannels : last - first) * plane), T(0));
       job.out = sums.data();
       job.out_first = first;
     } else {
@@ -246,36 +249,59 @@ template <class T> struct MapGradient {
     (level.channels_last ? NASDET_KERNEL(roi_align_pixels) : NASDET_KERNEL(roi_align_planes))(job, &plans.works[group.begin], group.end - group.begin);
     if constexpr (sizeof(T) == 4)
       if (narrow) {
-        if (level.channels_last) NASDET_KERNEL(roi_align_narrow)(storage, sums.data(), pixel_channels, map + first * size, channels, plane, last - first);
+        if (level.channels_last) NASDET_KERNEL(roi_align_narrow)(storage, sums.data(), std::min(channels, kPixelChannels), map + first * size, channels, plane, last - first);
         else NASDET_KERNEL(roi_align_narrow)(storage, sums.data(), 0, map + first * plane * size, 0, 1, (last - first) * plane);
       }
   }
 
   // Rows are cleared when the first RoI reaches them, from above down as the RoIs are ordered: so they are still in the
   // caches when it adds to them.
-  void add_pixels(const RoiJob& job, const Group& group, const Level& level, char* map, int64_t size) const {
-    int64_t cleared = 0;
+  void add_rows(const RoiJob& job, const GradientTask& task, int64_t row_bytes, char* map) const {
+    int64_t cleared = task.top;
     const auto clear_to = [&](int64_t row) {
-      for (; cleared < row; ++cleared)
-        for (int64_t x = 0; x < level.width; ++x)
-          std::memset(map + ((cleared * level.width + x) * channels + job.first) * size, 0, size_t((job.last - job.first) * size));
+      if (row > cleared) std::memset(map + cleared * row_bytes, 0, size_t((row - cleared) * row_bytes));
+      cleared = std::max(cleared, row);
     };
-    for (int64_t i = group.begin; i < group.end; ++i) {
-      const RoiWork& work = plans.works[i];
-      if (work.y.count > 0) clear_to(work.y.out[work.y.count - 1] + 1);
+    for (int64_t i = task.group->begin; i < task.group->end; ++i) {
+      RoiWork work = plans.works[i];
+      const int32_t *begin = work.y.out, *end = begin + work.y.count;
+      const int32_t *first = std::lower_bound(begin, end, int32_t(task.top)), *last = std::lower_bound(first, end, int32_t(task.bottom));
+      if (first == last) continue;
+      clear_to(last[-1] + 1);
+      work.y.out = first;
+      work.y.first += first - begin;
+      work.y.count = int32_t(last - first);
       NASDET_KERNEL(roi_align_pixels)(job, &work, 1);
     }
-    clear_to(level.height);
+    clear_to(task.bottom);
   }
 };
+
+// Maps of pixels are cut into rows, all channels side by side; planes, and 16-bit maps with their sums, into channels.
+std::vector<GradientTask> gradient_tasks(const std::vector<Group>& groups, const std::vector<Level>& levels, int64_t channels, bool narrow) {
+  const int64_t threads = torch::stable::get_num_threads(), parts = threads > 1 ? kRowParts * threads : 1;
+  std::vector<GradientTask> tasks;
+  for (int64_t thread = 0; thread < threads; ++thread)  // to each thread rows from everywhere: boxes lie in clusters
+    for (int64_t part = thread; part < parts; part += threads)
+      for (const Group& group : groups) {
+        const Level& level = levels[group.level];
+        const int64_t top = level.height * part / parts, bottom = level.height * (part + 1) / parts;
+        if (level.channels_last && !narrow && top < bottom) tasks.push_back({&group, 0, channels, top, bottom});
+      }
+  for (int64_t c = 0; c < channels; ++c)  // channels before groups: an even share of every level for each thread
+    for (const Group& group : groups) {
+      const Level& level = levels[group.level];
+      if (level.channels_last && !narrow) continue;
+      const int64_t block = level.channels_last ? kPixelChannels : narrow ? kPlaneChannels / 2 : kPlaneChannels;
+      if (c % block == 0) tasks.push_back({&group, c, std::min(channels, c + block), 0, level.height});
+    }
+  return tasks;
+}
 
 template <class T>
 void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& rois, int64_t batch, const Pooling& p, const std::vector<Level>& levels) {
   const int64_t channels = levels[0].map.size(1);
   const bool narrow = levels[0].map.element_size() == 2;
-  const int64_t threads = torch::stable::get_num_threads(), share = (channels + threads - 1) / threads;
-  const int64_t pixel_channels = std::min(channels, narrow ? kPixelChannels : (share + kPixelChannels - 1) / kPixelChannels * kPixelChannels);
-  const int64_t plane_channels = narrow ? kPlaneChannels / 2 : kPlaneChannels;
   const Plans plans = planned<T>(rois, batch, p, levels, true, [&](RoiWork& w, const Place& at, const Level& level) {
     const Tensor& grad = level.channels_last ? grad_pixels : grad_planes;
     const int64_t C = level.channels_last ? channels : 1;
@@ -285,7 +311,7 @@ void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& 
     w.in_column = C;
     w.in_channel = level.channels_last ? 1 : p.bins();
     w.out = 0;
-    w.out_column = level.channels_last && narrow ? pixel_channels : C;
+    w.out_column = level.channels_last && narrow ? std::min(channels, kPixelChannels) : C;
     w.out_row = level.width * w.out_column;
     w.out_channel = level.channels_last ? 1 : level.height * level.width;
     w.out_end = level.height * level.width;
@@ -301,17 +327,11 @@ void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& 
       for (int64_t at = 0; at < bytes; at += kClearBytes) pieces.push_back({map + at, std::min(kClearBytes, bytes - at)});
     }
   clear(pieces);
-  const MapGradient<T> gradient{plans, levels, channels, p.bins(), pixel_channels, plane_channels, storage_code(levels[0].map, "grad"), narrow};
-  std::vector<std::pair<const Group*, int64_t>> tasks;  // channels before groups: an even share of every level for each thread
-  for (int64_t c = 0; c < channels; ++c)
-    for (const Group& group : groups)
-      if (c % gradient.block(group) == 0) tasks.push_back({&group, c});
+  const MapGradient<T> gradient{plans, levels, channels, p.bins(), storage_code(levels[0].map, "grad"), narrow};
+  const std::vector<GradientTask> tasks = gradient_tasks(groups, levels, channels, narrow);
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
     std::vector<T> sums;
-    for (int64_t t = first; t < last; ++t) {
-      const Group& group = *tasks[t].first;
-      gradient(group, tasks[t].second, std::min(channels, tasks[t].second + gradient.block(group)), sums);
-    }
+    for (int64_t t = first; t < last; ++t) gradient(tasks[t], sums);
   });
 }
 

@@ -38,7 +38,7 @@ typedef uint32_t vec_u32 __attribute__((vector_size(kBytes)));
 typedef int32_t vec_i32 __attribute__((vector_size(kBytes)));
 typedef uint16_t vec_u16 __attribute__((vector_size(kBytes / 2)));
 
-template <class T> NASDET_INLINE vec<T> splat(T value) { return vec<T>{} + value; }
+template <class T> NASDET_INLINE vec<T> splat(T value) { return value - vec<T>{}; }  // x + 0 would be an addition: of -0
 
 NASDET_INLINE float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;

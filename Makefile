@@ -117,7 +117,8 @@ test-asan: install  ## the operators' tests under the address and undefined-beha
 	  --target build/asan/site build/sdist
 	@preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	  $(pytest) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/site \
-	  LD_PRELOAD="$$preload" $(bin)/python -m pytest $(CURDIR)/tests/ops -m "not slow and not gpu" $(ARGS)
+	  LD_PRELOAD="$$preload" $(bin)/python -m pytest $(CURDIR)/tests/ops $(CURDIR)/tests/python_module \
+  -m "not slow and not gpu" $(ARGS)
 
 benchmark = $(python) -m pytest $(CURDIR)/benchmarks -q -p no:cacheprovider --benchmark-sort=name \
   --benchmark-columns=median,iqr,rounds --benchmark-json=$(CURDIR)/.benchmarks/latest.json

@@ -17,6 +17,7 @@ ORDER = (
     "nms",
     "roi_align",
     "sigmoid_focal_loss",
+    "paste_masks",
     "search_step",
     "supernet_nats",
 )
@@ -46,7 +47,8 @@ _CONV = {f"c{c}-n{n}": f"{n}x{c}x{sides}" for c, sides in _SIDES.items() for n i
     "x101-stage-3": "1x256x100x152 in 32 groups",
     "batch-8-small-maps": "8x64x16x24",
 }
-CASES = _MAPS | _NMS | _ROI | _FOCAL | _CONV | {"100 sum": "`sigmoid_focal_loss` 100 sum"}
+_MASKS = {"paste_masks-100x28": "paste and encode"}
+CASES = _MAPS | _NMS | _ROI | _FOCAL | _CONV | _MASKS | {"100 sum": "`sigmoid_focal_loss` 100 sum"}
 
 
 def result_files(machine: Path) -> dict[str, list[Row]]:

@@ -25,7 +25,8 @@ examples:
   nasdet detect runs/plain holiday/ --out found --skip-bad        go on past pictures that cannot be read
 
 found/ gets picture.detections.jpg for each picture, and detections.json: for each picture its file, width, height and
-detections, best first, each with category, score and box [x1, y1, x2, y2] in pixels of the picture as stored.
+detections, best first, each with category, score and box [x1, y1, x2, y2] in pixels of the picture as stored, and from
+a detector of masks its mask as COCO run-length encoding.
 """
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -117,15 +118,21 @@ def _detect(
     target = {**empty, "iscrowd": torch.zeros(0, dtype=torch.bool), "size": (height, width)}
     batch = collate([Resize(*size)(image, target, random.Random(0))])
     (detection,) = detect_batch(model, batch, device=device)
+    masks = detection.pop("masks", None)
     sure = detection["scores"] >= threshold
     detection = {key: value[sure] for key, value in detection.items()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"category": names[label], "score": round(score, 4), "box": [round(value, 2) for value in box]}
         for label, score, box in zip(*(detection[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
     ]
+    if masks is not None:
+        masks = [mask for mask, kept in zip(masks, sure.tolist(), strict=True) if kept]
+        for row, mask in zip(rows, masks, strict=True):
+            row["mask"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     scale = max(1.0, 480 / max(height, width))  # type on a thumbnail would cover what it names
-    drawing = draw_detections(picture, detection["boxes"], detection["labels"], detection["scores"], names, scale=scale)
+    found = (detection["boxes"], detection["labels"], detection["scores"])
+    drawing = draw_detections(picture, *found, names, scale=scale, masks=masks)
     return {"file": str(path), "width": width, "height": height, "detections": rows}, drawing
 
 

@@ -14,7 +14,7 @@ HELP = "average precision of a training run"
 _DESCRIPTION = """\
 Detect on one part of a data folder with a run's model, and report COCO's average precision (mean over IoU 0.50 to
 0.95, at most 100 detections per image), by pycocotools, or by faster-coco-eval where that is installed (same figures).
--1 stands for "there is nothing to find", 0 for "nothing was found".
+-1 stands for "there is nothing to find", 0 for "nothing was found". A detector of masks gets the figures of both.
 """
 
 _EPILOG = """\
@@ -65,7 +65,7 @@ def run(
     from nasdet._files import read_json
     from nasdet.data import Split, open_data
     from nasdet.engine import distributed
-    from nasdet.engine.evaluate import evaluate, load_run
+    from nasdet.engine.evaluate import evaluate, load_run, predicts_masks
     from nasdet.engine.layout import training_layout
 
     where = distributed.local_device(device)
@@ -75,7 +75,7 @@ def run(
         if recorded is None or not Path(recorded).is_dir():
             raise ValueError(f"{folder}: its data folder is not there ({recorded}): say where with --data DIR")
         data = Path(recorded)
-    opened = with_split(open_data(data, skip_bad=skip_bad), folder / "split.json")
+    opened = with_split(open_data(data, skip_bad=skip_bad, masks=predicts_masks(model)), folder / "split.json")
     own = (folder / "split.json").is_file() and opened.split == Split.load(folder / "split.json")
     if tuple(opened.categories) != tuple(config.categories):
         raise ValueError(f"{data}: its categories must be those of {folder}: {', '.join(config.categories[:5])}, ...")
@@ -97,6 +97,8 @@ def table(summary: dict[str, Any]) -> str:
     head = f"{summary['split']}: {summary['images']} images, {summary['detections']} detections"
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     lines = [f"{head}, by {summary['backend']}", "  ".join(f"{name} {summary[name]:.4f}" for name in names)]
+    if "masks" in summary:
+        lines.append("masks: " + "  ".join(f"{name} {summary['masks'][name]:.4f}" for name in names))
     width = max((len(name) for name in summary["per_category"]), default=0)
     for name, value in sorted(summary["per_category"].items(), key=lambda pair: -pair[1]):
         lines.append(f"  {name:{width}}  " + (f"{value:.4f}" if value >= 0 else "none to find"))

@@ -148,6 +148,7 @@ def run(
 ) -> int:
     """Search, and print the derived architecture and where it lies."""
     from nasdet.data import Split, open_data
+    from nasdet.detectors import WITH_MASKS
 
     presets = {"fad": PRESETS, "nats": search_nats.PRESETS}
     if method not in presets:
@@ -162,7 +163,8 @@ def run(
         settings["decouple"] = False
     stored = out / "split.json"
     split = Split.load(stored) if resume and stored.is_file() else None
-    folder = open_data(data, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad)
+    masks = settings.get("detector") in WITH_MASKS
+    folder = open_data(data, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad, masks=masks)
     if folder.skipped:
         print("skipped: " + ", ".join(f"{number} {reason}" for reason, number in folder.skipped.items()))
     search = _search_fad if method == "fad" else search_nats.run

@@ -91,6 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(add: Any) -> None:
+    add("--detector", metavar="NAME", help="fcos, retinanet, {faster,cascade,mask,mask_scoring}_rcnn (fcos)")
     add("--backbone", metavar="NAME", help="resnet18, 34, 50 or 101 (paper: resnet50; tiny: resnet18)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add("--weights", type=Path, metavar="FILE", help="torchvision's ImageNet weights for it, .pth or .safetensors")
@@ -138,6 +139,7 @@ def run(
 ) -> int:
     """Train, and print the average precision and where everything lies."""
     from nasdet.data.errors import format_counts
+    from nasdet.detectors import WITH_MASKS
     from nasdet.engine.distributed import is_main
     from nasdet.engine.train import TrainConfig, train
 
@@ -147,7 +149,8 @@ def run(
         settings["short_side"], settings["long_side"] = parse_size(size)
     names = {field.name for field in fields(TrainConfig)}
     config = TrainConfig(**{name: value for name, value in settings.items() if name in names})
-    folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=config.seed)
+    masks = settings.get("detector", _around(card, preset is None).detector) in WITH_MASKS
+    folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=config.seed, masks=masks)
     around = {name: value for name, value in settings.items() if name not in names}
     model = model_config(card, folder, around, weights, beside=preset is None)
     if is_main():
@@ -163,13 +166,15 @@ def run(
         from nasdet._files import read_json
 
         summary = read_json(out / "eval.json")
-        print(f"test: AP {summary['AP']:.4f}, AP50 {summary['AP50']:.4f}, AP75 {summary['AP75']:.4f}")
+        for part, figures in (("test", summary), ("masks", summary.get("masks"))):
+            if figures is not None:
+                print(f"{part}: AP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f}, AP75 {figures['AP75']:.4f}")
         print(f"next: nasdet detect {out} IMAGE --out DIR, or nasdet report {out}")
     return 0
 
 
 def open_folder(
-    data: Path, out: Path, card: str, *, resume: bool, skip_bad: bool, split: Path | None, seed: int
+    data: Path, out: Path, card: str, *, resume: bool, skip_bad: bool, split: Path | None, seed: int, masks: bool
 ) -> DataFolder:
     """The data folder with the split of the run, of ``split``, of the search that made the card, or a new one."""
     from nasdet.data import Split, open_data
@@ -178,8 +183,8 @@ def open_folder(
     if split is None and resume and stored.is_file():
         split = stored
     if split is not None:
-        return open_data(data, split=Split.load(split), skip_bad=skip_bad)
-    folder = open_data(data, seed=seed, skip_bad=skip_bad)
+        return open_data(data, split=Split.load(split), skip_bad=skip_bad, masks=masks)
+    folder = open_data(data, seed=seed, skip_bad=skip_bad, masks=masks)
     return with_split(folder, searched) if Path(card).is_file() else folder
 
 
@@ -202,11 +207,8 @@ def model_config(
     """The model for the folder's categories: ``settings`` over the model.json beside the card over the paper's."""
     from nasdet.arch import load_card
     from nasdet.spaces import part_of
-    from nasdet.spaces.assemble import ModelConfig
 
-    base = ModelConfig()
-    if beside and Path(card).is_file() and (Path(card).parent / "model.json").is_file():
-        base = ModelConfig.load(Path(card).parent / "model.json")
+    base = _around(card, beside)
     searched: dict[str, Any] = {"towers": "plain", "backbone_card": None}
     chosen = None if card == "plain" else load_card(card)
     part = "towers" if chosen is None else part_of(chosen.method)
@@ -216,6 +218,14 @@ def model_config(
     norm = ("sync_bn" if part == "backbone" else "frozen_bn") if weights else "gn"
     settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched, **settings}
     return replace(base, num_classes=len(folder.categories), categories=folder.categories, **settings)
+
+
+def _around(card: str, beside: bool) -> ModelConfig:
+    """The paper's model, or with ``beside`` the one of the model.json beside the card, if there is one."""
+    from nasdet.spaces.assemble import ModelConfig
+
+    stored = Path(card).parent / "model.json"
+    return ModelConfig.load(stored) if beside and Path(card).is_file() and stored.is_file() else ModelConfig()
 
 
 def _own_backbone(card: str) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -190,13 +192,23 @@ _SMALL = ("boxes", "labels", "iscrowd", "area")
 
 
 def _to_parent(batch: Batch) -> Batch:
-    """Small target tensors as arrays: a tensor costs one open file between processes, and hundreds of them run out."""
+    """Target tensors as arrays: a tensor costs one open file between processes, and hundreds of them run out.
+
+    Masks go as bits: fifty at 800 x 1333 are 53 MB of bool, and shared memory is often limited to 64 MB.
+    """
     for target in batch.targets:
         target.update({key: target[key].numpy() for key in _SMALL})
+        if "masks" in target:
+            masks = target["masks"].numpy()
+            target["masks"] = (numpy.packbits(masks), masks.shape)
     return batch
 
 
 def _from_worker(batch: Batch) -> Batch:
     for target in batch.targets:
         target.update({key: torch.as_tensor(target[key]) for key in _SMALL})
+        if isinstance(packed := target.get("masks"), tuple):
+            bits, shape = packed
+            masks = numpy.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)
+            target["masks"] = torch.from_numpy(masks)
     return batch

@@ -83,7 +83,9 @@ def resize(image: torch.Tensor, target: Target, size: tuple[int, int]) -> tuple[
     if "masks" in target:
         masks = target["masks"]
         if len(masks):
-            masks = functional.interpolate(masks[None].to(torch.uint8), size=size, mode="nearest-exact")[0].bool()
+            # Views: at 800 x 1333 fifty masks are 53 MB, which a change of type would copy twice.
+            masks = functional.interpolate(masks[None].view(torch.uint8), size=size, mode="nearest-exact")[0]
+            masks = masks.view(torch.bool)
         target["masks"] = masks if len(masks) else masks.new_zeros((0, *size))
     return scaled, target
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasdet.detectors.parts.assign import assign_locations, size_ranges, usable_objects
+from nasdet.detectors.parts.assign import assign_locations, size_ranges
 from nasdet.detectors.parts.boxes import decode_ltrb, encode_ltrb
-from nasdet.detectors.parts.locations import flatten_levels, pyramid_points
+from nasdet.detectors.parts.layers import described
+from nasdet.detectors.parts.locations import check_convention, flatten_levels, pyramid_points
 from nasdet.detectors.parts.losses import (
     at_least_float32,
     centerness_loss,
@@ -25,6 +25,7 @@ from nasdet.detectors.parts.losses import (
     sigmoid_focal_loss,
     world_size,
 )
+from nasdet.detectors.parts.objects import batch_objects, check_sizes
 from nasdet.detectors.parts.postprocess import finish_image, top_candidates
 
 Outputs = dict[str, list[Tensor]]
@@ -65,6 +66,8 @@ class FCOS(nn.Module):
     The remaining options: ``center_radius`` of centre sampling in strides; ``prior``, the class probability at the
     start; ``focal_alpha`` and ``focal_gamma``; at detection, ``score_threshold`` on the class probability,
     ``candidates`` per level before and ``max_detections`` per image after suppression at IoU ``nms_threshold``.
+    ``convention="torchvision"`` places the locations as torchvision's FCOS does (see :func:`pyramid_points`) and
+    compares the detection's score with the threshold.
     """
 
     def __init__(
@@ -83,15 +86,17 @@ class FCOS(nn.Module):
         candidates: int = 1000,
         nms_threshold: float = 0.6,
         max_detections: int = 100,
+        convention: str = "centre",
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         if not 0 < prior < 1:
             raise ValueError(f"prior must be between 0 and 1, got {prior}")
-        self.strides: tuple[int, ...] = tuple(_described(neck, "neck", "strides").values())
-        box_channels = _described(towers, "towers", "box_channels")
-        cls_channels = _described(towers, "towers", "cls_channels")
+        self.strides: tuple[int, ...] = tuple(described(neck, "neck", "strides").values())
+        box_channels = described(towers, "towers", "box_channels")
+        cls_channels = described(towers, "towers", "cls_channels")
+        self.convention = check_convention(convention)
         self.ranges = list(ranges) if ranges is not None else size_ranges(self.strides)
         if len(self.ranges) != len(self.strides):
             raise ValueError(f"ranges must have one entry per level ({len(self.strides)}), got {len(self.ranges)}")
@@ -147,16 +152,13 @@ class FCOS(nn.Module):
     @torch.no_grad()
     def _targets(self, maps: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Labels ``[N, L]`` (-1: background) and distances in strides ``[N, L, 4]`` (1 where background)."""
-        if len(targets) != maps[0].shape[0]:
-            raise ValueError(f"targets must have one entry per image ({maps[0].shape[0]}), got {len(targets)}")
-        points = pyramid_points(maps, self.strides)
+        batch = batch_objects(targets, maps[0].shape[0], self.num_classes)
+        points = pyramid_points(maps, self.strides, self.convention)
         flat = torch.cat(points)
         scale = torch.cat([flat.new_full((len(p), 1), s) for p, s in zip(points, self.strides, strict=True)])
         labels = flat.new_full((len(targets), len(flat)), -1, dtype=torch.int64)
         distances = flat.new_ones((len(targets), len(flat), 4))
-        for index, target in enumerate(targets):
-            objects, classes = usable_objects(target)
-            self._check_labels(classes, index)
+        for index, (objects, classes, _) in enumerate(batch):
             if not len(objects):
                 continue
             match = assign_locations(points, self.strides, self.ranges, objects, self.center_radius)
@@ -167,15 +169,6 @@ class FCOS(nn.Module):
             distances[index] = torch.where(found[:, None], encoded, 1.0)
         return labels, distances
 
-    def _check_labels(self, labels: Tensor, image: int) -> None:
-        if labels.device.type != "cpu" or not len(labels):
-            return  # elsewhere the look at the values would stall the device once per image
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"labels must be in 0..{self.num_classes - 1}, got {low}..{high} in image {image} of the batch"
-            )
-
     @torch.no_grad()
     def detect(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Detections per image, best first, inside the valid area ``sizes`` ``[(h, w)]`` of the batch.
@@ -183,15 +176,11 @@ class FCOS(nn.Module):
         Each has ``boxes`` float32 ``[n, 4]`` in batch pixels, ``scores`` ``[n]``, ``labels`` int64 ``[n]``. A location
         with class probability p above the threshold scores ``sqrt(p * centerness)``; suppression is per class.
         """
-        count = outputs["cls"][0].shape[0]
-        if len(sizes) != count:
-            raise ValueError(f"sizes must have one entry per image ({count}), got {len(sizes)}")
-        points = pyramid_points(outputs["cls"], self.strides)
+        points = pyramid_points(outputs["cls"], self.strides, self.convention)
         results = []
-        for image, (height, width) in enumerate(sizes):
+        for image, size in enumerate(check_sizes(sizes, outputs["cls"][0].shape[0])):
             levels = [self._level_candidates(outputs, level, image, points[level]) for level in range(len(points))]
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            size = (int(height), int(width))
             results.append(finish_image(boxes, scores, labels, size, self.nms_threshold, self.max_detections))
         return results
 
@@ -203,12 +192,6 @@ class FCOS(nn.Module):
         )
         probability = cls.sigmoid()
         scores = (probability * centerness.sigmoid()).sqrt()
-        scores, location, labels = top_candidates(scores, probability > self.score_threshold, self.candidates)
+        judged = probability if self.convention == "centre" else scores
+        scores, location, labels = top_candidates(scores, judged > self.score_threshold, self.candidates)
         return decode_ltrb(points[location], box[location] * self.strides[level]), scores, labels
-
-
-def _described(module: nn.Module, name: str, attribute: str) -> Any:
-    value = getattr(module, attribute, None)
-    if value is None:
-        raise TypeError(f"{name} must say its {attribute}, got a {type(module).__name__} without")
-    return value

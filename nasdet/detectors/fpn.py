@@ -1,4 +1,4 @@
-"""Feature pyramid (Lin et al., 2017) with the extra levels of RetinaNet and FCOS."""
+"""Feature pyramid (Lin et al., 2017) with the extra levels of R-CNN, RetinaNet and FCOS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class FPN(nn.Module):
 
     ``P_i = conv3x3(lateral1x1(C_i) + up2(M_{i+1}))``, nearest upsampling, no norm. Extra levels are 3x3 convolutions of
     stride 2: the first on the coarsest ``P`` (``extra_source="p5"``) or the coarsest ``C`` (``"c5"``), each next one
-    on the ReLU of the one before (RetinaNet, section 4).
+    on the ReLU of the one before (RetinaNet, section 4). With ``extra_source="pool"`` they have no weights: each takes
+    every second value of the level before (the P6 of FPN's RPN, Lin et al., 2017, section 4.1).
 
     ``in_channels`` and ``strides`` are a backbone's ``channels`` and ``strides``; each stride must be a power of two
     and twice the one before. Maps the neck was not told of are passed over. The result is a dict ``p3, p4, ...``
@@ -32,8 +33,8 @@ class FPN(nn.Module):
         super().__init__()
         if not in_channels or set(in_channels) != set(strides):
             raise ValueError(f"in_channels and strides must name the same maps, got {[*in_channels]} and {[*strides]}")
-        if extra_source not in ("p5", "c5"):
-            raise ValueError(f"extra_source must be 'p5' or 'c5', got {extra_source!r}")
+        if extra_source not in ("p5", "c5", "pool"):
+            raise ValueError(f"extra_source must be 'p5', 'c5' or 'pool', got {extra_source!r}")
         if channels < 1 or extra_levels < 0:
             raise ValueError(f"channels must be positive and extra_levels >= 0, got {channels} and {extra_levels}")
         self.inputs = tuple(sorted(in_channels, key=lambda name: strides[name]))
@@ -46,7 +47,10 @@ class FPN(nn.Module):
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in self.inputs)
         first = channels if extra_source == "p5" else in_channels[self.inputs[-1]]
         self.extra = nn.ModuleList(
-            nn.Conv2d(channels if index else first, channels, 3, stride=2, padding=1) for index in range(extra_levels)
+            nn.MaxPool2d(1, stride=2)
+            if extra_source == "pool"
+            else nn.Conv2d(channels if index else first, channels, 3, stride=2, padding=1)
+            for index in range(extra_levels)
         )
         ladder += [ladder[-1] * 2 ** (index + 1) for index in range(extra_levels)]
         self.strides = {f"p{stride.bit_length() - 1}": stride for stride in ladder}
@@ -63,8 +67,8 @@ class FPN(nn.Module):
             coarse = F.interpolate(maps[index], size=maps[index - 1].shape[-2:], mode="nearest")
             maps[index - 1] = maps[index - 1] + coarse
         levels = [output(map_) for output, map_ in zip(self.output, maps, strict=True)]
-        source = levels[-1] if self.extra_source == "p5" else features[self.inputs[-1]]
-        for index, conv in enumerate(self.extra):
-            levels.append(conv(F.relu(source) if index else source))
+        source = features[self.inputs[-1]] if self.extra_source == "c5" else levels[-1]
+        for index, coarser in enumerate(self.extra):
+            levels.append(coarser(F.relu(source) if index and self.extra_source != "pool" else source))
             source = levels[-1]
         return dict(zip(self.strides, levels, strict=True))

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nasdet.detectors.norm import group_count, norm_layer
-from nasdet.nn import GroupNormReLU
+from nasdet.detectors.parts.layers import conv_norm_relu, normal_init
 
 
-def _tower(channels: int, convs: int, norm: str) -> nn.Sequential:
+def _tower(channels: int, convs: int, norm: str | None) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(convs):
-        conv = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.normal_(conv.weight, std=0.01)
-        if conv.bias is not None:
-            nn.init.zeros_(conv.bias)
-        if norm == "gn":
-            layers += [conv, GroupNormReLU(group_count(channels), channels)]
-        else:
-            layers += [conv, norm_layer(norm, channels), nn.ReLU(inplace=True)]
+        conv, block = conv_norm_relu(channels, channels, norm, bias=True)
+        normal_init(conv)
+        layers += block
     return nn.Sequential(*layers)
 
 
 class PlainTowers(nn.Module):
     """FCOS's and RetinaNet's head: two separate stacks of ``convs`` times 3x3 convolution, norm and ReLU.
 
-    Weights are drawn from a normal of deviation 0.01 (RetinaNet, section 4.1).
+    ``norm`` is one of :data:`nasdet.detectors.norm.NORMS`, or None for none (as in RetinaNet). Weights are drawn from a
+    normal of deviation 0.01 (RetinaNet, section 4.1).
     """
 
-    def __init__(self, channels: int = 256, convs: int = 4, norm: str = "gn") -> None:
+    def __init__(self, channels: int = 256, convs: int = 4, norm: str | None = "gn") -> None:
         super().__init__()
         if channels < 1 or convs < 1:
             raise ValueError(f"channels and convs must be positive, got {channels} and {convs}")

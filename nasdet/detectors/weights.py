@@ -1,9 +1,10 @@
-"""Backbone weights from a local file, in torchvision's format."""
+"""Weights in torchvision's format: of backbones from a local file, of whole detectors from a state dict."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,6 +76,11 @@ def load_backbone_weights(module: nn.Module, path: str | Path, unused: Sequence[
     if unused is None:
         unused = getattr(module, "unused_weights", ("fc.",))
     given = {k: v for k, v in read_weights(path).items() if not k.startswith(tuple(unused))}
+    _fit(module, given, f"{path}: ")
+
+
+def _fit(module: nn.Module, given: Mapping[str, Tensor], source: str = "") -> None:
+    """Load ``given`` into ``module``, or raise one error on all that does not fit."""
     wanted = module.state_dict()
     counter = "num_batches_tracked"
     missing = [key for key in wanted if key not in given and not key.endswith(counter)]
@@ -89,5 +95,80 @@ def load_backbone_weights(module: nn.Module, path: str | Path, unused: Sequence[
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not finite": infinite}
     if any(faults.values()):
         text = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in faults.items() if keys)
-        raise ValueError(f"{path}: weights do not fit {type(module).__name__}: {text}")
+        raise ValueError(f"{source}weights do not fit {type(module).__name__}: {text}")
     module.load_state_dict({key: given.get(key, wanted[key]) for key in wanted})
+
+
+def _scaled(prefix: str, into: int, by: int = 1) -> Callable[[re.Match[str]], str]:
+    """Numbers the layers of an ``nn.Sequential`` anew: layer k becomes ``into * (k // by) + k % by``."""
+    return lambda found: f"{prefix}.{into * (int(found[1]) // by) + int(found[1]) % by}."
+
+
+# torchvision's names -> ours. Files of older versions have one level less in some names.
+_PYRAMID: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"backbone\.body\.", "backbone."),
+    (r"backbone\.fpn\.inner_blocks\.(\d+)\.(?:0\.)?", r"neck.lateral.\1."),
+    (r"backbone\.fpn\.layer_blocks\.(\d+)\.(?:0\.)?", r"neck.output.\1."),
+    (r"backbone\.fpn\.extra_blocks\.p6\.", "neck.extra.0."),
+    (r"backbone\.fpn\.extra_blocks\.p7\.", "neck.extra.1."),
+]
+_TWO_STAGE = [
+    *_PYRAMID,
+    (r"rpn\.head\.conv\.(?:0\.0\.)?", "rpn.conv."),
+    (r"rpn\.head\.bbox_pred\.", "rpn.box_pred."),
+    (r"rpn\.head\.", "rpn."),
+    (r"roi_heads\.box_head\.fc6\.", "boxes.head.trunk.fcs.0."),
+    (r"roi_heads\.box_head\.fc7\.", "boxes.head.trunk.fcs.1."),
+    (r"roi_heads\.box_predictor\.bbox_pred\.", "boxes.head.box_pred."),
+    (r"roi_heads\.box_predictor\.", "boxes.head."),
+    (r"roi_heads\.mask_head\.(\d)\.0\.", _scaled("masks.head.trunk.convs", into=2)),
+    (
+        r"roi_heads\.mask_head\.mask_fcn(\d)\.",
+        lambda found: f"masks.head.trunk.convs.{2 * (int(found[1]) - 1)}.",
+    ),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.", "masks.head.deconv."),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.", "masks.head.logits."),
+]
+_RETINANET = [
+    *_PYRAMID,
+    (r"head\.classification_head\.conv\.(\d)\.0\.", _scaled("towers.cls", into=2)),
+    (r"head\.regression_head\.conv\.(\d)\.0\.", _scaled("towers.box", into=2)),
+    (r"head\.classification_head\.conv\.", "towers.cls."),
+    (r"head\.regression_head\.conv\.", "towers.box."),
+    (r"head\.classification_head\.", ""),
+    (r"head\.regression_head\.bbox_reg\.", "box_pred."),
+]
+_FCOS = [
+    *_PYRAMID,
+    (r"head\.classification_head\.conv\.(\d+)\.", _scaled("towers.cls", into=2, by=3)),
+    (r"head\.regression_head\.conv\.(\d+)\.", _scaled("towers.box", into=2, by=3)),
+    (r"head\.classification_head\.", "head."),
+    (r"head\.regression_head\.bbox_reg\.", "head.box_pred."),
+    (r"head\.regression_head\.bbox_ctrness\.", "head.centerness."),
+]
+
+
+def load_torchvision_detector(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a detector with the state dict of torchvision's ``fasterrcnn_``, ``maskrcnn_``, ``retinanet_`` or ``fcos_``
+    ``resnet*_fpn``, of any version of its format.
+
+    ``model`` is of the same architecture: for K + 1 outputs of torchvision's two-stage detectors, whose first is the
+    background, it has K classes; its one-stage detectors have no background. FCOS's scales per level, which
+    torchvision's has not, become 1. Raises ValueError, and loads nothing, where a name is missing or left over, or a
+    shape or value does not fit. :func:`nasdet.detectors.from_torchvision` also builds the model.
+    """
+    if "head.regression_head.bbox_ctrness.weight" in state:
+        names = _FCOS
+    else:
+        names = _RETINANET if any(key.startswith("head.") for key in state) else _TWO_STAGE
+    given = {_renamed(key, names): value for key, value in state.items()}
+    if names is _FCOS:
+        given |= {key: torch.ones(()) for key in model.state_dict() if key.startswith("head.scales.")}
+    _fit(model, given)
+
+
+def _renamed(key: str, names: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]) -> str:
+    for pattern, ours in names:
+        if re.match(pattern, key):
+            return re.sub(f"^{pattern}", ours, key)
+    return key

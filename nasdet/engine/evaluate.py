@@ -8,39 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from nasdet._files import write_json
 from nasdet.data.base import DetectionDataset
 from nasdet.data.loader import make_eval_loader
 from nasdet.data.transforms import Batch, Resize
+from nasdet.detectors.parts.paste import paste_to_rle
 from nasdet.engine import distributed
 from nasdet.engine.average_precision import available_backends, coco_ap
 from nasdet.engine.checkpoint import LAST, load_into, load_weights
 from nasdet.spaces.assemble import ModelConfig, build_model
 
-__all__ = ["available_backends", "coco_ap", "detect_all", "detect_batch", "evaluate", "load_run"]
+__all__ = ["available_backends", "coco_ap", "detect_all", "detect_batch", "evaluate", "load_run", "predicts_masks"]
 
 
 @torch.inference_mode()
 def detect_batch(
     model: nn.Module, batch: Batch, *, device: torch.device, channels_last: bool = False, amp: bool = False
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Any]]:
     """Detections of one batch in the pixels of the stored images, on the CPU.
 
-    Per image ``boxes`` float32 ``[n, 4]`` (x1, y1, x2, y2), ``scores`` ``[n]``, ``labels`` ``[n]``, best first.
-    ``model`` is put into evaluation mode. ``amp`` runs it in bfloat16.
+    Per image ``boxes`` float32 ``[n, 4]`` (x1, y1, x2, y2), ``scores`` ``[n]``, ``labels`` ``[n]``, best first. A model
+    that detects ``mask_logits`` ``[n, M, M]`` gives ``masks`` here, a list of n COCO RLE dicts of the stored image's
+    size; ``mask_scores`` ``[n]``, if any, are passed on. ``model`` is put into evaluation mode. ``amp`` runs it in
+    bfloat16.
     """
     model.eval()
     layout = torch.channels_last if channels_last else torch.preserve_format
     images = batch.images.to(device, memory_format=layout, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         outputs = model(images)
-    found = []
-    for detection, (sy, sx) in zip(model.detect(outputs, batch.sizes), batch.scales, strict=True):  # type: ignore[operator]  # a detector's method
+    found: list[dict[str, Any]] = []
+    detections = model.detect(outputs, batch.sizes)  # type: ignore[operator]  # a detector's method
+    for detection, (sy, sx), target in zip(detections, batch.scales, batch.targets, strict=True):
         boxes = detection["boxes"].float().cpu() / torch.tensor([sx, sy, sx, sy])
-        found.append({"boxes": boxes, "scores": detection["scores"].float().cpu(), "labels": detection["labels"].cpu()})
+        kept = {"boxes": boxes, "scores": detection["scores"].float().cpu(), "labels": detection["labels"].cpu()}
+        if "mask_logits" in detection:
+            kept["masks"] = paste_to_rle(detection["mask_logits"], boxes, target["size"])
+        if "mask_scores" in detection:
+            kept["mask_scores"] = detection["mask_scores"].float().cpu()
+        found.append(kept)
     return found
 
 
@@ -60,8 +69,9 @@ def detect_all(
     """COCO results of every image of ``dataset``, in its order, the same list on every rank.
 
     Images are scaled to ``short`` / ``long`` pixels (see ``nasdet.data.transforms.Resize``); boxes are x, y, width,
-    height in pixels of the stored images (to 0.01), ``category_id`` is the file's, scores are to 1e-6. Several
-    processes share the images. The model is left in the mode it came in.
+    height in pixels of the stored images (to 0.01), ``category_id`` is the file's, scores are to 1e-6. Masks, where the
+    model gives them, are ``segmentation`` (RLE, ``counts`` as str), and ``mask_score``. Several processes share the
+    images. The model is left in the mode it came in.
     """
     device, was_training = torch.device(device), model.training
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -84,14 +94,19 @@ def detect_all(
     return [row for _, rows in everything for row in rows]
 
 
-def coco_results(detection: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One image's detections as COCO results."""
-    rows = []
+def coco_results(detection: dict[str, Any], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's detections (see :func:`detect_batch`) as COCO results, which JSON can hold."""
+    rows: list[dict[str, Any]] = []
     for (x1, y1, x2, y2), score, label in zip(
         detection["boxes"].tolist(), detection["scores"].tolist(), detection["labels"].tolist(), strict=True
     ):
         box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
         rows.append({"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": round(score, 6)})
+    for row, rle in zip(rows, detection.get("masks", ()), strict="masks" in detection):
+        row["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+    if "mask_scores" in detection:
+        for row, score in zip(rows, detection["mask_scores"].tolist(), strict=True):
+            row["mask_score"] = round(score, 6)
     return rows
 
 
@@ -105,18 +120,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """Average precision of ``model`` on ``dataset``: ``coco_ap``'s figures, with ``split``, the role of the data set.
 
-    ``options`` go to ``detect_all``. With ``out``, ``eval.json`` and ``detections.json`` are written there (for another
-    role than test, ``eval-ROLE.json`` and ``detections-ROLE.json``). ``step`` is noted.
+    The figures are those of boxes; where the model detects masks and ``dataset.masks`` is set, ``masks`` holds the same
+    keys (``AP`` to ``AR100``, ``per_category``) of masks. ``options`` go to ``detect_all``. With ``out``, ``eval.json``
+    and ``detections.json`` are written there (for another role than test, ``eval-ROLE.json`` and
+    ``detections-ROLE.json``). ``step`` is noted.
     """
     results = detect_all(model, dataset, **options)
     summary = {"split": dataset.role, **({} if step is None else {"step": step})}
-    summary |= coco_ap(dataset.ground_truth(), results)
+    truth = dataset.ground_truth()
+    summary |= coco_ap(truth, results)
+    if dataset.masks and (predicts_masks(model) or any("segmentation" in row for row in results)):
+        of_masks = coco_ap(truth, results, iou_type="segm")
+        summary["masks"] = {key: of_masks[key] for key in of_masks if key not in ("images", "detections", "backend")}
     if out is not None and distributed.is_main():
         suffix = "" if dataset.role == "test" else f"-{dataset.role}"
         write_json(Path(out) / f"detections{suffix}.json", results)
         write_json(Path(out) / f"eval{suffix}.json", summary)
     distributed.barrier()
     return summary
+
+
+def predicts_masks(model: nn.Module) -> bool:
+    """Whether a detector detects masks: whether it has a mask stage, ``masks``."""
+    return getattr(model, "masks", None) is not None
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelConfig]:

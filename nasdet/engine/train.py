@@ -245,4 +245,5 @@ class _Training:
         """One line of precision per step, also when a finished run is resumed."""
         file = self.out / "metrics.jsonl"
         if distributed.is_main() and not any(line["step"] == done and "AP" in line for line in read_lines(file)):
-            append_line(file, {"step": done, "AP": summary["AP"], "AP50": summary["AP50"]})
+            masks = {f"mask_{name}": summary["masks"][name] for name in ("AP", "AP50") if "masks" in summary}
+            append_line(file, {"step": done, "AP": summary["AP"], "AP50": summary["AP50"], **masks})

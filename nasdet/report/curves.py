@@ -17,7 +17,7 @@ Series = list[tuple[float, float]]
 # matplotlib writes colours, the page wants CSS variables: each of these stands for one until the drawing is done.
 _PLACEHOLDERS = {"#0102f0": "var(--muted)", "#0102f1": "var(--line)"} | {f"#0102a{i}": f"var(--c{i})" for i in range(8)}
 COLORS = tuple(f"#0102a{i}" for i in range(8))
-_NO_LOSS = re.compile(r"step|epoch|seconds|time|memory|grad_norm|norm|entropy|images|eta|lr.*|AP.*|AR.*")
+_NO_LOSS = re.compile(r"step|epoch|seconds|time|memory|grad_norm|norm|entropy|images|eta|lr.*|(mask_)?A[PR].*")
 
 
 def css(color: str) -> str:
@@ -181,7 +181,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         keys.update(dict.fromkeys(key for key in row if series([row], key)))
     losses = [key for key in keys if re.fullmatch(r"loss|\w+_loss", key)]
     terms = [key for key in keys if key not in losses and not _NO_LOSS.fullmatch(key)]
-    precisions = [key for key in ("AP", "AP50", "AP75") if key in keys]
+    precisions = [key for key in ("AP", "AP50", "AP75", "mask_AP", "mask_AP50") if key in keys]
     result = [_loss_figure(rows, losses, "Loss"), _loss_figure(rows, terms[:7], "Terms of the loss")]
     if precisions:
         lines = [

@@ -1,4 +1,4 @@
-"""Boxes on pictures: the one place that draws them."""
+"""Boxes and masks on pictures: the one place that draws them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 Color = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
+Record = tuple[list[float], int, "float | None", bool, Any]  # box, label, score, crowd, mask
 
 _GOLDEN_ANGLE = 0.61803398875
+_MASK_OPACITY = 0.4
 
 
 def class_color(label: int) -> Color:
@@ -34,12 +37,14 @@ def draw_detections(
     scale: float = 1.0,
     crowd: Any = None,
     label_size: int | None = None,
+    masks: Any = None,
 ) -> Image.Image:
-    """Draw boxes with readable labels on a copy of a picture.
+    """Draw boxes with readable labels, and masks, on a copy of a picture.
 
-    Line width and type size follow the size of the result. Boxes are drawn from the lowest score to the highest, so
-    that the surest is on top; each label takes the first free place of: above the box, inside its top, below it, inside
-    its bottom. Boxes are clipped to the picture; one wholly outside is left out.
+    Line width and type size follow the size of the result. Masks are tinted and outlined beneath all boxes, which are
+    drawn from the lowest score to the highest, so that the surest is on top; each label takes the first free place of:
+    above the box, inside its top, below it, inside its bottom. Boxes are clipped to the picture; one wholly outside is
+    left out, with its mask.
 
     Args:
         image: any PIL picture; it is not changed.
@@ -51,18 +56,20 @@ def draw_detections(
         scale: the result is ``scale`` times as large as ``image``; above 1 the type is readable on small pictures.
         crowd: ``[N]`` booleans; a crowd region gets a dashed outline.
         label_size: type size in pixels of the result; by default by its size. Lines are a sixth as wide.
+        masks: N masks of the size of ``image``: bool ``[H, W]`` tensors or arrays, or COCO RLE (needs pycocotools).
 
     Returns:
         a new RGB picture.
 
     Raises:
-        ValueError: lengths that differ, a box that is not four finite numbers, or a label outside ``categories``.
+        ValueError: lengths that differ, a box that is not four finite numbers, a label outside ``categories``, or a
+            mask of another size than ``image``.
     """
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale}")
     if label_size is not None and label_size < 1:
         raise ValueError(f"label_size must be at least 1, got {label_size}")
-    records = _records(boxes, labels, scores, crowd, categories)
+    records = _records(boxes, labels, scores, crowd, masks, categories)
     canvas = image.convert("RGB")
     if scale != 1.0:
         pixels = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -72,13 +79,18 @@ def draw_detections(
     painter = ImageDraw.Draw(canvas)
     size = label_size if label_size is not None else min(28, max(11, round(max(canvas.size) / 36)))
     width, font = max(2, round(size / 6)), _font(size)
-    shown = []
-    for box, label, score, is_crowd in sorted(records, key=lambda record: record[2] if record[2] is not None else 1.0):
+    shown, outlined = [], []
+    records.sort(key=lambda record: 1.0 if record[2] is None else record[2])
+    for box, label, score, is_crowd, mask in records:
         place = _clip([value * scale for value in box], canvas.width, canvas.height)
         if place is None or (score is not None and score < threshold):
             continue
-        _outline(painter, place, class_color(label), width, is_crowd)
+        if mask is not None:
+            _tint(canvas, _mask_image(mask, image.size), class_color(label))
+        outlined.append((place, class_color(label), width, is_crowd))
         shown.append((place, label, score))
+    for outline in outlined:
+        _outline(painter, *outline)
     _write_labels(painter, font, shown, categories, canvas.size)
     return canvas
 
@@ -109,12 +121,13 @@ def _as_list(values: Any) -> list[Any]:
 
 
 def _records(
-    boxes: Any, labels: Any, scores: Any, crowd: Any, categories: Sequence[str] | None
-) -> list[tuple[list[float], int, float | None, bool]]:
+    boxes: Any, labels: Any, scores: Any, crowd: Any, masks: Any, categories: Sequence[str] | None
+) -> list[Record]:
     boxes, labels = _as_list(boxes), [int(label) for label in _as_list(labels)]
     given = [None] * len(boxes) if scores is None else [float(score) for score in _as_list(scores)]
     crowds = [False] * len(boxes) if crowd is None else [bool(flag) for flag in _as_list(crowd)]
-    for name, values in (("labels", labels), ("scores", given), ("crowd", crowds)):
+    masks = [None] * len(boxes) if masks is None else list(masks)
+    for name, values in (("labels", labels), ("scores", given), ("crowd", crowds), ("masks", masks)):
         if len(values) != len(boxes):
             raise ValueError(f"{name} must have one entry per box ({len(boxes)}), got {len(values)}")
     for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
@@ -123,7 +136,32 @@ def _records(
         if label < 0 or (categories is not None and label >= len(categories)):
             limit = "" if categories is None else f"..{len(categories) - 1}"
             raise ValueError(f"labels[{index}] must be in 0{limit}, got {label}")
-    return list(zip(boxes, labels, given, crowds, strict=True))
+    return list(zip(boxes, labels, given, crowds, masks, strict=True))
+
+
+def _mask_image(mask: Any, size: tuple[int, int]) -> Image.Image:
+    """A mask as a picture of 0 and 255, of ``size`` (width, height)."""
+    if isinstance(mask, dict):
+        from pycocotools import mask as coco_mask
+
+        mask = coco_mask.decode(mask)
+    pixels = numpy.asarray(mask)
+    if pixels.shape != size[::-1]:
+        raise ValueError(f"masks must have shape {size[::-1]}, that of the picture, got {pixels.shape}")
+    return Image.fromarray(pixels.astype(numpy.uint8) * 255)
+
+
+def _tint(canvas: Image.Image, mask: Image.Image, color: Color) -> None:
+    """Blend a colour into the mask's pixels, and draw its inner edge in full."""
+    mask = mask.resize(canvas.size, Image.Resampling.NEAREST) if mask.size != canvas.size else mask
+    place = mask.getbbox()
+    if place is None:
+        return
+    margin = (place[0] - 1, place[1] - 1, place[2] + 1, place[3] + 1)  # black beyond the picture: its border is an edge
+    mask = mask.crop(margin)
+    edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3)))
+    tint = mask.point(lambda value: round(_MASK_OPACITY * value))
+    canvas.paste(color, margin[:2], ImageChops.lighter(tint, edge))
 
 
 def _font(size: int) -> Any:

@@ -189,9 +189,15 @@ def _run_sections(run: Run, budget: int, seen: dict[str, str]) -> list[tuple[str
         ("curves", "Loss and AP", _drawn(lambda: curves.curve_section(run.metrics))),
         ("detections", "Detections", _drawn(lambda: pictures.picture_section(run, budget)) if budget else ""),
         ("categories", "Average precision", tables.categories(run.eval) if run.eval else ""),
+        ("masks", "Average precision of masks", _masks(run)),
         ("cost", "Cost", tables.cost(run)),
     ]
     return [part for part in found if part[2]]
+
+
+def _masks(run: Run) -> str:
+    found = (run.eval or {}).get("masks")
+    return tables.categories(found) if isinstance(found, dict) else ""
 
 
 def _drawn(make: Any) -> str:

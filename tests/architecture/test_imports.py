@@ -26,7 +26,7 @@ MAY: dict[str, set[str]] = {
     "ops": {"_dispatch", "_library", "_cases", "kernels"},
     "nn": {"ops"},
     "compat": {"nn", "ops", "_library"},
-    "detectors": {"nn", "ops"},
+    "detectors": {"nn", "ops", "_C"},
     "arch": set(),
     "data": set(),
     "measure": set(),

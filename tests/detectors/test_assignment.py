@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from nasdet.detectors.parts import assign
-from nasdet.detectors.parts.assign import assign_locations, size_ranges, usable_objects
+from nasdet.detectors.parts.assign import assign_locations, size_ranges
 from nasdet.detectors.parts.locations import level_points
+from nasdet.detectors.parts.objects import usable_objects
 
 STRIDES = (8, 16, 32)
 
@@ -87,7 +88,7 @@ def test_crowds_are_left_out() -> None:
         "labels": torch.tensor([3, 4, 5]),
         "iscrowd": torch.tensor([False, True, False]),
     }
-    boxes, labels = usable_objects(target)
+    boxes, labels, _ = usable_objects(target)
     assert labels.tolist() == [3, 5] and boxes.tolist() == [[0, 0, 9, 9], [1, 1, 4, 4]]
     del target["iscrowd"]
     assert len(usable_objects(target)[1]) == 3

@@ -12,9 +12,9 @@ STRIDES = {"c3": 8, "c4": 16, "c5": 32}
 
 
 def _maps(height: int = 97, width: int = 70) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.randn(2, CHANNELS[name], -(-height // s), -(-width // s)) for name, s in STRIDES.items()
-    } | {"c2": torch.randn(1)}
+    return {name: torch.randn(2, CHANNELS[name], -(-height // s), -(-width // s)) for name, s in STRIDES.items()} | {
+        "c2": torch.randn(1)
+    }
 
 
 @pytest.mark.parametrize(("levels", "names"), [(0, "p3 p4 p5"), (1, "p3 p4 p5 p6"), (2, "p3 p4 p5 p6 p7")])
@@ -42,6 +42,14 @@ def test_values_follow_the_formula() -> None:
         torch.testing.assert_close(value, wanted)
     on_c5 = FPN(CHANNELS, STRIDES, 12, extra_source="c5")
     torch.testing.assert_close(on_c5(maps)["p6"], on_c5.extra[0](maps["c5"]))
+
+
+def test_pooled_extra_levels_have_no_weights() -> None:
+    neck, plain = (FPN(CHANNELS, STRIDES, 12, extra_levels=count, extra_source="pool") for count in (2, 0))
+    assert {n: p.shape for n, p in neck.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+    levels = neck(_maps())
+    assert torch.equal(levels["p6"], levels["p5"][..., ::2, ::2])
+    assert torch.equal(levels["p7"], levels["p6"][..., ::2, ::2])
 
 
 def test_names_and_order_of_the_backbone_do_not_matter() -> None:

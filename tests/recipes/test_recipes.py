@@ -54,7 +54,7 @@ def test_one_more_detector(tree: Any) -> None:
     tree.add("center.py", "nasdet/detectors/center.py")
     line = "from nasdet.detectors.center import build_center"
     tree.insert("nasdet/detectors/__init__.py", "from nasdet.detectors.fcos import FCOS", line)
-    tree.edit("nasdet/detectors/__init__.py", '{"fcos": build_fcos}', '{"fcos": build_fcos, "center": build_center}')
+    tree.edit("nasdet/detectors/__init__.py", '"fcos": build_fcos,', '"fcos": build_fcos, "center": build_center,')
     assert tree.check("detector").split() == ["done"]
 
 

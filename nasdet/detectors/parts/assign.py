@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,21 +19,6 @@ def size_ranges(strides: Sequence[int]) -> list[tuple[float, float]]:
     """
     ends = [8.0 * stride for stride in strides[:-1]]
     return list(zip([0.0, *ends], [*ends, float("inf")], strict=True))
-
-
-def usable_objects(target: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Float32 boxes ``[M, 4]`` and labels ``[M]`` of a target without its crowd regions."""
-    boxes, labels = target["boxes"], target["labels"]
-    if boxes.dim() != 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must have shape (N, 4), got {tuple(boxes.shape)}")
-    if labels.shape != boxes.shape[:1]:
-        raise ValueError(f"labels must have shape ({boxes.shape[0]},), got {tuple(labels.shape)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    crowd = target.get("iscrowd")
-    if crowd is not None and boxes.shape[0]:
-        boxes, labels = boxes[~crowd.bool()], labels[~crowd.bool()]
-    return boxes.float(), labels
 
 
 def assign_locations(

@@ -174,7 +174,15 @@ def run(
 
 
 def open_folder(
-    data: Path, out: Path, card: str, *, resume: bool, skip_bad: bool, split: Path | None, seed: int, masks: bool
+    data: Path,
+    out: Path,
+    card: str,
+    *,
+    resume: bool,
+    skip_bad: bool,
+    split: Path | None,
+    seed: int,
+    masks: bool = False,
 ) -> DataFolder:
     """The data folder with the split of the run, of ``split``, of the search that made the card, or a new one."""
     from nasdet.data import Split, open_data

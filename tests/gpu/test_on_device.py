@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nasdet._dispatch import OPS, Backend, Op
-from nasdet.testing import Case, Inputs
+from nasdet.testing import Case, Inputs, has_data_dependent_size
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -35,7 +35,7 @@ PAIRS = [
 ]
 BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend.name}") for op, backend in PAIRS]
 # An op whose size depends on the data has to wait for it, which no graph can hold.
-STATIC = [row for row, (op, _) in zip(BACKENDS, PAIRS, strict=True) if not op_checks.has_data_dependent_size(op)]
+STATIC = [row for row, (op, _) in zip(BACKENDS, PAIRS, strict=True) if not has_data_dependent_size(op)]
 ROWS = [
     pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
     for op, backend in PAIRS
@@ -127,7 +127,7 @@ def test_runs_on_the_current_stream(op: Op, backend: Backend) -> None:
         for x, value in zip(late, values, strict=True):
             x.copy_(value)
         outputs = op_checks.tensors(op.call(*args, **kwargs, backend=backend.name))
-    if not op_checks.has_data_dependent_size(op):  # else the op has waited for the size itself
+    if not has_data_dependent_size(op):  # else the op has waited for the size itself
         assert not stream.query(), "the stream was done too early to tell"
     stream.synchronize()
     assert all(torch.equal(y, wanted) for y, wanted in zip(outputs, expected, strict=True))

@@ -74,10 +74,11 @@ from nasdet._dispatch import OPS
 from nasdet._cases import Inputs
 assert nasdet.__file__.startswith(__import__("os").getcwd()), nasdet.__file__
 for op in OPS.values():
+    plain = next(backend.name for backend in op.backends if backend.name in ("folded", "reference"))
     for case in op.cases:
         if not case.large:
             args, kwargs = case.make(Inputs(torch.float32))
-            served, expected = op.call(*args, **kwargs), op.reference(*args, **kwargs)
+            served, expected = op.call(*args, **kwargs), op.call(*args, **kwargs, backend=plain)
             torch.testing.assert_close(served, expected, rtol=0, atol=0, equal_nan=True, msg=f"{op.name} {case.id}")
 x = torch.ones(2, 3, requires_grad=True)
 nasdet.ops.mix([x, x], torch.tensor([1.0, 2.0])).sum().backward()

@@ -231,6 +231,8 @@ def same_conv2d(x: Tensor, weight: Tensor, dilation: Pair, stride: Pair, groups:
     """torch's ``conv2d`` padded so that stride 1 keeps the size; not touched by autocast, which came before."""
     radius = weight.shape[-1] // 2
     padding = (dilation[0] * radius, dilation[1] * radius)
+    if groups > 1:  # with both operands channels_last torch 2.13's float64 gradient of a grouped weight is wrong
+        weight = weight.contiguous()
     if _autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight, None, stride, padding, dilation, groups)

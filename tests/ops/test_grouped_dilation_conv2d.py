@@ -151,3 +151,17 @@ def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
 def test_splits_must_be_a_sequence() -> None:
     with pytest.raises(TypeError, match="splits must be a sequence of integers, got int"):
         grouped_dilation_conv2d(*operands(), DILATIONS, 12)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_the_weights_gradient_of_groups_does_not_depend_on_layouts() -> None:
+    x, weight = torch.randn(3, 20, 6, 1, dtype=torch.float64), torch.randn(80, 4, 3, 3, dtype=torch.float64)
+    upstream = torch.randn(3, 80, 6, 1, dtype=torch.float64)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        # A map of one column is dense in both layouts: only strides given by hand say which it is.
+        strides = (120, 6, 1, 1) if layout == torch.contiguous_format else (120, 1, 20, 120)
+        own = torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+        leaf = weight.clone(memory_format=layout).requires_grad_()
+        y = grouped_dilation_conv2d(own, leaf, (1,), (80,), (1, 2), 5, backend="reference")
+        gradients += torch.autograd.grad(y, leaf, upstream)
+    torch.testing.assert_close(gradients[0], gradients[1])

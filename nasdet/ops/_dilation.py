@@ -127,13 +127,15 @@ def chosen_algorithm(
 
 
 def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
-    """Whether torch's convolutions beat the C++ backend at the grouped form, by what was measured:
+    """Whether torch's convolutions beat the C++ backend at the grouped form, at stride 1, by what was measured:
 
     - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster;
     - depthwise, which is bound by memory;
     - groups of up to 8 channels, and maps of a few pixels, in the forward. Where gradients follow they cost less here.
     """
     out_channels, fan = weight.shape[:2]
+    if max(stride) > 1:  # oneDNN's gradients of strided weights can be wrong for a few channels
+        return False
     if x.dtype == torch.bfloat16:
         return _BFLOAT16_PRODUCTS and groups == 1 and min(out_channels, fan) >= 32 and weight.shape[-1] > 1
     if x.dtype != torch.float32:
@@ -231,8 +233,10 @@ def same_conv2d(x: Tensor, weight: Tensor, dilation: Pair, stride: Pair, groups:
     """torch's ``conv2d`` padded so that stride 1 keeps the size; not touched by autocast, which came before."""
     radius = weight.shape[-1] // 2
     padding = (dilation[0] * radius, dilation[1] * radius)
-    if groups > 1:  # with both operands channels_last torch 2.13's float64 gradient of a grouped weight is wrong
-        weight = weight.contiguous()
+    if weight.dtype == torch.float64:
+        # With both operands channels_last torch 2.13's float64 gradient of the weight is wrong (groups) or raises.
+        # Copied, for strides can say channels_last of a tensor that is contiguous too.
+        weight = weight.clone(memory_format=torch.contiguous_format)
     if _autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight, None, stride, padding, dilation, groups)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasdet import _library
+from nasdet._library import LIBRARY
 from nasdet.ops._checks import FLOATS
 
 Pair = tuple[int, int]
@@ -252,3 +253,48 @@ def torchs_own(*args: Any) -> str | None:
     """``why_not`` of a backend made of torch's convolution, which takes everything but an algorithm asked for."""
     algorithm = args[6] if len(args) > 6 else None
     return None if algorithm is None else f"torch chooses for itself, {algorithm!r} cannot be asked for"
+
+
+def define(op: str, operands: Sequence[str], lists: Sequence[str]) -> None:
+    """The raw op ``nasdet::<op>`` (C++), the same with ``_triton``, and the backward of each.
+
+    They take the tensors ``operands``, of which the first are the map and the weight, the integers ``lists``, the
+    strides, ``groups`` and an algorithm's code; the backwards give a gradient for each operand that is wanted.
+    """
+    count = len(operands)
+    options = ", ".join([*(f"Tensor {name}" for name in operands), *(f"int[] {name}" for name in lists)])
+    options += ", int stride_h, int stride_w, int groups, int algorithm"
+    needs, results = ", ".join(f"bool need_{name}" for name in operands), ", ".join(["Tensor"] * count)
+
+    def fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return empty_map(x, same_size(x, weight.shape[-4], rest[-4:-2]))
+
+    def fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        others, needed = rest[: count - 1], rest[-count:]
+        dx = empty_map(x, x.shape) if needed[0] else x.new_empty(0)
+        return dx, *(t.new_empty(t.shape if need else 0) for t, need in zip(others, needed[1:], strict=True))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.options = inputs[count:]
+
+    def no_double_backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op} has no second derivative in this backend; use backend='reference'")
+
+    def define_with(suffix: str) -> None:
+        forward, backward = f"{op}{suffix}", f"{op}_backward{suffix}"
+        LIBRARY.define(f"{forward}({options}) -> Tensor")
+        LIBRARY.define(f"{backward}(Tensor grad, {options}, {needs}) -> ({results})")
+        torch.library.register_fake(f"nasdet::{forward}", fake)
+        torch.library.register_fake(f"nasdet::{backward}", fake_backward)
+
+        def backward_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            needed = ctx.needs_input_grad[:count]
+            found = getattr(torch.ops.nasdet, backward)(grad, *ctx.saved_tensors, *ctx.options, *needed)
+            return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None for _ in ctx.options)
+
+        torch.library.register_autograd(f"nasdet::{forward}", backward_formula, setup_context=setup_context)
+        torch.library.register_autograd(f"nasdet::{backward}", no_double_backward)
+
+    for suffix in ("", "_triton"):
+        define_with(suffix)

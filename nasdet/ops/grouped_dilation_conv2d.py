@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
-from nasdet._library import LIBRARY
 from nasdet.ops._dilation import (
     Pair,
     algorithm_code,
@@ -19,14 +18,13 @@ from nasdet.ops._dilation import (
     checked_operands,
     checked_splits,
     chosen_algorithm,
-    empty_map,
+    define,
     flat,
     holds_data,
     in_layout_of,
     merged,
     pair,
     same_conv2d,
-    same_size,
     torch_is_faster,
     torchs_own,
 )
@@ -117,52 +115,7 @@ def _by_slices(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, dilations: Any, splits: Any, stride_h: int, stride_w: int, groups: int, algorithm: int
-) -> Tensor:
-    return empty_map(x, same_size(x, weight.shape[0], (stride_h, stride_w)))
-
-
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, dilations: Any, *options: Any) -> tuple[Tensor, Tensor]:
-    need_x, need_weight = options[-2:]
-    return (
-        empty_map(x, x.shape) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("grouped_dilation_conv2d has no second derivative in this backend; use backend='reference'")
-
-
-def _define(suffix: str) -> None:
-    """One op and its backward per launcher: ``nasdet::grouped_dilation_conv2d`` (C++) and the same with ``_triton``."""
-    forward, backward = f"grouped_dilation_conv2d{suffix}", f"grouped_dilation_conv2d_backward{suffix}"
-    options = (
-        "Tensor x, Tensor weight, int[] dilations, int[] splits, int stride_h, int stride_w, int groups, int algorithm"
-    )
-    LIBRARY.define(f"{forward}({options}) -> Tensor")
-    LIBRARY.define(f"{backward}(Tensor grad, {options}, bool need_x, bool need_weight) -> (Tensor, Tensor)")
-    torch.library.register_fake(f"nasdet::{forward}", _fake)
-    torch.library.register_fake(f"nasdet::{backward}", _fake_backward)
-
-    def backward_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:2]
-        raw = getattr(torch.ops.nasdet, backward)
-        found = raw(grad, *ctx.saved_tensors, *ctx.options, *needed)
-        return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None for _ in ctx.options)
-
-    torch.library.register_autograd(f"nasdet::{forward}", backward_formula, setup_context=_setup_context)
-    torch.library.register_autograd(f"nasdet::{backward}", _no_double_backward)
-
-
-_define("")
-_define("_triton")
+define("grouped_dilation_conv2d", ("x", "weight"), ("dilations", "splits"))
 
 
 def _raw(

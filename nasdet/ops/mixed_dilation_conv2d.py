@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
-from nasdet._library import LIBRARY
 from nasdet.ops._checks import checked_parameter
 from nasdet.ops._dilation import (
     Pair,
@@ -19,14 +18,13 @@ from nasdet.ops._dilation import (
     checked_dilations,
     checked_operands,
     chosen_algorithm,
-    empty_map,
+    define,
     finite_on_cpu,
     flat,
     holds_data,
     in_layout_of,
     pair,
     same_conv2d,
-    same_size,
     torchs_own,
 )
 
@@ -145,56 +143,7 @@ def _folded(
     return in_layout_of(total.to(x.dtype), x)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, mix: Tensor, dilations: Any, stride_h: int, stride_w: int, groups: int, algorithm: int
-) -> Tensor:
-    return empty_map(x, same_size(x, weight.shape[1], (stride_h, stride_w)))
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mix: Tensor, dilations: Any, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    need_x, need_weight, need_mix = options[-3:]
-    return (
-        empty_map(x, x.shape) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else x.new_empty(0),
-        mix.new_empty(mix.shape) if need_mix else mix.new_empty(0),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, mix, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, mix)
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("mixed_dilation_conv2d has no second derivative in this backend; use backend='reference'")
-
-
-def _define(suffix: str) -> None:
-    """One op and its backward per launcher: ``nasdet::mixed_dilation_conv2d`` (C++) and the same with ``_triton``."""
-    forward, backward = f"mixed_dilation_conv2d{suffix}", f"mixed_dilation_conv2d_backward{suffix}"
-    options = "Tensor x, Tensor weight, Tensor mix, int[] dilations, int stride_h, int stride_w, int groups"
-    options += ", int algorithm"
-    LIBRARY.define(f"{forward}({options}) -> Tensor")
-    LIBRARY.define(
-        f"{backward}(Tensor grad, {options}, bool need_x, bool need_weight, bool need_mix) -> (Tensor, Tensor, Tensor)"
-    )
-    torch.library.register_fake(f"nasdet::{forward}", _fake)
-    torch.library.register_fake(f"nasdet::{backward}", _fake_backward)
-
-    def backward_formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:3]
-        raw = getattr(torch.ops.nasdet, backward)
-        found = raw(grad, *ctx.saved_tensors, *ctx.options, *needed)
-        return *(g if need else None for g, need in zip(found, needed, strict=True)), *(None for _ in ctx.options)
-
-    torch.library.register_autograd(f"nasdet::{forward}", backward_formula, setup_context=_setup_context)
-    torch.library.register_autograd(f"nasdet::{backward}", _no_double_backward)
-
-
-_define("")
-_define("_triton")
+define("mixed_dilation_conv2d", ("x", "weight", "mix"), ("dilations",))
 
 
 def _raw(

@@ -19,6 +19,7 @@ from interleave import Clock, make_clock
 
 import nasdet
 from nasdet import _library
+from nasdet.measure.memory import trim_heap
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,7 +131,8 @@ def on_threads(threads: int) -> Iterator[None]:
             os.sched_setaffinity(0, held)
 
 
-_TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+_TRIM, _MMAP_FROM, _MMAPS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+_DEFAULT_MMAPS, _NEVER = 65536, 2**31 - 1
 
 
 def _mallopt(parameter: int, value: int) -> None:
@@ -143,8 +145,25 @@ def keep_freed_blocks() -> None:
     """Set glibc's thresholds to the largest that it would adapt to by itself: freed maps are used again without page
     faults, for every contestant from the first case to the last. Left alone they'd depend on what ran before.
     """
-    _mallopt(_MMAP, 32 * 2**20)
+    _mallopt(_MMAP_FROM, 32 * 2**20)
     _mallopt(_TRIM, 64 * 2**20)
+
+
+@contextlib.contextmanager
+def large_blocks_kept() -> Iterator[None]:
+    """Freed blocks of any size are used again within, as a caching allocator has it.
+
+    By default glibc hands those of 32 MiB and more back to the system, and each call pays for fresh pages: on a virtual
+    machine that can take longer than the call itself, and does not grow with the threads. For every contestant alike.
+    """
+    _mallopt(_MMAPS, 0)
+    _mallopt(_TRIM, _NEVER)
+    try:
+        yield
+    finally:
+        _mallopt(_MMAPS, _DEFAULT_MMAPS)
+        keep_freed_blocks()
+        trim_heap()
 
 
 def measured_peaks(device: str, threads: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from interleave import Clock, Race, check_result, make_clock, run_race
-from machine import on_threads, pinned, processors
+from machine import large_blocks_kept, on_threads, pinned, processors
 from op_setting import DTYPES, FORWARD, PHASES, TRAINING, Call, Setting
 from torch import Tensor
 
@@ -140,7 +140,8 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
     with pinned(threads):
         repeats = {name: _repeats(clock, call) if bench.repeatable else 1 for name, call in timed.items()}
         timed = {name: functools.partial(_repeat, call, repeats[name]) for name, call in timed.items()}
-        race = run_race(timed, rounds=rounds, clock=clock, prepare=setting.restore)
+        with large_blocks_kept():
+            race = run_race(timed, rounds=rounds, clock=clock, prepare=setting.restore)
         memory = {name: places[name](_memory)(setting, call, phase, device) for name, call in calls.items()}
     seconds = {name: [time / repeats[name] for time in times] for name, times in race.seconds.items()}
     moved, flops = _work(bench, setting, phase)

@@ -82,7 +82,8 @@ def _heading(files: dict[str, list[Row]]) -> str:
         f" {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 matrix product"
         f" {peaks['fma_flops_per_s'] / 1e9:.0f} GFLOP/s."
         " Medians of interleaved rounds; in brackets how many times faster nasdet is (median of the ratios within each"
-        " round). Memory: peak of the tensors beyond the inputs; *resident*: of the process."
+        " round), with freed memory kept for the next call, as a caching allocator does. Memory: peak of the tensors"
+        " beyond the inputs; *resident*: of the process."
     )
 
 

@@ -21,7 +21,7 @@ template <class F> NASDET_INLINE void for_tile_and_grid(int tile, int grid, cons
   for_tile(tile, [&](auto t) {
     if (grid == 7) return f(t, Constant<7>{});
     if (grid == 11) return f(t, Constant<11>{});
-    if constexpr (t == 32) return f(t, Constant<32>{});
+    if constexpr (t == 32) return f(t, Constant<29>{});
   });
 }
 

@@ -11,13 +11,14 @@
 
 namespace nasdet {
 
-// Tiles of an NHWC map. Tile (n, i, j) starts at row i * step_h - margin_h and column j * step_w - margin_w.
+// Tiles of an NHWC map. Tile (n, i, j) starts at row i * step_h - margin_h and column j * step_w - margin_w, and ends a
+// margin after its step.
 struct FrequencyTiles {
   int64_t height, width, channels;
   int32_t rows, columns;        // tiles of one image
   int32_t step_h, step_w;
-  int32_t margin_h, margin_w;   // of what is read or written; 0 where a tile holds only its own step
-  int32_t window_h, window_w;   // extent read or written within a tile
+  int32_t margin_h, margin_w;
+  bool inner;                   // only the step is read or written, not the margins
   int64_t first_tile, tiles;    // those in hand
 };
 
@@ -33,7 +34,7 @@ struct FrequencyPlanes {
 // Which three combinations of re and im stand for a complex frequency.
 enum class FrequencyForm : int { kFactor, kConjugateFactor };  // re + im, re, im; re, re + im, re - im
 
-// A convolution's outputs [first, last) and its taps at R + (i - 1) * dilation of a grid.
+// A convolution's outputs [first, last) and its taps at (i - 1) * dilation from the centre of a grid.
 struct FrequencyBranch {
   int64_t first, last;
   int32_t dilation_h, dilation_w;
@@ -47,7 +48,7 @@ struct FrequencyBranch {
 struct FrequencyWeights {
   const FrequencyBranch* branches;
   int64_t branch_count, in_channels, out_channels;
-  int32_t radius_h, radius_w;
+  int32_t radius_h;             // rows of taps above and below the centre
   int64_t first_in, ins, first_out, outs;  // the chunk; firsts are multiples of the lanes
   bool transposed;              // vectors over input channels and rows over output channels: for the data gradient
   float* planes;
@@ -69,7 +70,7 @@ struct FrequencyProduct {
 
 // Tiles and tap grids that kernels exist for. A grid holds the taps' rows and columns.
 constexpr int kFrequencyTiles[] = {16, 20, 24, 32};
-constexpr int kFrequencyGrids[] = {7, 11, 32};  // the last for tiles of 32 only
+constexpr int kFrequencyGrids[] = {7, 11, 29};  // the last for tiles of 32 only
 
 constexpr int64_t frequency_bins(int64_t tile) { return (tile / 2 - 1) * (tile + 2); }  // complex ones
 constexpr int64_t frequency_planes(int64_t tile) { return 3 * frequency_bins(tile) + 4; }

@@ -58,18 +58,20 @@ NASDET_INLINE void butterfly(Lane a_re, Lane a_im, Lane b_re, Lane b_im, Lane& p
   }
 }
 
-// sum_j x_j exp(kSign tau i j k / N), where only the first kUsed inputs are not zero (and read).
-template <int N, int kSign, int kUsed = N> NASDET_INLINE Complexes<N> fft(const Complexes<N>& x) {
+// sum_j x_j exp(kSign tau i j k / N).
+template <int N, int kSign> NASDET_INLINE Complexes<N> fft(const Complexes<N>& x) {
   Complexes<N> y;
-  if constexpr (kUsed == 1) {
-    unroll<N>([&](auto k) { y.re[k] = x.re[0], y.im[k] = x.im[0]; });
+  if constexpr (N == 1) {
+    y = x;
   } else if constexpr (N % 2 == 0) {
-    constexpr int kHalf = N / 2, kEven = (kUsed + 1) / 2, kOdd = kUsed / 2;
+    constexpr int kHalf = N / 2;
     Complexes<kHalf> even, odd;
-    unroll<kEven>([&](auto j) { even.re[j] = x.re[2 * j], even.im[j] = x.im[2 * j]; });
-    unroll<kOdd>([&](auto j) { odd.re[j] = x.re[2 * j + 1], odd.im[j] = x.im[2 * j + 1]; });
-    even = fft<kHalf, kSign, kEven>(even);
-    odd = fft<kHalf, kSign, kOdd>(odd);
+    unroll<kHalf>([&](auto j) {
+      even.re[j] = x.re[2 * j], even.im[j] = x.im[2 * j];
+      odd.re[j] = x.re[2 * j + 1], odd.im[j] = x.im[2 * j + 1];
+    });
+    even = fft<kHalf, kSign>(even);
+    odd = fft<kHalf, kSign>(odd);
     unroll<kHalf>([&](auto k) {
       butterfly<decltype(k){}, N, kSign>(even.re[k], even.im[k], odd.re[k], odd.im[k], y.re[k], y.im[k], y.re[k + kHalf], y.im[k + kHalf]);
     });
@@ -79,13 +81,9 @@ template <int N, int kSign, int kUsed = N> NASDET_INLINE Complexes<N> fft(const 
     y.re[0] = x.re[0], y.im[0] = x.im[0];
     unroll<kHalf>([&](auto i) {
       constexpr int j = i + 1;
-      if constexpr (N - j < kUsed) {
-        sum_re[i] = x.re[j] + x.re[N - j], sum_im[i] = x.im[j] + x.im[N - j];
-        difference_re[i] = x.re[j] - x.re[N - j], difference_im[i] = x.im[j] - x.im[N - j];
-      } else if constexpr (j < kUsed) {
-        sum_re[i] = difference_re[i] = x.re[j], sum_im[i] = difference_im[i] = x.im[j];
-      }
-      if constexpr (j < kUsed) y.re[0] += sum_re[i], y.im[0] += sum_im[i];
+      sum_re[i] = x.re[j] + x.re[N - j], sum_im[i] = x.im[j] + x.im[N - j];
+      difference_re[i] = x.re[j] - x.re[N - j], difference_im[i] = x.im[j] - x.im[N - j];
+      y.re[0] += sum_re[i], y.im[0] += sum_im[i];
     });
     unroll<kHalf>([&](auto i) {
       constexpr int k = i + 1;
@@ -93,7 +91,7 @@ template <int N, int kSign, int kUsed = N> NASDET_INLINE Complexes<N> fft(const 
       unroll<kHalf>([&](auto m) {
         constexpr int j = m + 1;
         constexpr float c = float(cosine(j * k, N)), s = float(kSign * sine(j * k % N, N));
-        if constexpr (j < kUsed) a_re += c * sum_re[m], a_im += c * sum_im[m], b_re += s * difference_im[m], b_im += s * difference_re[m];
+        a_re += c * sum_re[m], a_im += c * sum_im[m], b_re += s * difference_im[m], b_im += s * difference_re[m];
       });
       y.re[k] = a_re - b_re, y.im[k] = a_im + b_im;
       y.re[N - k] = a_re + b_re, y.im[N - k] = a_im - b_im;
@@ -102,20 +100,19 @@ template <int N, int kSign, int kUsed = N> NASDET_INLINE Complexes<N> fft(const 
   return y;
 }
 
-// The first N / 2 + 1 frequencies of real inputs with sign -1; only the first kUsed inputs are not zero (and read). The
-// imaginary parts of frequency 0 and, for even N, N / 2 are zero and not to be read.
-template <int N, int kUsed = N> NASDET_INLINE Complexes<N / 2 + 1> real_fft(const Reals<N>& x) {
+// The first N / 2 + 1 frequencies of real inputs with sign -1. The imaginary parts of frequency 0 and,
+// for even N, N / 2 are zero and not to be read.
+template <int N> NASDET_INLINE Complexes<N / 2 + 1> real_fft(const Reals<N>& x) {
   Complexes<N / 2 + 1> y;
-  if constexpr (kUsed == 1) {
-    unroll<N / 2 + 1>([&](auto k) { y.re[k] = x.at[0], y.im[k] = Lane{}; });
+  if constexpr (N == 1) {
+    y.re[0] = x.at[0];
   } else if constexpr (N == 2) {
     y.re[0] = x.at[0] + x.at[1], y.re[1] = x.at[0] - x.at[1];
   } else if constexpr (N % 2 == 0) {
-    constexpr int kHalf = N / 2, kEven = (kUsed + 1) / 2, kOdd = kUsed / 2;
+    constexpr int kHalf = N / 2;
     Reals<kHalf> even_x, odd_x;
-    unroll<kEven>([&](auto j) { even_x.at[j] = x.at[2 * j]; });
-    unroll<kOdd>([&](auto j) { odd_x.at[j] = x.at[2 * j + 1]; });
-    const auto even = real_fft<kHalf, kEven>(even_x), odd = real_fft<kHalf, kOdd>(odd_x);
+    unroll<kHalf>([&](auto j) { even_x.at[j] = x.at[2 * j], odd_x.at[j] = x.at[2 * j + 1]; });
+    const auto even = real_fft<kHalf>(even_x), odd = real_fft<kHalf>(odd_x);
     unroll<N / 4 + 1>([&](auto index) {
       constexpr int k = index;
       if constexpr (k == 0) y.re[0] = even.re[0] + odd.re[0], y.re[kHalf] = even.re[0] - odd.re[0];
@@ -132,9 +129,8 @@ template <int N, int kUsed = N> NASDET_INLINE Complexes<N / 2 + 1> real_fft(cons
     y.re[0] = x.at[0];
     unroll<kHalf>([&](auto i) {
       constexpr int j = i + 1;
-      if constexpr (N - j < kUsed) sum[i] = x.at[j] + x.at[N - j], difference[i] = x.at[j] - x.at[N - j];
-      else if constexpr (j < kUsed) sum[i] = difference[i] = x.at[j];
-      if constexpr (j < kUsed) y.re[0] += sum[i];
+      sum[i] = x.at[j] + x.at[N - j], difference[i] = x.at[j] - x.at[N - j];
+      y.re[0] += sum[i];
     });
     unroll<kHalf>([&](auto i) {
       constexpr int k = i + 1;
@@ -142,7 +138,7 @@ template <int N, int kUsed = N> NASDET_INLINE Complexes<N / 2 + 1> real_fft(cons
       unroll<kHalf>([&](auto m) {
         constexpr int j = m + 1;
         constexpr float c = float(cosine(j * k, N)), s = float(sine(j * k % N, N));
-        if constexpr (j < kUsed) re += c * sum[m], im -= s * difference[m];
+        re += c * sum[m], im -= s * difference[m];
       });
       y.re[k] = re, y.im[k] = im;
     });

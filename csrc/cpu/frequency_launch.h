@@ -129,7 +129,7 @@ void convolve(const ConvProblem& p, const float* from, float* to, bool transpose
       for (int64_t i = 0; i < in; i += plan.ins) {
         const int64_t ins = std::min(plan.ins, in - i);
         if (loaded_out != o || loaded_in != i) {
-          FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, g.radius_w, i, ins, o, outs, transposed, weight_planes, weight_plane,
+          FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, ins, o, outs, transposed, weight_planes, weight_plane,
                              planes * weight_plane * 4 >= kFrequencyCached, nullptr};
           if (transposed) std::swap(w.first_in, w.first_out), std::swap(w.ins, w.outs);
           slots.run(NASDET_FREQUENCY_KERNEL(frequency_weights), g, w, grids, vectors_of(outs) * vectors_of(ins));
@@ -185,7 +185,7 @@ void weight_gradients(const ConvProblem& p, const float* x, const float* grad) {
             const int64_t os = std::min(plan.part_outs, outs - part_o), is = std::min(plan.part_ins, ins - part_i), width = padded_to(os, lanes);
             run_products(g, {x_planes + part_i, grad_planes + part_o, part_planes, x_plane, grad_plane, part_plane, 1, x_width, width, grad_width, is, width, tiles, row > 0});
             if (!final) continue;
-            const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, g.radius_w, i + part_i, is, o + part_o, os, false, part_planes, part_plane,
+            const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, is, o + part_o, os, false, part_planes, part_plane,
                                      false, nullptr};
             slots.run(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), g, w, grids, vectors_of(os) * vectors_of(is));
           }

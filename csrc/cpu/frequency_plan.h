@@ -43,8 +43,7 @@ struct FrequencyGeometry {
 
   int64_t planes() const { return frequency_planes(tile); }
   FrequencyTiles tiles(const ConvProblem& p, int64_t channels, bool with_margin, int64_t first_row, int64_t row_count) const {
-    return {p.height, p.width, channels, int32_t(rows), int32_t(columns), step_h, step_w, with_margin ? radius_h : 0, with_margin ? radius_w : 0,
-            with_margin ? tile : step_h, with_margin ? tile : step_w, first_row * columns, row_count * columns};
+    return {p.height, p.width, channels, int32_t(rows), int32_t(columns), step_h, step_w, radius_h, radius_w, !with_margin, first_row * columns, row_count * columns};
   }
 };
 
@@ -63,7 +62,7 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
   const int64_t widest = 2 * int64_t(std::max(g.radius_h, g.radius_w)) + 1;
   if (widest - 1 > tile - kLeastStep) return false;
   for (int grid : kFrequencyGrids)
-    if (g.grid == 0 && widest <= grid && (grid < 32 || tile == 32)) g.grid = grid;
+    if (g.grid == 0 && widest <= grid && (grid < 29 || tile == 32)) g.grid = grid;
   if (g.grid == 0) return false;
   g.step_h = tile - 2 * g.radius_h, g.step_w = tile - 2 * g.radius_w;
   g.rows = (p.height + g.step_h - 1) / g.step_h, g.columns = (p.width + g.step_w - 1) / g.step_w;

@@ -1,7 +1,7 @@
 // Spectra of the weights, straight from the branches' taps, and back. A block of lanes x lanes channels is laid out as
 // grids of taps [row][tap y][tap x][lane]; taps of several branches at one place add up.
 #pragma once
-#include "frequency_tile.h"
+#include "frequency_symmetric.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
@@ -48,7 +48,7 @@ NASDET_INLINE void transpose(Lane (&rows)[kFloats]) {
 
 // The grids of one block of channels.
 template <int kGrid> struct Block {
-  static constexpr int kArea = kGrid * kGrid, kRow = kArea * kFloats;  // places, and elements, of one grid
+  static constexpr int kArea = kGrid * kGrid, kRow = kArea * kFloats, kCentre = kArea / 2;  // places, and elements, of one grid
 
   const FrequencyWeights& w;
   float scale;
@@ -62,7 +62,7 @@ template <int kGrid> struct Block {
       if (used[i]) places[place_count++] = i;
   }
 
-  int place(const FrequencyBranch& b, int tap) const { return (w.radius_h + (tap / 3 - 1) * b.dilation_h) * kGrid + w.radius_w + (tap % 3 - 1) * b.dilation_w; }
+  int place(const FrequencyBranch& b, int tap) const { return kCentre + (tap / 3 - 1) * b.dilation_h * kGrid + (tap % 3 - 1) * b.dilation_w; }
 
   void clear(float* grids) const {
     for (int row = 0; row < kFloats; ++row)
@@ -136,7 +136,7 @@ template <int kGrid> struct Block {
       for (int chunk = 0; chunk < kTaps; ++chunk) {
         Lane rows[kFloats];
         const int* const at = p.at + chunk * kFloats;
-        unroll<kFloats>([&](auto e) { rows[e] = scale * load(grids + at[e]); });
+        unroll<kFloats>([&](auto e) { rows[e] = 2 * scale * load(grids + at[e]); });
         transpose(rows);
         const int64_t from = p.offset + chunk * kFloats, count = at_chunk(p, chunk);
         for (int o = p.first; o < p.last; ++o) {
@@ -168,44 +168,46 @@ template <int kGrid> struct Block {
   }
 };
 
-template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
-  using Two = Tile<T>;
+// The grids' spectra into planes of vectors over outputs, conjugated; or turned round, of vectors over inputs.
+template <int T, int kGrid, bool kTransposed> void weight_spectra(const FrequencyWeights& w, int64_t begin, int64_t end) {
+  using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
   const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
-  const int64_t depth = w.transposed ? w.outs : w.ins, width = ((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats * kFloats;
-  const Lane sign = splat<float>(w.transposed ? 1 : -1);
+  const int64_t depth = kTransposed ? w.outs : w.ins, width = ((kTransposed ? w.ins : w.outs) + kFloats - 1) / kFloats * kFloats;
   float *const grids = w.grids, *const turned = w.grids + kFloats * Block<kGrid>::kRow;
   for (int64_t i = 0; i < 2 * kFloats * Block<kGrid>::kRow; i += kFloats) store(grids + i, Lane{});
-  typename Two::Half half;
-  for (int row = 2 * w.radius_h + 1; row < kGrid; ++row)
-    for (int k = 0; k <= T / 2; ++k) half.re[k][row] = half.im[k][row] = Lane{};
+  typename Taps::Half half{};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     block.gather(grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
-    if (w.transposed) block.turn(grids, turned);
-    const int64_t first = w.transposed ? out : in, lane = w.transposed ? in : out, rest = width - lane / kPanel * kPanel;
+    if (kTransposed) block.turn(grids, turned);
+    const int64_t first = kTransposed ? out : in, lane = kTransposed ? in : out, rest = width - lane / kPanel * kPanel;
     const int64_t panel = rest < kPanel ? rest : kPanel;
     float* const to = w.planes + lane / kPanel * kPanel * depth + lane % kPanel;
     for (int64_t r = 0; r < kFloats && first + r < depth; ++r) {
-      const float* const grid = (w.transposed ? turned : grids) + r * Block<kGrid>::kRow;
-      for (int row = 0; row <= 2 * w.radius_h; ++row) Two::template tap_row<kGrid>(grid + row * kGrid * kFloats, half, row);
-      Two::template columns<typename Two::Weight, kGrid>(half, to + (first + r) * panel, w.plane, w.streaming, sign);
+      for (int y = 0; y <= w.radius_h; ++y) Taps::fold_rows((kTransposed ? turned : grids) + r * Block<kGrid>::kRow, y, half);
+      Taps::template columns<!kTransposed>(half, to + (first + r) * panel, w.plane, w.streaming);
     }
   }
   streaming_fence();
 }
 
+template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
+  if (w.transposed) weight_spectra<T, kGrid, true>(w, begin, end);
+  else weight_spectra<T, kGrid, false>(w, begin, end);
+}
+
 template <int T, int kGrid> void weight_gradients(const FrequencyWeights& w, int64_t begin, int64_t end) {
-  using Two = Tile<T>;
+  using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
   const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats, width = (w.outs + kFloats - 1) / kFloats * kFloats;
-  typename Two::Half half;
+  typename Taps::Half half;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     if (in + kFloats > w.ins) block.clear(w.grids);
     for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r) {
-      Two::template columns_back<kGrid>(w.planes + (in + r) * width + out, w.plane, splat<float>(-1), int(2 * width), half);
-      for (int row = 0; row <= 2 * w.radius_h; ++row) Two::template tap_row_back<kGrid>(half, row, w.grids + r * Block<kGrid>::kRow + row * kGrid * kFloats);
+      Taps::columns_back(w.planes + (in + r) * width + out, w.plane, int(2 * width), half);
+      for (int y = 0; y <= w.radius_h; ++y) Taps::unfold_rows(half, y, w.grids + r * Block<kGrid>::kRow);
     }
     block.scatter(w.grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
   }

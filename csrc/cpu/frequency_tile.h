@@ -42,99 +42,80 @@ template <int T> struct Tile {
     unroll<T>([&](auto j) { x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_lanes(p + j * pixel, count) : Lane{}; });
     keep_row(real_fft<T>(x), half, row);
   }
-  template <int kUsed> static NASDET_APART void tap_row(const float* p, Half& half, int row) {
-    Reals<T> x;
-    unroll<kUsed>([&](auto j) { x.at[j] = load(p + j * kFloats); });
-    keep_row(real_fft<T, kUsed>(x), half, row);
-  }
 
-  // How a complex frequency is stored: as factors of a map's spectrum, of the output's gradient, or of the weights.
+  // How a complex frequency is stored: as factors of a map's spectrum, or of the output's gradient.
   struct Factor {
-    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane) {
+    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming) {
       store_plane(p, re + im, streaming), store_plane(p + plane, re, streaming), store_plane(p + 2 * plane, im, streaming);
     }
   };
   struct ConjugateFactor {
-    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane) {
+    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming) {
       store_plane(p, re, streaming), store_plane(p + plane, re + im, streaming), store_plane(p + 2 * plane, re - im, streaming);
     }
   };
-  struct Weight {  // sign: -1 for the conjugate
-    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming, Lane sign) {
-      store_plane(p, re, streaming), store_plane(p + plane, sign * im - re, streaming), store_plane(p + 2 * plane, re + sign * im, streaming);
-    }
-  };
-
-  template <class Form, int kUsed> static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming, Lane sign) {
+  template <class Form> static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
     Complexes<T> x;
-    unroll<kUsed>([&](auto j) { x.re[j] = half.re[column][j], x.im[j] = half.im[column][j]; });
-    const Complexes<T> y = fft<T, -1, kUsed>(x);
+    unroll<T>([&](auto j) { x.re[j] = half.re[column][j], x.im[j] = half.im[column][j]; });
+    const Complexes<T> y = fft<T, -1>(x);
     float* p = planes + 3 * bin(column) * plane;
-    unroll<T>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k], y.im[k], streaming, sign); });
+    unroll<T>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k], y.im[k], streaming); });
   }
-  template <class Form, int kUsed> static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming, Lane sign) {
+  template <class Form> static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
     Reals<T> x;
-    unroll<kUsed>([&](auto j) { x.at[j] = half.re[column][j]; });
-    const auto y = real_fft<T, kUsed>(x);
+    unroll<T>([&](auto j) { x.at[j] = half.re[column][j]; });
+    const auto y = real_fft<T>(x);
     float* const p = planes + 3 * bin(column) * plane;
     float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
-    unroll<kLast - 1>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k + 1], y.im[k + 1], streaming, sign); });
+    unroll<kLast - 1>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k + 1], y.im[k + 1], streaming); });
     store_plane(real, y.re[0], streaming), store_plane(real + plane, y.re[kLast], streaming);
   }
-  template <class Form, int kUsed> static void columns(const Half& half, float* planes, int64_t plane, bool streaming, Lane sign) {
-    real_column<Form, kUsed>(half, 0, planes, plane, streaming, sign);
-    real_column<Form, kUsed>(half, kLast, planes, plane, streaming, sign);
-    for (int column = 1; column < kLast; ++column) complex_column<Form, kUsed>(half, column, planes, plane, streaming, sign);
+  template <class Form> static void columns(const Half& half, float* planes, int64_t plane, bool streaming) {
+    real_column<Form>(half, 0, planes, plane, streaming);
+    real_column<Form>(half, kLast, planes, plane, streaming);
+    for (int column = 1; column < kLast; ++column) complex_column<Form>(half, column, planes, plane, streaming);
   }
 
-  // A complex frequency from the three real products; sign -1 where the second factor was conjugated. Reads ahead for
-  // the call that comes next, whose planes lie `ahead` elements further.
-  static NASDET_INLINE void take(const float* p, int64_t plane, Lane sign, int ahead, Lane& re, Lane& im) {
+  // A complex frequency from the three real products, of which the second factor may have been conjugated. Reads ahead
+  // for the call that comes next, whose planes lie `ahead` elements further.
+  template <bool kConjugated> static NASDET_INLINE void take(const float* p, int64_t plane, int ahead, Lane& re, Lane& im) {
     __builtin_prefetch(p + ahead), __builtin_prefetch(p + plane + ahead), __builtin_prefetch(p + 2 * plane + ahead);
     const Lane first = load(p);
-    re = first - load(p + 2 * plane), im = first + sign * load(p + plane);
+    re = first - load(p + 2 * plane), im = kConjugated ? first - load(p + plane) : first + load(p + plane);
   }
 
-  // Only the first kWanted rows.
-  template <int kWanted> static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half, int column) {
+  static NASDET_APART void complex_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
     Complexes<T> x;
     const float* const p = planes + 3 * bin(column) * plane;
-    unroll<T>([&](auto k) { take(p + 3 * k * plane, plane, sign, ahead, x.re[k], x.im[k]); });
+    unroll<T>([&](auto k) { take<false>(p + 3 * k * plane, plane, ahead, x.re[k], x.im[k]); });
     const Complexes<T> y = fft<T, 1>(x);
-    unroll<kWanted>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
+    unroll<T>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
   }
-  template <int kWanted> static NASDET_APART void real_column_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half, int column) {
+  static NASDET_APART void real_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
     Complexes<kLast + 1> x;
     const float* const p = planes + 3 * bin(column) * plane;
     const float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
     x.re[0] = load(real), x.re[kLast] = load(real + plane);
-    unroll<kLast - 1>([&](auto k) { take(p + 3 * k * plane, plane, sign, ahead, x.re[k + 1], x.im[k + 1]); });
+    unroll<kLast - 1>([&](auto k) { take<false>(p + 3 * k * plane, plane, ahead, x.re[k + 1], x.im[k + 1]); });
     const auto y = real_ifft<T>(x);
-    unroll<kWanted>([&](auto j) { half.re[column][j] = y.at[j]; });
+    unroll<T>([&](auto j) { half.re[column][j] = y.at[j]; });
   }
-  template <int kWanted> static void columns_back(const float* planes, int64_t plane, Lane sign, int ahead, Half& half) {
-    real_column_back<kWanted>(planes, plane, sign, ahead, half, 0);
-    real_column_back<kWanted>(planes, plane, sign, ahead, half, kLast);
-    for (int column = 1; column < kLast; ++column) complex_column_back<kWanted>(planes, plane, sign, ahead, half, column);
+  static void columns_back(const float* planes, int64_t plane, int ahead, Half& half) {
+    real_column_back(planes, plane, ahead, half, 0);
+    real_column_back(planes, plane, ahead, half, kLast);
+    for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, ahead, half, column);
   }
 
-  static NASDET_INLINE Reals<T> row_back(const Half& half, int row) {
+  template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
     Complexes<kLast + 1> x;
     unroll<kLast + 1>([&](auto k) {
       x.re[k] = half.re[k][row];
       if constexpr (int(decltype(k){}) % kLast != 0) x.im[k] = half.im[k][row];
     });
-    return real_ifft<T>(x);
-  }
-  template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
-    const Reals<T> y = row_back(half, row);
+    const Reals<T> y = real_ifft<T>(x);
     unroll<T>([&](auto j) {
       if (j >= first && j < last) store_lanes(p + j * pixel, kAdd ? y.at[j] + load_lanes(p + j * pixel, count) : y.at[j], count);
     });
-  }
-  template <int kWanted> static NASDET_APART void tap_row_back(const Half& half, int row, float* p) {
-    const Reals<T> y = row_back(half, row);
-    unroll<kWanted>([&](auto j) { store(p + j * kFloats, y.at[j]); });
   }
 };
 
@@ -147,9 +128,13 @@ struct Placed {
 NASDET_INLINE Placed placed(const FrequencyTiles& t, int64_t index) {
   const int64_t image = index / (t.rows * t.columns), rest = index % (t.rows * t.columns);
   const int64_t row = rest / t.columns * t.step_h - t.margin_h, column = rest % t.columns * t.step_w - t.margin_w;
-  const auto clipped = [](int64_t window, int64_t room) { return int(room < window ? room : window); };
-  return {((image * t.height + row) * t.width + column) * t.channels, row < 0 ? int(-row) : 0, clipped(t.window_h, t.height - row),
-          column < 0 ? int(-column) : 0, clipped(t.window_w, t.width - column)};
+  const auto first = [&](int64_t corner, int margin) { return int(t.inner ? margin : corner < 0 ? -corner : 0); };
+  const auto last = [&](int64_t room, int margin, int step) {
+    const int64_t most = step + (t.inner ? 1 : 2) * margin;
+    return int(room < most ? room : most);
+  };
+  return {((image * t.height + row) * t.width + column) * t.channels, first(row, t.margin_h), last(t.height - row, t.margin_h, t.step_h),
+          first(column, t.margin_w), last(t.width - column, t.margin_w, t.step_w)};
 }
 
 NASDET_INLINE int64_t lanes_used(int64_t channels, int64_t first) { return channels - first < kFloats ? channels - first : kFloats; }
@@ -170,7 +155,7 @@ template <int T, class Form> void spectra(const FrequencyTiles& t, const Frequen
       else if (inside) Two::template map_row<true>(p, t.channels, 0, T, kFloats, half, row);
       else Two::template map_row<false>(p, t.channels, at.column_first, at.column_last, count, half, row);
     }
-    Two::template columns<Form, T>(half, out.data + tile * out.channels + channel, out.plane, out.streaming, Lane{});
+    Two::template columns<Form>(half, out.data + tile * out.channels + channel, out.plane, out.streaming);
   }
   streaming_fence();
 }
@@ -181,7 +166,7 @@ template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t,
   const Placed at = placed(t, t.first_tile + tile);
   const int64_t count = lanes_used(t.channels, in.first_channel + channel);
   typename Two::Half half;
-  Two::template columns_back<T>(in.data + tile * in.channels + channel, in.plane, splat<float>(1), 2 * kFloats, half);
+  Two::columns_back(in.data + tile * in.channels + channel, in.plane, 2 * kFloats, half);
   float* const corner = map + at.offset + in.first_channel + channel;
   for (int row = at.row_first; row < at.row_last; ++row)
     Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);

@@ -50,6 +50,14 @@ void frequency_weight_gradients(int tile, int grid, const FrequencyWeights& w, i
   for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_gradients<size, taps>(w, begin, end); });
 }
 
+void frequency_weight_planes(int tile, int grid, const FrequencyWeights& w, const FrequencyStep& s) {
+  for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_planes<size, taps>(w, s); });
+}
+
+void frequency_weight_planes_back(int tile, int grid, const FrequencyWeights& w, const FrequencyStep& s) {
+  for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_planes_back<size, taps>(w, s); });
+}
+
 void frequency_multiply(const FrequencyProduct& p, int64_t begin, int64_t end) { multiply(p, begin, end); }
 
 }  // namespace nasdet::NASDET_ISA

@@ -40,8 +40,7 @@ void advise_huge_pages(void* data, int64_t bytes) {
 
 double frequency_seconds(const ConvProblem& p, bool backward) {
   const FrequencyPlanner planner(p);
-  if (!backward) return planner.convolution(p.in_channels, p.out_channels).seconds;
-  return planner.convolution(p.out_channels, p.in_channels).seconds + planner.gradient().seconds;
+  return backward ? planner.backward().seconds : planner.forward().seconds;
 }
 
 int64_t vectors_of(int64_t channels) { return padded_to(channels, frequency_costs().lanes) / frequency_costs().lanes; }
@@ -53,20 +52,52 @@ std::vector<FrequencyBranch> frequency_branches(const ConvProblem& p) {
   return branches;
 }
 
-// Memory for the grids of taps of the threads that work at once, and their ranges of the work.
-struct GridSlots {
+// Scratch of the threads that work at once, and their ranges of the work.
+struct Slots {
   int64_t count, each;
-  GridSlots(int64_t units, const FrequencyGeometry& g) : count(std::min<int64_t>(units, torch::stable::get_num_threads())), each(2 * g.grid * g.grid * frequency_costs().lanes * frequency_costs().lanes) {}
+  Slots(int64_t units, int64_t elements) : count(std::min<int64_t>(units, torch::stable::get_num_threads())), each(elements) {}
   size_t elements() const { return size_t(count * each); }
 
-  template <class Kernel> void run(Kernel kernel, const FrequencyGeometry& g, const FrequencyWeights& w, float* grids, int64_t units) const {
+  // f(the slot's scratch, begin, end)
+  template <class F> void run(float* scratch, int64_t units, const F& f) const {
     const int64_t slots = std::min(count, units);
     torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
-      for (int64_t slot = first; slot < last; ++slot) {
-        FrequencyWeights own = w;
-        own.grids = grids + slot * each;
-        kernel(g.tile, g.grid, own, units * slot / slots, units * (slot + 1) / slots);
-      }
+      for (int64_t slot = first; slot < last; ++slot) f(scratch + slot * each, units * slot / slots, units * (slot + 1) / slots);
+    });
+  }
+};
+
+// What the weights of a chunk need on their way, in scratch of `plan`.
+struct WeightScratch {
+  const FrequencyGeometry& g;
+  int64_t half_elements, step_plane;
+  Slots grids, steps;
+  float *halves = nullptr, *grid_data = nullptr, *step_data = nullptr;
+
+  WeightScratch(const FrequencyGeometry& geometry, int64_t ins, int64_t outs, int64_t plane)
+      : g(geometry), half_elements(ins * outs * frequency_half(geometry.tile, geometry.grid)), step_plane(plane),
+        grids(vectors_of(ins) * vectors_of(outs), 2 * geometry.grid * geometry.grid * frequency_costs().lanes * frequency_costs().lanes),
+        steps(frequency_steps(geometry.tile), frequency_step_planes(geometry.tile, 0) * plane) {}
+  size_t bytes() const { return Scratch::padded(size_t(half_elements) * 4) + Scratch::padded(grids.elements() * 4) + Scratch::padded(steps.elements() * 4); }
+  void take(Scratch& scratch) {
+    halves = scratch.take<float>(size_t(half_elements));
+    grid_data = scratch.take<float>(grids.elements());
+    step_data = scratch.take<float>(steps.elements());
+  }
+
+  // The weights to their halves, or with the other kernel back.
+  template <class Kernel> void run_blocks(Kernel kernel, const FrequencyWeights& w) const {
+    grids.run(grid_data, vectors_of(w.outs) * vectors_of(w.ins), [&](float* data, int64_t begin, int64_t end) {
+      FrequencyWeights own = w;
+      own.grids = data;
+      kernel(g.tile, g.grid, own, begin, end);
+    });
+  }
+
+  // f(step, its planes) for all steps.
+  template <class F> void run_steps(const F& f) const {
+    steps.run(step_data, frequency_steps(g.tile), [&](float* data, int64_t begin, int64_t end) {
+      for (int64_t step = begin; step < end; ++step) f(int(step), data);
     });
   }
 };
@@ -74,11 +105,6 @@ struct GridSlots {
 void run_spectra(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, const float* map, FrequencyForm form) {
   const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_spectra);
   torch::stable::parallel_for(0, tiles.tiles * vectors_of(planes.channels), 1, [&](int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, form, begin, end); });
-}
-
-void run_products(const FrequencyGeometry& g, const FrequencyProduct& product) {
-  const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_multiply);
-  torch::stable::parallel_for(0, g.planes(), 1, [&](int64_t begin, int64_t end) { kernel(product, begin, end); });
 }
 
 void run_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
@@ -102,71 +128,126 @@ void clear_map(float* map, int64_t count) {
   });
 }
 
+// Products of the spectra of a map with those of the weights between `ins` of its channels and `outs` others.
+struct Products {
+  const float* from;  // planes of the map, from the first of the channels
+  float* to;
+  int64_t from_plane, to_plane, from_row, tiles;
+  bool add;
+};
+void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, int64_t step_depth, const Products& m) {
+  const int64_t depth = w.transposed ? w.outs : w.ins, width = padded_to(w.transposed ? w.ins : w.outs, frequency_costs().lanes);
+  s.run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weights), w);
+  s.run_steps([&](int step, float* planes) {
+    const int64_t first = frequency_step_first(s.g.tile, step), count = frequency_step_planes(s.g.tile, step);
+    for (int64_t row = 0; row < depth; row += step_depth) {
+      const int64_t rows = std::min(step_depth, depth - row);
+      NASDET_FREQUENCY_KERNEL(frequency_weight_planes)(s.g.tile, s.g.grid, w, {step, planes, s.step_plane, row, rows, false});
+      NASDET_FREQUENCY_KERNEL(frequency_multiply)
+      ({m.from + first * m.from_plane + row, planes, m.to + first * m.to_plane, m.from_plane, s.step_plane, m.to_plane, m.from_row, 1, width, 0, m.tiles, width, rows, m.add || row > 0}, 0, count);
+    }
+  });
+}
+
+WeightScratch weight_scratch(const FrequencyPlan& plan) { return {plan.g, plan.ins, plan.outs, plan.step_plane()}; }
+WeightScratch weight_scratch(const FrequencyGradientPlan& plan) { return {plan.g, plan.part_ins, plan.part_outs, plan.step_plane()}; }
+
+// Elements of the spectra of `channels` of the map in hand.
+template <class Plan> size_t spectra_of(const Plan& plan, int64_t channels) { return size_t(plan.g.planes() * plan.map_plane(channels)); }
+
+size_t convolve_bytes(const FrequencyPlan& plan, int64_t in_padded, bool spectra_there) {
+  return Scratch::padded(spectra_there ? 0 : spectra_of(plan, in_padded) * 4) + Scratch::padded(spectra_of(plan, plan.outs) * 4) + weight_scratch(plan).bytes();
+}
+size_t weight_gradients_bytes(const FrequencyGradientPlan& plan, bool spectra_there) {
+  return Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(spectra_there ? 0 : spectra_of(plan, plan.outs) * 4) + weight_scratch(plan).bytes();
+}
+
 // `to` = the convolution of `from`; for the gradient of the input, with the kernels turned round and the channels swapped.
-void convolve(const ConvProblem& p, const float* from, float* to, bool transposed) {
-  const int64_t in = transposed ? p.out_channels : p.in_channels, out = transposed ? p.in_channels : p.out_channels;
+// `spectra` of all of `from`, if they are there.
+void convolve(const ConvProblem& p, const FrequencyPlan& plan, const float* from, float* to, bool gradient, const float* spectra, Scratch& scratch) {
+  const int64_t in = gradient ? p.out_channels : p.in_channels, out = gradient ? p.in_channels : p.out_channels;
   const int64_t lanes = frequency_costs().lanes, in_padded = padded_to(in, lanes);
-  const FrequencyPlan plan = FrequencyPlanner(p).convolution(in, out);
   const FrequencyGeometry& g = plan.g;
   const std::vector<FrequencyBranch> branches = frequency_branches(p);
-  const int64_t units = vectors_of(plan.outs) * vectors_of(plan.ins), planes = g.planes();
-  const int64_t from_plane = plan.map_plane(in_padded), to_plane = plan.map_plane(plan.outs), weight_plane = plan.weight_plane();
-  const GridSlots slots(units, g);
-  Scratch scratch(Scratch::padded(size_t(planes * from_plane) * 4) + Scratch::padded(size_t(planes * to_plane) * 4) + Scratch::padded(size_t(planes * weight_plane) * 4) +
-                  Scratch::padded(slots.elements() * 4));
-  float* const from_planes = scratch.take<float>(size_t(planes * from_plane));
-  float* const to_planes = scratch.take<float>(size_t(planes * to_plane));
-  float* const weight_planes = scratch.take<float>(size_t(planes * weight_plane));
-  float* const grids = scratch.take<float>(slots.elements());
+  const int64_t planes = g.planes(), from_plane = plan.map_plane(in_padded), to_plane = plan.map_plane(plan.outs);
+  float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, in_padded));
+  float* const to_planes = scratch.take<float>(spectra_of(plan, plan.outs));
+  WeightScratch weights = weight_scratch(plan);
+  weights.take(scratch);
   advise_huge_pages(to, p.images * p.height * p.width * out * 4);
-  if (transposed) clear_map(to, p.images * p.height * p.width * out);
-  int64_t loaded_out = -1, loaded_in = -1;
+  if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
     const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
-    run_spectra(g, g.tiles(p, in, !transposed, row, rows), {from_planes, from_plane, in_padded, 0, planes * from_plane * 4 >= kFrequencyCached}, from, FrequencyForm::kFactor);
+    if (!spectra) run_spectra(g, g.tiles(p, in, !gradient, row, rows), {own, from_plane, in_padded, 0, planes * from_plane * 4 >= kFrequencyCached}, from, gradient ? FrequencyForm::kConjugateFactor : FrequencyForm::kFactor);
     for (int64_t o = 0; o < out; o += plan.outs) {
       const int64_t outs = std::min(plan.outs, out - o), width = padded_to(outs, lanes);
       for (int64_t i = 0; i < in; i += plan.ins) {
-        const int64_t ins = std::min(plan.ins, in - i);
-        if (loaded_out != o || loaded_in != i) {
-          FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, ins, o, outs, transposed, weight_planes, weight_plane,
-                             planes * weight_plane * 4 >= kFrequencyCached, nullptr};
-          if (transposed) std::swap(w.first_in, w.first_out), std::swap(w.ins, w.outs);
-          slots.run(NASDET_FREQUENCY_KERNEL(frequency_weights), g, w, grids, vectors_of(outs) * vectors_of(ins));
-          loaded_out = o, loaded_in = i;
-        }
-        run_products(g, {from_planes + i, weight_planes, to_planes, from_plane, weight_plane, to_plane, in_padded, 1, width, 0, tiles, width, ins, i > 0});
+        FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, std::min(plan.ins, in - i), o, outs, gradient, weights.halves, nullptr};
+        if (gradient) std::swap(w.first_in, w.first_out), std::swap(w.ins, w.outs);
+        multiply_by_weights(weights, w, plan.step_ins, {(spectra ? spectra : own) + i, to_planes, from_plane, to_plane, in_padded, tiles, i > 0});
       }
       const FrequencyPlanes result{to_planes, to_plane, width, o, false};
-      if (transposed) run_add_maps(g, g.tiles(p, out, true, row, rows), result, to);
+      if (gradient) run_add_maps(g, g.tiles(p, out, true, row, rows), result, to);
       else run_maps(g, g.tiles(p, out, false, row, rows), result, to);
     }
   }
 }
 
-// The products of the spectra of x and of the gradient, back to taps.
-void weight_gradients(const ConvProblem& p, const float* x, const float* grad) {
-  const int64_t lanes = frequency_costs().lanes, in_vectors = vectors_of(p.in_channels);
-  const FrequencyGradientPlan plan = FrequencyPlanner(p).gradient();
-  const FrequencyGeometry& g = plan.g;
+// Branches with room for each block of inputs' part of the gradient of mix, in `parts`.
+std::vector<FrequencyBranch> gradient_branches(const ConvProblem& p, std::vector<float>& parts) {
   std::vector<FrequencyBranch> branches = frequency_branches(p);
-  for (const ConvBranch& b : p.branches)
+  const int64_t in_vectors = vectors_of(p.in_channels);
+  int64_t count = 0;
+  for (const ConvBranch& b : p.branches) {
     if (b.weight_grad) advise_huge_pages(b.weight_grad, (b.last - b.first) * p.in_channels * p.kernel * p.kernel * 4);
-  int64_t mix_parts = 0;
-  for (const ConvBranch& b : p.branches) mix_parts += b.mix_grad ? in_vectors * (b.last - b.first) : 0;
-  std::vector<float> parts(static_cast<size_t>(mix_parts));
-  mix_parts = 0;
+    count += b.mix_grad ? in_vectors * (b.last - b.first) : 0;
+  }
+  parts.resize(size_t(count));
+  count = 0;
   for (size_t b = 0; b < branches.size(); ++b)
-    if (p.branches[b].mix_grad) branches[b].mix_grad_part = parts.data() + mix_parts, mix_parts += in_vectors * (branches[b].last - branches[b].first);
+    if (p.branches[b].mix_grad) branches[b].mix_grad_part = parts.data() + count, count += in_vectors * (branches[b].last - branches[b].first);
+  return branches;
+}
 
-  const int64_t planes = g.planes(), x_plane = plan.map_plane(plan.ins), grad_plane = plan.map_plane(plan.outs), part_plane = plan.part_plane();
-  const GridSlots slots(vectors_of(plan.part_ins) * vectors_of(plan.part_outs), g);
-  Scratch scratch(Scratch::padded(size_t(planes * x_plane) * 4) + Scratch::padded(size_t(planes * grad_plane) * 4) + Scratch::padded(size_t(planes * part_plane) * 4) +
-                  Scratch::padded(slots.elements() * 4));
-  float* const x_planes = scratch.take<float>(size_t(planes * x_plane));
-  float* const grad_planes = scratch.take<float>(size_t(planes * grad_plane));
-  float* const part_planes = scratch.take<float>(size_t(planes * part_plane));
-  float* const grids = scratch.take<float>(slots.elements());
+void sum_mix_gradients(const ConvProblem& p, const std::vector<FrequencyBranch>& branches) {
+  for (size_t b = 0; b < branches.size(); ++b)
+    for (int64_t o = 0, count = branches[b].last - branches[b].first; branches[b].mix_grad_part && o < count; ++o) {
+      double sum = 0;
+      for (int64_t v = 0; v < vectors_of(p.in_channels); ++v) sum += branches[b].mix_grad_part[v * count + o];
+      static_cast<float*>(p.branches[b].mix_grad)[o] = float(sum);
+    }
+}
+
+// Products of the spectra of x and of the output's gradient over tiles, back to halves.
+struct GradientProducts {
+  const float *x, *grad;  // planes, from the first of the channels
+  int64_t x_plane, grad_plane, x_row, grad_row, tiles;
+  bool add;
+};
+void gather_products(const WeightScratch& s, const FrequencyWeights& w, int64_t step_depth, const GradientProducts& m) {
+  const int64_t width = padded_to(w.outs, frequency_costs().lanes);
+  s.run_steps([&](int step, float* planes) {
+    const int64_t first = frequency_step_first(s.g.tile, step), count = frequency_step_planes(s.g.tile, step);
+    for (int64_t row = 0; row < w.ins; row += step_depth) {
+      const int64_t rows = std::min(step_depth, w.ins - row);
+      NASDET_FREQUENCY_KERNEL(frequency_multiply)
+      ({m.x + first * m.x_plane + row, m.grad + first * m.grad_plane, planes, m.x_plane, m.grad_plane, s.step_plane, 1, m.x_row, width, m.grad_row, rows, width, m.tiles, false}, 0, count);
+      NASDET_FREQUENCY_KERNEL(frequency_weight_planes_back)(s.g.tile, s.g.grid, w, {step, planes, s.step_plane, row, rows, m.add});
+    }
+  });
+}
+
+// The products of the spectra of x and of the gradient, back to taps. `spectra` of all of the gradient, if they are there.
+void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const float* x, const float* grad, const float* spectra, Scratch& scratch) {
+  const int64_t lanes = frequency_costs().lanes;
+  const FrequencyGeometry& g = plan.g;
+  std::vector<float> mix_parts;
+  const std::vector<FrequencyBranch> branches = gradient_branches(p, mix_parts);
+  const int64_t planes = g.planes(), x_plane = plan.map_plane(plan.ins), grad_plane = plan.map_plane(plan.outs);
+  float* const x_planes = scratch.take<float>(spectra_of(plan, plan.ins));
+  float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, plan.outs));
+  WeightScratch weights = weight_scratch(plan);
+  weights.take(scratch);
   int64_t loaded_x[2] = {-1, -1}, loaded_grad[2] = {-1, -1};  // first channel and row
   for (int64_t o = 0; o < p.out_channels; o += plan.outs)
     for (int64_t i = 0; i < p.in_channels; i += plan.ins) {
@@ -174,38 +255,44 @@ void weight_gradients(const ConvProblem& p, const float* x, const float* grad) {
       const int64_t x_width = padded_to(ins, lanes), grad_width = padded_to(outs, lanes);
       for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
         const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
-        if (loaded_grad[0] != o || loaded_grad[1] != row)
-          run_spectra(g, g.tiles(p, p.out_channels, false, row, rows), {grad_planes, grad_plane, grad_width, o, planes * grad_plane * 4 >= kFrequencyCached}, grad, FrequencyForm::kConjugateFactor);
+        if (!spectra && (loaded_grad[0] != o || loaded_grad[1] != row))
+          run_spectra(g, g.tiles(p, p.out_channels, false, row, rows), {own, grad_plane, grad_width, o, planes * grad_plane * 4 >= kFrequencyCached}, grad, FrequencyForm::kConjugateFactor);
         if (loaded_x[0] != i || loaded_x[1] != row)
           run_spectra(g, g.tiles(p, p.in_channels, true, row, rows), {x_planes, x_plane, x_width, i, planes * x_plane * 4 >= kFrequencyCached}, x, FrequencyForm::kFactor);
         loaded_grad[0] = o, loaded_grad[1] = row, loaded_x[0] = i, loaded_x[1] = row;
-        const bool final = row + plan.rows >= g.all_rows;
         for (int64_t part_o = 0; part_o < outs; part_o += plan.part_outs)
           for (int64_t part_i = 0; part_i < ins; part_i += plan.part_ins) {
-            const int64_t os = std::min(plan.part_outs, outs - part_o), is = std::min(plan.part_ins, ins - part_i), width = padded_to(os, lanes);
-            run_products(g, {x_planes + part_i, grad_planes + part_o, part_planes, x_plane, grad_plane, part_plane, 1, x_width, width, grad_width, is, width, tiles, row > 0});
-            if (!final) continue;
-            const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, is, o + part_o, os, false, part_planes, part_plane,
-                                     false, nullptr};
-            slots.run(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), g, w, grids, vectors_of(os) * vectors_of(is));
+            const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, std::min(plan.part_ins, ins - part_i), o + part_o,
+                                     std::min(plan.part_outs, outs - part_o), false, weights.halves, nullptr};
+            gather_products(weights, w, plan.step_ins, {x_planes + part_i, (spectra ? spectra : own) + part_o, x_plane, grad_plane, x_width, grad_width, tiles, row > 0});
+            if (row + plan.rows >= g.all_rows) weights.run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), w);
           }
       }
     }
-  for (size_t b = 0; b < branches.size(); ++b)
-    for (int64_t o = 0, count = branches[b].last - branches[b].first; branches[b].mix_grad_part && o < count; ++o) {
-      double sum = 0;
-      for (int64_t v = 0; v < in_vectors; ++v) sum += branches[b].mix_grad_part[v * count + o];
-      static_cast<float*>(p.branches[b].mix_grad)[o] = float(sum);
-    }
+  sum_mix_gradients(p, branches);
 }
 
-void frequency_forward(const ConvProblem& p, const void* x, void* y) { convolve(p, static_cast<const float*>(x), static_cast<float*>(y), false); }
+void frequency_forward(const ConvProblem& p, const void* x, void* y) {
+  const FrequencyPlan plan = FrequencyPlanner(p).forward();
+  Scratch scratch(convolve_bytes(plan, padded_to(p.in_channels, frequency_costs().lanes), false));
+  convolve(p, plan, static_cast<const float*>(x), static_cast<float*>(y), false, nullptr, scratch);
+}
 
 void frequency_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
   bool wanted = false;
   for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
-  if (dx) convolve(p, static_cast<const float*>(grad), static_cast<float*>(dx), true);
-  if (wanted) weight_gradients(p, static_cast<const float*>(x), static_cast<const float*>(grad));
+  const FrequencyBackwardPlan plan = FrequencyPlanner(p).backward();
+  const FrequencyGeometry& g = plan.dw.g;
+  const bool shared = plan.shared && wanted && dx;
+  const int64_t out_padded = padded_to(p.out_channels, frequency_costs().lanes), plane = plan.dw.map_plane(out_padded);
+  const size_t shared_elements = shared ? spectra_of(plan.dw, out_padded) : 0;
+  Scratch scratch(Scratch::padded(shared_elements * 4) + std::max(dx ? convolve_bytes(plan.dx, out_padded, shared) : 0, wanted ? weight_gradients_bytes(plan.dw, shared) : 0));
+  float* const spectra = shared ? scratch.take<float>(shared_elements) : nullptr;
+  if (shared) run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows), {spectra, plane, out_padded, 0, g.planes() * plane * 4 >= kFrequencyCached}, static_cast<const float*>(grad), FrequencyForm::kConjugateFactor);
+  const size_t mark = scratch.used();
+  if (dx) convolve(p, plan.dx, static_cast<const float*>(grad), static_cast<float*>(dx), true, spectra, scratch);
+  scratch.rewind(mark);
+  if (wanted) weight_gradients(p, plan.dw, static_cast<const float*>(x), static_cast<const float*>(grad), spectra, scratch);
 }
 
 #else

@@ -16,18 +16,18 @@ constexpr int64_t kFrequencyCached = 5 << 20;  // bytes of a spectrum up to whic
 // What was measured on one core, in seconds.
 struct FrequencyCosts {
   int lanes, panel;
-  double flop;                      // of the matrix products at their best
+  double flop;                       // of the matrix products at their best
   double stored_terms, added_terms;  // terms of a sum that it costs to store it, or to read and store it
-  double cached_byte, byte;         // to read from the outer cache, and from memory
-  double point, point_back;         // of a transform of one vector of channels, for each of T * T points
-  double tap_point, tap;            // of the transform of a vector of weights, and of gathering one of its taps
+  double cached_byte, byte;          // to read from the outer cache, and from memory
+  double point, point_back;          // of a transform of one vector of channels, for each of T * T points
+  double tap, element;               // of a vector of weights: to gather or scatter a tap, and for each of its half and of its planes
 };
 
 inline FrequencyCosts frequency_costs() {
 #ifdef NASDET_X86
-  if (cpu_capability() >= Isa::avx512) return {16, 64, 1 / 112e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 9e-9, 1.15e-8, 3.1e-9, 8e-9};
+  if (cpu_capability() >= Isa::avx512) return {16, 64, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 1.1e-8, 1.15e-8, 9e-9, 1.4e-9};
 #endif
-  return {8, 16, 1 / 112e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 2e-9, 3e-9};
+  return {8, 16, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 3e-9, 9e-10};
 }
 
 inline int64_t padded_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -70,160 +70,178 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
   return true;
 }
 
+// Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
+// and inputs whose half transforms stay in the outer cache.
+constexpr int64_t kFrequencyOuts = 64, kFrequencyIns = 32;
+
 // A convolution (forward, or of the gradient to the input): all inputs of some rows of tiles in hand at once, then
-// outputs by `outs` and sums over inputs by `ins`.
+// `outs` outputs. Their weights are half-way transformed for `ins` inputs, and for `step_ins` of those the rest of the way.
 struct FrequencyPlan {
   FrequencyGeometry g;
-  int64_t rows, outs, ins;
+  int64_t rows, outs, ins, step_ins;
   double seconds;
   int64_t bytes;
   int64_t map_plane(int64_t channels) const { return plane_stride(rows * g.columns * channels); }
-  int64_t weight_plane() const { return plane_stride(outs * ins); }
+  int64_t step_plane() const { return plane_stride(step_ins * outs); }
 };
 
 // The gradient of the weights: spectra of `ins` and `outs` channels of some rows of tiles in hand, of which products of
-// part_ins x part_outs are made at once.
+// part_ins x part_outs are gathered half-way, from those of step_ins x part_outs.
 struct FrequencyGradientPlan {
   FrequencyGeometry g;
-  int64_t rows, outs, ins, part_outs, part_ins;
+  int64_t rows, outs, ins, part_outs, part_ins, step_ins;
   double seconds;
   int64_t bytes;
   int64_t map_plane(int64_t channels) const { return plane_stride(rows * g.columns * channels); }
-  int64_t part_plane() const { return plane_stride(part_outs * part_ins); }
+  int64_t step_plane() const { return plane_stride(step_ins * part_outs); }
+};
+
+// Both gradients. Where both hold all tiles of the output's gradient at once, its spectra serve both.
+struct FrequencyBackwardPlan {
+  FrequencyPlan dx;
+  FrequencyGradientPlan dw;
+  bool shared;
+  double seconds;
 };
 
 class FrequencyPlanner {
  public:
-  explicit FrequencyPlanner(const ConvProblem& p) : p_(p), limit_(scratch_limit()), taps_(0) {
+  explicit FrequencyPlanner(const ConvProblem& p) : p_(p), limit_(scratch_limit()), in_padded_(padded_to(p.in_channels, c_.lanes)), out_padded_(padded_to(p.out_channels, c_.lanes)), taps_(0) {
     for (const ConvBranch& b : p.branches) taps_ += 9 * double(b.last - b.first) / double(p.out_channels);
   }
 
-  // From `in` to `out` channels; the gradient to the input has them the other way round.
-  FrequencyPlan convolution(int64_t in, int64_t out) const {
-    FrequencyPlan best{};
-    const int64_t out_padded = padded_to(out, c_.lanes), in_padded = padded_to(in, c_.lanes);
-    for (int tile : kFrequencyTiles) {
-      FrequencyPlan plan{};
-      if (!frequency_geometry(p_, tile, plan.g)) continue;
-      for (int64_t outs : kChunks) {
-        plan.outs = std::min(outs, out_padded);
-        for (int64_t ins : kChunks) {
-          plan.ins = std::min(ins, in_padded);
-          for (int64_t parts = 1;; parts = parts + (parts + 3) / 4) {
-            plan.rows = (plan.g.all_rows + parts - 1) / parts;
-            plan.bytes = bytes(plan.g, {plan.map_plane(in_padded), plan.map_plane(plan.outs), plan.weight_plane()});
-            if (plan.bytes <= limit_ || plan.rows == 1) break;
-          }
-          plan.seconds = seconds(plan, in, in_padded, out_padded);
-          if (better(plan, best)) best = plan;
-          if (plan.ins == in_padded) break;
-        }
-        if (plan.outs == out_padded) break;
-      }
-    }
-    return best;
-  }
+  FrequencyPlan forward() const { return convolution(in_padded_, out_padded_, 0, false); }
 
-  FrequencyGradientPlan gradient() const {
-    FrequencyGradientPlan best{};
-    const int64_t out_padded = padded_to(p_.out_channels, c_.lanes), in_padded = padded_to(p_.in_channels, c_.lanes);
+  FrequencyBackwardPlan backward() const {
+    FrequencyBackwardPlan best{convolution(out_padded_, in_padded_, 0, false), gradient(0, false), false, 0};
+    best.seconds = best.dx.seconds + best.dw.seconds;
     for (int tile : kFrequencyTiles) {
-      FrequencyGradientPlan plan{};
-      if (!frequency_geometry(p_, tile, plan.g)) continue;
-      for (int64_t share = 1;; share *= 2) {  // of the channels in hand
-        plan.ins = std::max<int64_t>(c_.lanes, padded_to((in_padded + share - 1) / share, c_.lanes));
-        plan.outs = std::max<int64_t>(c_.lanes, padded_to((out_padded + share - 1) / share, std::min<int64_t>(64, out_padded)));
-        const bool least = plan.ins == c_.lanes && plan.outs <= 64;
-        for (int64_t part : {int64_t(16), int64_t(32), int64_t(64)}) {
-          plan.part_ins = std::min(part, plan.ins), plan.part_outs = std::min<int64_t>(64, plan.outs);
-          plan.rows = plan.g.all_rows;
-          plan.bytes = gradient_bytes(plan);
-          if (plan.bytes > limit_ && least) fewer_rows(plan);
-          plan.seconds = seconds(plan, in_padded, out_padded);
-          if (better(plan, best)) best = plan;
-          if (plan.part_ins == plan.ins) break;
-        }
-        if (least) break;
-      }
+      FrequencyBackwardPlan plan{convolution(out_padded_, in_padded_, tile, true), gradient(tile, true), true, 0};
+      if (plan.dx.bytes == 0 || plan.dw.bytes == 0 || std::max(plan.dx.bytes, plan.dw.bytes) > limit_) continue;
+      plan.seconds = plan.dx.seconds + plan.dw.seconds - map_transforms(plan.dx.g, out_padded_, c_.point);
+      const auto worth = [&](const FrequencyBackwardPlan& b) { return worth_of(b.seconds, std::max(b.dx.bytes, b.dw.bytes)); };
+      if (worth(plan) < worth(best)) best = plan;
     }
     return best;
   }
 
  private:
-  static constexpr int64_t kChunks[] = {16, 32, 64, 128, 256, 512, int64_t(1) << 40};
+  static constexpr int64_t kStepBytes = 800 << 10;  // of a step's planes, which are to stay in the inner cache
 
+  // With one tile, or any (0); `whole`: with all tiles in hand at once. No bytes where there is no such plan.
+  FrequencyPlan convolution(int64_t in, int64_t out, int only, bool whole) const {
+    FrequencyPlan best{};
+    for (int tile : kFrequencyTiles) {
+      FrequencyPlan plan{};
+      if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
+      plan.outs = std::min(kFrequencyOuts, out), plan.ins = std::min(kFrequencyIns, in);
+      plan.step_ins = step_depth(plan.g, plan.ins, plan.outs);
+      for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
+        plan.rows = pieces(plan.g.all_rows, parts);
+        plan.bytes = bytes(plan.g, {plan.map_plane(in), plan.map_plane(plan.outs)}, plan.ins * plan.outs, plan.step_plane());
+        plan.seconds = seconds(plan, in, out);
+        if (better(plan, best)) best = plan;
+        if (plan.rows == 1) break;
+      }
+    }
+    return best;
+  }
+
+  // `whole`: with all tiles and outputs in hand at once.
+  FrequencyGradientPlan gradient(int only, bool whole) const {
+    FrequencyGradientPlan best{};
+    for (int tile : kFrequencyTiles) {
+      FrequencyGradientPlan plan{};
+      if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
+      for (int64_t ins : {kFrequencyIns, 2 * kFrequencyIns, 8 * kFrequencyIns, in_padded_}) {
+        for (int64_t outs : {kFrequencyOuts, 2 * kFrequencyOuts, 4 * kFrequencyOuts, out_padded_}) {
+          plan.ins = std::min(ins, in_padded_), plan.outs = std::min(outs, out_padded_);
+          if (!whole || plan.outs == out_padded_) try_rows(plan, whole, best);
+          if (plan.outs == out_padded_) break;
+        }
+        if (plan.ins == in_padded_) break;
+      }
+    }
+    return best;
+  }
+
+  void try_rows(FrequencyGradientPlan plan, bool whole, FrequencyGradientPlan& best) const {
+    plan.rows = plan.g.all_rows;
+    plan.part_ins = std::min(kFrequencyIns, plan.ins), plan.part_outs = std::min(kFrequencyOuts, plan.outs);
+    consider(plan, best);
+    if (whole || plan.outs > kFrequencyOuts || best.bytes <= limit_) return;
+    // Sums over tiles in several goes: then all products of what is in hand are kept half-way.
+    plan.part_ins = plan.ins, plan.part_outs = plan.outs;
+    for (int64_t parts = 2; plan.rows > 1; parts += (parts + 1) / 2) {
+      plan.rows = pieces(plan.g.all_rows, parts);
+      consider(plan, best);
+    }
+  }
+  void consider(FrequencyGradientPlan& plan, FrequencyGradientPlan& best) const {
+    plan.step_ins = step_depth(plan.g, plan.part_ins, plan.part_outs);
+    plan.bytes = bytes(plan.g, {plan.map_plane(plan.ins), plan.map_plane(plan.outs)}, plan.part_ins * plan.part_outs, plan.step_plane());
+    plan.seconds = seconds(plan);
+    if (better(plan, best)) best = plan;
+  }
+
+  // Memory counts a little: of plans that are about as fast, a small one.
+  double worth_of(double seconds, int64_t bytes) const { return seconds * (1 + .06 * double(bytes) / double(64 << 20)); }
   // Within the limit if any is, then the faster; else the smaller.
   template <class Plan> bool better(const Plan& a, const Plan& b) const {
     if (b.bytes == 0) return true;
     const bool fits = a.bytes <= limit_, other_fits = b.bytes <= limit_;
-    return fits != other_fits ? fits : fits ? a.seconds < b.seconds : a.bytes < b.bytes;
+    return fits != other_fits ? fits : fits ? worth_of(a.seconds, a.bytes) < worth_of(b.seconds, b.bytes) : a.bytes < b.bytes;
   }
 
-  int64_t bytes(const FrequencyGeometry& g, std::initializer_list<int64_t> planes) const {
-    int64_t total = grid_bytes(g);
+  // As many as leave a step's planes in the inner cache.
+  static int64_t step_depth(const FrequencyGeometry& g, int64_t depth, int64_t width) {
+    const int64_t most = kStepBytes / (frequency_step_planes(g.tile, 0) * width * 4) / 16 * 16;
+    return std::min(depth, std::max<int64_t>(most, 16));
+  }
+  int64_t bytes(const FrequencyGeometry& g, std::initializer_list<int64_t> planes, int64_t halves, int64_t step_plane) const {
+    int64_t total = 2 * c_.lanes * c_.lanes * g.grid * g.grid * 4 + int64_t(Scratch::padded(size_t(halves * frequency_half(g.tile, g.grid)) * 4)) + frequency_step_planes(g.tile, 0) * step_plane * 4;
     for (int64_t plane : planes) total += int64_t(Scratch::padded(size_t(g.planes() * plane) * 4));
     return total;
-  }
-  int64_t grid_bytes(const FrequencyGeometry& g) const { return 2 * c_.lanes * c_.lanes * g.grid * g.grid * 4; }
-  int64_t gradient_bytes(const FrequencyGradientPlan& plan) const {
-    return bytes(plan.g, {plan.map_plane(plan.ins), plan.map_plane(plan.outs), plan.part_plane()});
-  }
-
-  // Sums over tiles in several goes: then all products of what is in hand are kept.
-  void fewer_rows(FrequencyGradientPlan& plan) const {
-    plan.part_ins = plan.ins, plan.part_outs = plan.outs;
-    for (int64_t parts = 2; plan.bytes > limit_ && plan.rows > 1; parts = parts + (parts + 3) / 4) {
-      plan.rows = (plan.g.all_rows + parts - 1) / parts;
-      plan.bytes = gradient_bytes(plan);
-    }
   }
 
   static int64_t pieces(int64_t all, int64_t part) { return (all + part - 1) / part; }
 
-  // Of sums of `depth` terms, `piece` at a time. What does not stay in the caches is read again for each piece.
+  // Of sums of `depth` terms, `piece` at a time.
   double product(const FrequencyGeometry& g, double rows, double columns, double depth, double piece, double piece_columns) const {
-    const bool add = piece < depth;
-    const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes, held = 4 * double(g.planes()) * (rows + piece) * piece_columns;
+    const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes;
     const double narrow = c_.lanes < 16 || vectors > 2 ? 1 : 1.5;  // tiles of 12 rows have more to address
-    double seconds = 2 * c_.flop * narrow * double(g.planes()) * rows * columns * depth * (1 + (add ? c_.added_terms : c_.stored_terms) / piece);
-    if (add && held > 1.2 * double(kFrequencyCached)) seconds += c_.byte * 8 * double(g.planes()) * rows * columns * (depth / piece - 1);
-    return seconds;
+    return 2 * c_.flop * narrow * double(g.planes()) * std::max(rows, 5.5) * columns * depth * (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
   }
-  double byte_of(const FrequencyGeometry& g, int64_t plane) const { return 4 * g.planes() * plane > kFrequencyCached ? c_.byte : c_.cached_byte; }
-  static double back(const FrequencyGeometry& g) { return g.tile > 24 ? 1.4 : 1; }  // half a spectrum of 32 x 32 outgrows the inner cache
+  double byte_of(int64_t bytes) const { return bytes > kFrequencyCached ? c_.byte : c_.cached_byte; }
   double map_transforms(const FrequencyGeometry& g, int64_t channels, double point) const {
-    return point * g.tile * g.tile * double(g.all_rows * g.columns) * double(channels) / c_.lanes;
+    const double outgrown = g.tile > 24 ? 1.4 : 1;  // half a spectrum of 32 x 32 does not stay in the inner cache
+    return point * outgrown * g.tile * g.tile * double(g.all_rows * g.columns) * double(channels) / c_.lanes;
   }
-  double weight_transforms(const FrequencyGeometry& g, int64_t in_channels, int64_t out_padded) const {
-    const double vectors = double(in_channels) * double(out_padded) / c_.lanes;
-    return vectors * (c_.tap_point * g.tile * g.tile * (1 + double(g.grid) / g.tile) + c_.tap * taps_);
+  double weight_transforms(const FrequencyGeometry& g, double taps) const {
+    return double(in_padded_) * double(out_padded_) / c_.lanes * (c_.element * double(frequency_half(g.tile, g.grid) + g.planes()) + c_.tap * taps);
   }
 
-  double seconds(const FrequencyPlan& plan, int64_t in, int64_t in_padded, int64_t out_padded) const {
+  double seconds(const FrequencyPlan& plan, int64_t in, int64_t out) const {
     const FrequencyGeometry& g = plan.g;
-    const int64_t tiles = g.all_rows * g.columns, goes = pieces(g.all_rows, plan.rows);
-    const bool kept = plan.outs == out_padded && plan.ins >= in;  // the weights' spectrum outlives the rows in hand
-    const double weight_byte = byte_of(g, plan.weight_plane()), map_byte = byte_of(g, plan.map_plane(in_padded));
-    const double unstreamed = c_.lanes < 16 && weight_byte > c_.cached_byte ? 2 * c_.byte : 0;  // read for the store, and stored
-    return map_transforms(g, in_padded, c_.point) + map_transforms(g, out_padded, c_.point_back * back(g)) + weight_transforms(g, in, out_padded) * double(kept ? 1 : goes) +
-           product(g, double(tiles) / double(goes), double(out_padded), double(in), double(std::min(in, plan.ins)), double(plan.outs)) * double(goes) +
-           (weight_byte + unstreamed) * 4 * double(g.planes()) * double(in) * double(out_padded) * double(goes) +
-           map_byte * 4 * double(g.planes()) * double(tiles) * double(in_padded) * double(pieces(out_padded, plan.outs));
+    const double tiles = double(g.all_rows * g.columns), goes = double(pieces(g.all_rows, plan.rows)), planes = 4 * double(g.planes());
+    const double passes = double(pieces(in, plan.ins)), out_byte = byte_of(4 * g.planes() * plan.map_plane(plan.outs));
+    return map_transforms(g, in, c_.point) + map_transforms(g, out, c_.point_back) + weight_transforms(g, taps_) * goes +
+           product(g, tiles, double(out), double(in), double(plan.step_ins), double(plan.outs)) +
+           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * g.planes() * plan.map_plane(in)) * double(pieces(out, plan.outs));
   }
-  double seconds(const FrequencyGradientPlan& plan, int64_t in_padded, int64_t out_padded) const {
+  double seconds(const FrequencyGradientPlan& plan) const {
     const FrequencyGeometry& g = plan.g;
-    const int64_t tiles = g.all_rows * g.columns;
-    const double x_times = double(pieces(out_padded, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces(in_padded, plan.ins)) : 1;
-    const double part_byte = byte_of(g, plan.part_plane()), grad_byte = byte_of(g, plan.map_plane(plan.outs));
-    return map_transforms(g, in_padded, c_.point) * x_times + map_transforms(g, out_padded, c_.point) * grad_times + 1.6 * back(g) * weight_transforms(g, p_.in_channels, out_padded) +
-           product(g, double(p_.in_channels), double(out_padded), double(tiles), double(plan.rows * g.columns), double(plan.part_outs)) +
-           part_byte * 8 * double(g.planes()) * double(p_.in_channels) * double(out_padded) +
-           grad_byte * 4 * double(g.planes()) * double(tiles) * double(out_padded) * double(pieces(in_padded, plan.part_ins));
+    const double tiles = double(g.all_rows * g.columns), planes = 4 * double(g.planes()), goes = double(pieces(g.all_rows, plan.rows));
+    const double x_times = double(pieces(out_padded_, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces(in_padded_, plan.ins)) : 1;
+    const double x_read = double(pieces(out_padded_, plan.part_outs)), grad_read = double(pieces(in_padded_, plan.step_ins));
+    return map_transforms(g, in_padded_, c_.point) * x_times + map_transforms(g, out_padded_, c_.point) * grad_times + weight_transforms(g, 1.5 * taps_) + weight_transforms(g, 0) * (goes - 1) +
+           product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) +
+           planes * tiles * double(in_padded_) * x_read * byte_of(4 * g.planes() * plan.map_plane(plan.ins)) + planes * tiles * double(out_padded_) * grad_read * byte_of(4 * g.planes() * plan.map_plane(plan.outs));
   }
 
   const ConvProblem& p_;
   const FrequencyCosts c_ = frequency_costs();
-  const int64_t limit_;
+  const int64_t limit_, in_padded_, out_padded_;
   double taps_;
 };
 

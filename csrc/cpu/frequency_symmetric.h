@@ -12,8 +12,9 @@ template <int T, int R> struct TapTransform {
   static_assert(T % 4 == 0 && 2 * R < T, "quarters of a circle, and taps of which none wraps round onto another");
   static constexpr int kGrid = 2 * R + 1, kLast = T / 2, kQuarter = T / 4;
 
-  // The sums over rows' columns: [y or x even or odd][frequency of columns][y].
-  struct alignas(64) Half { Lane even_even[kLast + 1][R + 1], even_odd[kLast + 1][R + 1], odd_even[kLast + 1][R + 1], odd_odd[kLast + 1][R + 1]; };
+  // A column of the half spectrum: what is even or odd in y, and in x, by row y. A half has kLast + 1 of them.
+  struct Column { Lane even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1]; };
+  static_assert(sizeof(Column) * (kLast + 1) == size_t(frequency_half(T, kGrid)) * kBytes, "a half as the launcher counts it");
 
   // sum += term cos(tau K / T), or with the sine.
   template <bool kSine, int K> static NASDET_INLINE void add(Lane& sum, Lane term) {
@@ -65,7 +66,7 @@ template <int T, int R> struct TapTransform {
   }
 
   // Row y and row -y of a grid [kGrid][kGrid][lane].
-  static NASDET_APART void fold_rows(const float* grid, int y, Half& half) {
+  static NASDET_APART void fold_rows(const float* grid, int y, Column* half) {
     const float *const below = grid + ((R + y) * kGrid + R) * kFloats, *const above = grid + ((R - y) * kGrid + R) * kFloats;
     Lane even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1];
     const Lane both = splat<float>(y == 0 ? 0 : 1);  // row 0 counts once
@@ -77,106 +78,99 @@ template <int T, int R> struct TapTransform {
       even_even[x] = even_right + even_left, even_odd[x] = even_right - even_left, odd_even[x] = odd_right + odd_left, odd_odd[x] = odd_right - odd_left;
     });
     unroll<kQuarter + 1>([&](auto k) {
-      cosines<decltype(k){}>(even_even, half.even_even[k][y], half.even_even[kLast - k][y]);
-      cosines<decltype(k){}>(odd_even, half.odd_even[k][y], half.odd_even[kLast - k][y]);
-      if constexpr (decltype(k){} > 0) {
-        sines<decltype(k){}>(even_odd, half.even_odd[k][y], half.even_odd[kLast - k][y]);
-        sines<decltype(k){}>(odd_odd, half.odd_odd[k][y], half.odd_odd[kLast - k][y]);
-      }
+      Column &at = half[k], &mirrored = half[kLast - k];
+      cosines<decltype(k){}>(even_even, at.even_even[y], mirrored.even_even[y]), cosines<decltype(k){}>(odd_even, at.odd_even[y], mirrored.odd_even[y]);
+      sines<decltype(k){}>(even_odd, at.even_odd[y], mirrored.even_odd[y]), sines<decltype(k){}>(odd_odd, at.odd_odd[y], mirrored.odd_odd[y]);
     });
   }
 
-  // The weights' form of the frequency re - i minus_im, or of its conjugate: re, im - re, re + im.
-  template <bool kConjugate> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im, bool streaming) {
-    store_plane(p, re, streaming);
-    store_plane(p + plane, kConjugate ? minus_im - re : -(minus_im + re), streaming);
-    store_plane(p + 2 * plane, kConjugate ? re + minus_im : re - minus_im, streaming);
+  // The frequency re - i minus_im as the second factor of a map's gradient, or its conjugate as that of a map.
+  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) {
+    store(p, kGradient ? re + minus_im : re), store(p + plane, kGradient ? re : minus_im - re), store(p + 2 * plane, kGradient ? minus_im : re + minus_im);
   }
 
-  template <bool kConjugate> static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
-    float* const p = planes + 3 * Tile<T>::bin(column) * plane;
+  // The planes of a step: one complex column, or the two real ones.
+  template <bool kGradient> static NASDET_APART void complex_column(const Column& column, float* p, int64_t plane) {
     const auto bins = [&](auto k, Lane a, Lane b, Lane d, Lane e) {  // frequencies k and T - k
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) {
-        put<kConjugate>(p + 3 * at * plane, plane, a, b, streaming);
+        put<kGradient>(p + 3 * at * plane, plane, a, b);
       } else {
-        put<kConjugate>(p + 3 * at * plane, plane, a - e, b + d, streaming);
-        put<kConjugate>(p + 3 * (T - at) * plane, plane, a + e, b - d, streaming);
+        put<kGradient>(p + 3 * at * plane, plane, a - e, b + d);
+        put<kGradient>(p + 3 * (T - at) * plane, plane, a + e, b - d);
       }
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], b[2], d[2], e[2];
-      cosines<decltype(k){}>(half.even_even[column], a[0], a[1]), cosines<decltype(k){}>(half.even_odd[column], b[0], b[1]);
-      sines<decltype(k){}>(half.odd_even[column], d[0], d[1]), sines<decltype(k){}>(half.odd_odd[column], e[0], e[1]);
+      cosines<decltype(k){}>(column.even_even, a[0], a[1]), cosines<decltype(k){}>(column.even_odd, b[0], b[1]);
+      sines<decltype(k){}>(column.odd_even, d[0], d[1]), sines<decltype(k){}>(column.odd_odd, e[0], e[1]);
       bins(k, a[0], b[0], d[0], e[0]);
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
   }
-  template <bool kConjugate> static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
-    float* const p = planes + 3 * (Tile<T>::bin(column) - 1) * plane;
-    float* const real = planes + (3 * Tile<T>::kBins + (column ? 2 : 0)) * plane;
-    const auto bin = [&](auto k, Lane a, Lane d) {
-      constexpr int at = decltype(k){};
-      if constexpr (at % kLast == 0) store_plane(real + at / kLast * plane, a, streaming);
-      else put<kConjugate>(p + 3 * at * plane, plane, a, d, streaming);
-    };
-    unroll<kQuarter + 1>([&](auto k) {
-      Lane a[2], d[2];
-      cosines<decltype(k){}>(half.even_even[column], a[0], a[1]), sines<decltype(k){}>(half.odd_even[column], d[0], d[1]);
-      bin(k, a[0], d[0]);
-      if constexpr (decltype(k){} < kQuarter) bin(Constant<kLast - decltype(k){}>{}, a[1], d[1]);
-    });
-  }
-  template <bool kConjugate> static void columns(const Half& half, float* planes, int64_t plane, bool streaming) {
-    real_column<kConjugate>(half, 0, planes, plane, streaming);
-    real_column<kConjugate>(half, kLast, planes, plane, streaming);
-    for (int column = 1; column < kLast; ++column) complex_column<kConjugate>(half, column, planes, plane, streaming);
+  template <bool kGradient> static NASDET_APART void real_columns(const Column* half, float* planes, int64_t plane) {
+    for (int last = 0; last < 2; ++last) {
+      const Column& column = half[last * kLast];
+      float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
+      const auto bin = [&](auto k, Lane a, Lane d) {
+        constexpr int at = decltype(k){};
+        if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
+        else put<kGradient>(p + 3 * at * plane, plane, a, d);
+      };
+      unroll<kQuarter + 1>([&](auto k) {
+        Lane a[2], d[2];
+        cosines<decltype(k){}>(column.even_even, a[0], a[1]), sines<decltype(k){}>(column.odd_even, d[0], d[1]);
+        bin(k, a[0], d[0]);
+        if constexpr (decltype(k){} < kQuarter) bin(Constant<kLast - decltype(k){}>{}, a[1], d[1]);
+      });
+    }
   }
 
+  static NASDET_INLINE void keep(Lane (&to)[R + 1], const Lane (&from)[R + 1], bool add) {
+    unroll<R + 1>([&](auto y) { to[y] = add ? to[y] + from[y] : from[y]; });
+  }
+  static NASDET_INLINE void take(const float* p, int64_t plane, Lane& re, Lane& im) { Tile<T>::template take<FrequencyResult::kWeightGradient>(p, plane, re, im); }
+
   // Of products with a conjugated factor; T * T / 2 times the taps.
-  static NASDET_APART void complex_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
-    const float* const p = planes + 3 * Tile<T>::bin(column) * plane;
-    const auto take = [&](int k, Lane& re, Lane& im) { Tile<T>::template take<true>(p + 3 * k * plane, plane, ahead, re, im); };
-    Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1];
+  static NASDET_APART void complex_column_back(const float* p, int64_t plane, Column& column, bool add) {
+    Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1], y[R + 1];
     unroll<kLast + 1>([&](auto k) {
-      take(k, a[k], b[k]);
+      take(p + 3 * k * plane, plane, a[k], b[k]);
       b[k] = -b[k];
       if constexpr (decltype(k){} % kLast != 0) {
         Lane re, im;
-        take(T - k, re, im);
+        take(p + 3 * (T - k) * plane, plane, re, im);
         e[k] = re - a[k], d[k] = im + b[k], a[k] += re, b[k] -= im;
       }
     });
-    cosines_back(a, half.even_even[column]), cosines_back(b, half.even_odd[column]);
-    sines_back(d, half.odd_even[column]), sines_back(e, half.odd_odd[column]);
+    cosines_back(a, y), keep(column.even_even, y, add);
+    cosines_back(b, y), keep(column.even_odd, y, add);
+    sines_back(d, y), keep(column.odd_even, y, add);
+    sines_back(e, y), keep(column.odd_odd, y, add);
   }
-  static NASDET_APART void real_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
-    const float* const p = planes + 3 * (Tile<T>::bin(column) - 1) * plane;
-    const float* const real = planes + (3 * Tile<T>::kBins + (column ? 2 : 0)) * plane;
-    Lane a[kLast + 1], d[kLast + 1];
-    a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
-    unroll<kLast - 1>([&](auto i) {
-      constexpr int k = i + 1;
-      Tile<T>::template take<true>(p + 3 * k * plane, plane, ahead, a[k], d[k]);
-      d[k] = -d[k];
-    });
-    cosines_back(a, half.even_even[column]), sines_back(d, half.odd_even[column]);
-    unroll<R + 1>([&](auto y) { half.even_odd[column][y] = half.odd_odd[column][y] = Lane{}; });
-  }
-  static void columns_back(const float* planes, int64_t plane, int ahead, Half& half) {
-    real_column_back(planes, plane, ahead, half, 0);
-    real_column_back(planes, plane, ahead, half, kLast);
-    for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, ahead, half, column);
+  static NASDET_APART void real_columns_back(const float* planes, int64_t plane, Column* half, bool add) {
+    for (int last = 0; last < 2; ++last) {
+      const float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
+      Lane a[kLast + 1], d[kLast + 1], y[R + 1];
+      a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
+      unroll<kLast - 1>([&](auto i) {
+        constexpr int k = i + 1;
+        take(p + 3 * k * plane, plane, a[k], d[k]);
+        d[k] = -d[k];
+      });
+      cosines_back(a, y), keep(half[last * kLast].even_even, y, add);
+      sines_back(d, y), keep(half[last * kLast].odd_even, y, add);
+    }
   }
 
   // Back to row y and row -y of a grid.
-  static NASDET_APART void unfold_rows(const Half& half, int y, float* grid) {
-    const auto row_of = [&](const Lane (&from)[kLast + 1][R + 1], Lane (&to)[kLast + 1]) { unroll<kLast + 1>([&](auto k) { to[k] = from[k][y]; }); };
+  static NASDET_APART void unfold_rows(const Column* half, int y, float* grid) {
+    const auto row_of = [&](const Lane (Column::*part)[R + 1], Lane (&to)[kLast + 1]) { unroll<kLast + 1>([&](auto k) { to[k] = (half[k].*part)[y]; }); };
     Lane at[kLast + 1], even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1];
-    row_of(half.even_even, at), cosines_back(at, even_even);
-    row_of(half.even_odd, at), sines_back(at, even_odd);
-    row_of(half.odd_even, at), cosines_back(at, odd_even);
-    row_of(half.odd_odd, at), sines_back(at, odd_odd);
+    row_of(&Column::even_even, at), cosines_back(at, even_even);
+    row_of(&Column::even_odd, at), sines_back(at, even_odd);
+    row_of(&Column::odd_even, at), cosines_back(at, odd_even);
+    row_of(&Column::odd_odd, at), sines_back(at, odd_odd);
     float *const below = grid + ((R + y) * kGrid + R) * kFloats, *const above = grid + ((R - y) * kGrid + R) * kFloats;
     unroll<R + 1>([&](auto i) {
       constexpr int x = i;

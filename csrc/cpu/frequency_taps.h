@@ -114,7 +114,7 @@ template <int kGrid> struct Block {
         if (whole)
           unroll<kFloats>([&](auto o) {
             rows[o] = load(from + o * stride());
-            __builtin_prefetch(from + o * stride() + ahead);
+            __builtin_prefetch(from + o * stride() + ahead, 0, 2);
           });
         else
           for (int o = 0; o < kFloats; ++o) rows[o] = o >= p.first && o < p.last ? load_lanes(from + o * stride(), count) : Lane{};
@@ -143,7 +143,7 @@ template <int kGrid> struct Block {
           const int64_t at_row = from + o * stride();
           if (b.mix_grad_part) {
             sums[o] += rows[o] * load_lanes(b.weight + at_row, count);
-            __builtin_prefetch(b.weight + at_row + ahead);
+            __builtin_prefetch(b.weight + at_row + ahead, 0, 2);
           }
           const Lane gradient = b.mix ? rows[o] * b.mix[out + o - b.first] : rows[o];
           if (!b.weight_grad) continue;
@@ -168,47 +168,77 @@ template <int kGrid> struct Block {
   }
 };
 
-// The grids' spectra into planes of vectors over outputs, conjugated; or turned round, of vectors over inputs.
-template <int T, int kGrid, bool kTransposed> void weight_spectra(const FrequencyWeights& w, int64_t begin, int64_t end) {
+// Where the half of a row of the depth and a vector of the width lies.
+template <class Taps> struct Halves {
+  int64_t depth, vectors;
+  typename Taps::Column* first;
+
+  explicit Halves(const FrequencyWeights& w) : depth(w.transposed ? w.outs : w.ins), vectors(((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats), first(reinterpret_cast<typename Taps::Column*>(w.halves)) {}
+  typename Taps::Column* at(int64_t row, int64_t vector) const { return first + (row * vectors + vector) * (Taps::kLast + 1); }
+};
+
+template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
+  const Halves<Taps> halves(w);
   const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
-  const int64_t depth = kTransposed ? w.outs : w.ins, width = ((kTransposed ? w.ins : w.outs) + kFloats - 1) / kFloats * kFloats;
   float *const grids = w.grids, *const turned = w.grids + kFloats * Block<kGrid>::kRow;
   for (int64_t i = 0; i < 2 * kFloats * Block<kGrid>::kRow; i += kFloats) store(grids + i, Lane{});
-  typename Taps::Half half{};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     block.gather(grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
-    if (kTransposed) block.turn(grids, turned);
-    const int64_t first = kTransposed ? out : in, lane = kTransposed ? in : out, rest = width - lane / kPanel * kPanel;
-    const int64_t panel = rest < kPanel ? rest : kPanel;
-    float* const to = w.planes + lane / kPanel * kPanel * depth + lane % kPanel;
-    for (int64_t r = 0; r < kFloats && first + r < depth; ++r) {
-      for (int y = 0; y <= w.radius_h; ++y) Taps::fold_rows((kTransposed ? turned : grids) + r * Block<kGrid>::kRow, y, half);
-      Taps::template columns<!kTransposed>(half, to + (first + r) * panel, w.plane, w.streaming);
-    }
+    if (w.transposed) block.turn(grids, turned);
+    const int64_t first = w.transposed ? out : in, vector = (w.transposed ? in : out) / kFloats;
+    for (int64_t r = 0; r < kFloats && first + r < halves.depth; ++r)
+      for (int y = 0; y <= kGrid / 2; ++y) Taps::fold_rows((w.transposed ? turned : grids) + r * Block<kGrid>::kRow, y, halves.at(first + r, vector));
   }
-  streaming_fence();
 }
 
-template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
-  if (w.transposed) weight_spectra<T, kGrid, true>(w, begin, end);
-  else weight_spectra<T, kGrid, false>(w, begin, end);
+// Row by row of the depth, and along it panel by panel.
+template <class F> NASDET_INLINE void for_vectors(const FrequencyStep& s, int64_t vectors, const F& f) {
+  constexpr int64_t kPanelVectors = kPanel / kFloats;
+  for (int64_t row = 0; row < s.depth; ++row)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t panel = v / kPanelVectors * kPanelVectors, rest = vectors - panel, wide = rest < kPanelVectors ? rest : kPanelVectors;
+      f(s.first + row, v, s.planes + (panel * s.depth + row * wide + v - panel) * kFloats);
+    }
+}
+
+template <int T, int kGrid, bool kGradient> void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
+  using Taps = TapTransform<T, kGrid / 2>;
+  const Halves<Taps> halves(w);
+  for_vectors(s, halves.vectors, [&](int64_t row, int64_t vector, float* planes) {
+    const typename Taps::Column* const half = halves.at(row, vector);
+    if (s.step < T / 2 - 1) Taps::template complex_column<kGradient>(half[s.step + 1], planes, s.plane);
+    else Taps::template real_columns<kGradient>(half, planes, s.plane);
+  });
+}
+template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const FrequencyStep& s) {
+  if (w.transposed) step_planes<T, kGrid, true>(w, s);
+  else step_planes<T, kGrid, false>(w, s);
+}
+
+// Of planes in which a row's vectors lie side by side.
+template <int T, int kGrid> void weight_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
+  using Taps = TapTransform<T, kGrid / 2>;
+  const Halves<Taps> halves(w);
+  for (int64_t i = 0; i < s.depth * halves.vectors; ++i) {
+    typename Taps::Column* const half = halves.at(s.first, 0) + i * (Taps::kLast + 1);
+    if (s.step < T / 2 - 1) Taps::complex_column_back(s.planes + i * kFloats, s.plane, half[s.step + 1], s.add);
+    else Taps::real_columns_back(s.planes + i * kFloats, s.plane, half, s.add);
+  }
 }
 
 template <int T, int kGrid> void weight_gradients(const FrequencyWeights& w, int64_t begin, int64_t end) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
-  const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats, width = (w.outs + kFloats - 1) / kFloats * kFloats;
-  typename Taps::Half half;
+  const Halves<Taps> halves(w);
+  const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     if (in + kFloats > w.ins) block.clear(w.grids);
-    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r) {
-      Taps::columns_back(w.planes + (in + r) * width + out, w.plane, int(2 * width), half);
-      for (int y = 0; y <= w.radius_h; ++y) Taps::unfold_rows(half, y, w.grids + r * Block<kGrid>::kRow);
-    }
+    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r)
+      for (int y = 0; y <= w.radius_h; ++y) Taps::unfold_rows(halves.at(in + r, out / kFloats), y, w.grids + r * Block<kGrid>::kRow);
     block.scatter(w.grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
   }
   streaming_fence();

@@ -21,6 +21,9 @@ NASDET_INLINE void store_plane(float* p, Lane v, bool streaming) {
   else store(p, v);
 }
 
+// What three real products stand for: x conj(w), conj(w) conj(y) of which the conjugate is wanted, or x conj(y).
+enum class FrequencyResult { kMap, kMapGradient, kWeightGradient };
+
 template <int T> struct Tile {
   static constexpr int kLast = T / 2;
   static constexpr int64_t kBins = frequency_bins(T);
@@ -76,34 +79,45 @@ template <int T> struct Tile {
     for (int column = 1; column < kLast; ++column) complex_column<Form>(half, column, planes, plane, streaming);
   }
 
-  // A complex frequency from the three real products, of which the second factor may have been conjugated. Reads ahead
-  // for the call that comes next, whose planes lie `ahead` elements further.
-  template <bool kConjugated> static NASDET_INLINE void take(const float* p, int64_t plane, int ahead, Lane& re, Lane& im) {
-    __builtin_prefetch(p + ahead), __builtin_prefetch(p + plane + ahead), __builtin_prefetch(p + 2 * plane + ahead);
-    const Lane first = load(p);
-    re = first - load(p + 2 * plane), im = kConjugated ? first - load(p + plane) : first + load(p + plane);
+  // A complex frequency from the three real products.
+  template <FrequencyResult kResult> static NASDET_INLINE void take(const float* p, int64_t plane, Lane& re, Lane& im) {
+    const Lane first = load(p), second = load(p + plane);
+    re = first - load(p + 2 * plane);
+    im = kResult == FrequencyResult::kMap ? first + second : kResult == FrequencyResult::kMapGradient ? second - first : first - second;
   }
 
-  static NASDET_APART void complex_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
+  // The call that comes next reads the planes `kAhead` elements further.
+  static constexpr int kAhead = 2 * kFloats;
+  static NASDET_INLINE void fetch_ahead(const float* p, int64_t plane) {
+    __builtin_prefetch(p + kAhead), __builtin_prefetch(p + plane + kAhead), __builtin_prefetch(p + 2 * plane + kAhead);
+  }
+
+  template <FrequencyResult kResult> static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<T> x;
     const float* const p = planes + 3 * bin(column) * plane;
-    unroll<T>([&](auto k) { take<false>(p + 3 * k * plane, plane, ahead, x.re[k], x.im[k]); });
+    unroll<T>([&](auto k) {
+      take<kResult>(p + 3 * k * plane, plane, x.re[k], x.im[k]);
+      fetch_ahead(p + 3 * k * plane, plane);
+    });
     const Complexes<T> y = fft<T, 1>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
   }
-  static NASDET_APART void real_column_back(const float* planes, int64_t plane, int ahead, Half& half, int column) {
+  template <FrequencyResult kResult> static NASDET_APART void real_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<kLast + 1> x;
     const float* const p = planes + 3 * bin(column) * plane;
     const float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
     x.re[0] = load(real), x.re[kLast] = load(real + plane);
-    unroll<kLast - 1>([&](auto k) { take<false>(p + 3 * k * plane, plane, ahead, x.re[k + 1], x.im[k + 1]); });
+    unroll<kLast - 1>([&](auto k) {
+      take<kResult>(p + 3 * k * plane, plane, x.re[k + 1], x.im[k + 1]);
+      fetch_ahead(p + 3 * k * plane, plane);
+    });
     const auto y = real_ifft<T>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.at[j]; });
   }
-  static void columns_back(const float* planes, int64_t plane, int ahead, Half& half) {
-    real_column_back(planes, plane, ahead, half, 0);
-    real_column_back(planes, plane, ahead, half, kLast);
-    for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, ahead, half, column);
+  template <FrequencyResult kResult> static void columns_back(const float* planes, int64_t plane, Half& half) {
+    real_column_back<kResult>(planes, plane, half, 0);
+    real_column_back<kResult>(planes, plane, half, kLast);
+    for (int column = 1; column < kLast; ++column) complex_column_back<kResult>(planes, plane, half, column);
   }
 
   template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
@@ -160,21 +174,21 @@ template <int T, class Form> void spectra(const FrequencyTiles& t, const Frequen
   streaming_fence();
 }
 
-// One tile's vector of channels back into its map.
-template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
+// One tile's vector of channels back into its map, or added to it where that is a gradient.
+template <int T, FrequencyResult kResult> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
   using Two = Tile<T>;
   const Placed at = placed(t, t.first_tile + tile);
   const int64_t count = lanes_used(t.channels, in.first_channel + channel);
   typename Two::Half half;
-  Two::columns_back(in.data + tile * in.channels + channel, in.plane, 2 * kFloats, half);
+  Two::template columns_back<kResult>(in.data + tile * in.channels + channel, in.plane, half);
   float* const corner = map + at.offset + in.first_channel + channel;
   for (int row = at.row_first; row < at.row_last; ++row)
-    Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
+    Two::template map_row_back<kResult == FrequencyResult::kMapGradient>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
 }
 
 template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
   const int64_t vectors = in.channels / kFloats;
-  for (int64_t i = begin; i < end; ++i) map_back<T, false>(t, in, map, i / vectors, i % vectors * kFloats);
+  for (int64_t i = begin; i < end; ++i) map_back<T, FrequencyResult::kMap>(t, in, map, i / vectors, i % vectors * kFloats);
 }
 
 // No two rows of tiles that are `phases` rows apart overlap. A range counts rows of tiles of this phase x vectors of
@@ -185,7 +199,7 @@ template <int T> void add_maps(const FrequencyTiles& t, const FrequencyPlanes& i
     const int64_t row = phase + i / vectors * phases, first = i % vectors;
     next = end - i < vectors - first ? end : i + vectors - first;
     for (int64_t column = 0; column < t.columns; ++column)
-      for (int64_t v = first; v < first + next - i; ++v) map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
+      for (int64_t v = first; v < first + next - i; ++v) map_back<T, FrequencyResult::kMapGradient>(t, in, map, row * t.columns + column, v * kFloats);
   }
 }
 

@@ -27,6 +27,10 @@ class Scratch {
     used_ += padded(count * sizeof(T));
     return reinterpret_cast<T*>(piece);
   }
+  // What was taken after used() was `used` may be taken again.
+  size_t used() const { return used_; }
+  void rewind(size_t used) { used_ = used; }
+
   static constexpr size_t padded(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }  // what a piece takes of `bytes`
 
  private:

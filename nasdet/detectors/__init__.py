@@ -24,12 +24,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nasdet.detectors.backbone import Backbone
 from nasdet.detectors.cascade_rcnn import CASCADE_IOUS, CascadeStages, cascade_codecs
 from nasdet.detectors.faster_rcnn import HEAD_CODEC, BoxStage, FasterRCNN, FixedRoIs
 from nasdet.detectors.fcos import FCOS
 from nasdet.detectors.fpn import FPN
 from nasdet.detectors.mask_rcnn import MaskStage
 from nasdet.detectors.mask_scoring_rcnn import MaskIoUHead, MaskScoringStage
+from nasdet.detectors.mobilenet import MobileNetV2
 from nasdet.detectors.norm import FrozenBatchNorm2d
 from nasdet.detectors.parts.anchors import AnchorGenerator
 from nasdet.detectors.parts.codec import BoxCodec
@@ -37,6 +39,7 @@ from nasdet.detectors.resnet import ResNet
 from nasdet.detectors.retinanet import RetinaNet
 from nasdet.detectors.roi_heads import BoxHead, BoxTrunk, MaskHead, MaskTrunk, RoIPooler
 from nasdet.detectors.rpn import RPN
+from nasdet.detectors.shufflenet import ShuffleNetV2
 from nasdet.detectors.towers import PlainTowers
 from nasdet.detectors.weights import load_backbone_weights, load_torchvision_detector
 
@@ -47,6 +50,7 @@ __all__ = [
     "FPN",
     "RPN",
     "AnchorGenerator",
+    "Backbone",
     "BoxCodec",
     "BoxHead",
     "BoxStage",
@@ -59,10 +63,12 @@ __all__ = [
     "MaskScoringStage",
     "MaskStage",
     "MaskTrunk",
+    "MobileNetV2",
     "PlainTowers",
     "ResNet",
     "RetinaNet",
     "RoIPooler",
+    "ShuffleNetV2",
     "WITH_MASKS",
     "build_cascade_rcnn",
     "build_faster_rcnn",
@@ -75,10 +81,26 @@ __all__ = [
     "load_torchvision_detector",
 ]
 
-#: name -> maker of a module with ``strides`` and ``channels``
-BACKBONES: dict[str, Callable[..., Any]] = {
+#: DetNAS's spaces by blocks: stem and widths of the stages (Table 1; the last one scaled to 3.8 G), blocks
+_DETNAS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "20": (16, (64, 160, 320, 640), (4, 4, 8, 4)),
+    "40": (48, (96, 240, 480, 960), (8, 8, 16, 8)),
+    "40_3_8g": (72, (172, 432, 864, 1728), (8, 8, 16, 8)),
+}
+
+#: name -> maker of a module with ``strides`` and ``channels``; torchvision's names for its nets
+BACKBONES: dict[str, Callable[..., Backbone]] = {
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101)},
-    **{f"resnext{depth}_32x4d": partial(ResNet, depth, groups=32, width_per_group=4) for depth in (50, 101)},
+    **{
+        f"resnext{depth}_{groups}x{width}d": partial(ResNet, depth, groups=groups, width_per_group=width)
+        for depth, groups, width in ((50, 32, 4), (101, 32, 4), (101, 32, 8), (101, 64, 4))
+    },
+    "mobilenet_v2": MobileNetV2,
+    **{
+        f"shufflenet_v2_{name}": partial(ShuffleNetV2, 24, (first, 2 * first, 4 * first))
+        for name, first in (("x0_5", 48), ("x1_0", 116), ("x1_5", 176), ("x2_0", 244))
+    },
+    **{f"shufflenet_v2_{name}": partial(ShuffleNetV2, *sizes, shuffle="even_odd") for name, sizes in _DETNAS.items()},
 }
 
 

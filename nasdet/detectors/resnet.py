@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet.detectors.backbone import LEVELS, Backbone, scaled
 from nasdet.detectors.norm import norm_layer
-
-LEVELS = ("c2", "c3", "c4", "c5")
 
 
 def _conv(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -76,19 +75,13 @@ BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 }
 
 
-class ResNet(nn.Module):
-    """A ResNet without its classifier: images ``[N, 3, H, W]`` to a dict of feature maps.
+class ResNet(Backbone):
+    """A ResNet without its classifier; see :class:`Backbone` for its maps and for ``norm`` and ``frozen_stages``.
 
-    The result maps each name in ``outputs`` (of ``c2`` to ``c5``, strides 4 to 32) to ``[N, C, H / stride,
-    W / stride]``, sizes rounded up. ``strides`` and ``channels`` say the same by name. Stages after the last output
-    are not built. Parameter names are torchvision's, whatever the norm.
-
-    ``width`` multiplies the channels, rounded to a multiple of 8 (1.0 is the published net). ``norm`` is one of
-    :data:`nasdet.detectors.norm.NORMS`. ``frozen_stages`` counts the parts, from the stem on, that do not train and
-    whose norms stay in evaluation mode: 0 none, 1 the stem, 2 the stem and ``c2``, as Detectron's FREEZE_AT.
-    ``stride_in_1x1`` moves a bottleneck's stride to its first convolution, as in the paper and in Caffe's weights.
-    ``groups`` and ``width_per_group`` make it a ResNeXt (Xie et al., 2017): a bottleneck's 3x3 has ``width_per_group *
-    groups`` channels in c2, twice that in c3 and so on, in ``groups`` convolution groups; 32 and 4 is the 32x4d.
+    ``width`` multiplies the channels, rounded to a multiple of 8. ``stride_in_1x1`` moves a bottleneck's stride to its
+    first convolution, as in the paper and in Caffe's weights. ``groups`` and ``width_per_group`` make it a ResNeXt (Xie
+    et al., 2017): a bottleneck's 3x3 has ``width_per_group * groups`` channels in c2, twice that in c3 and so on, in
+    ``groups`` convolution groups; 32 and 4 is the 32x4d.
     """
 
     def __init__(
@@ -103,31 +96,24 @@ class ResNet(nn.Module):
         groups: int = 1,
         width_per_group: int = 64,
     ) -> None:
-        super().__init__()
+        super().__init__(width, frozen_stages, outputs)
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
-        if not width > 0:
-            raise ValueError(f"width must be positive, got {width}")
         plain = (groups, width_per_group) == (1, 64)
         if min(groups, width_per_group) < 1 or (BLOCKS[depth][0] is BasicBlock and not plain):
             raise ValueError(
                 f"groups and width_per_group must be positive, and 1 and 64 without bottlenecks (depth {depth}), got "
                 f"{groups} and {width_per_group}"
             )
-        if isinstance(outputs, str) or not outputs or any(name not in LEVELS for name in outputs):
-            raise ValueError(f"outputs must be names among {', '.join(LEVELS)}, got {outputs!r}")
-        self.outputs = tuple(name for name in LEVELS if name in outputs)
-        stages = LEVELS.index(self.outputs[-1]) + 1
-        if not 0 <= frozen_stages <= stages + 1:
-            raise ValueError(f"frozen_stages must be in 0..{stages + 1}, got {frozen_stages}")
-        self.frozen_stages = frozen_stages
         block, counts = BLOCKS[depth]
-        planes = [max(8, round(64 * 2**stage * width / 8) * 8) for stage in range(4)]
+        planes = [scaled(64 * 2**stage, width) for stage in range(4)]
         self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = norm_layer(norm, planes[0])
+        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        parts, channels = {"stem": ["conv1", "bn1", "relu", "maxpool"]}, {}
         inp = planes[0]
-        for stage in range(stages):
+        for stage, level in enumerate(self.built):
             inner = max(1, int(planes[stage] * width_per_group / 64)) * groups
             blocks = []
             for index in range(counts[stage]):
@@ -135,42 +121,11 @@ class ResNet(nn.Module):
                 blocks.append(block(inp, planes[stage], stride, norm, stride_in_1x1, groups, inner))
                 inp = planes[stage] * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        indices = {name: LEVELS.index(name) for name in self.outputs}
-        self.strides = {name: 4 * 2**index for name, index in indices.items()}
-        self.channels = {name: planes[index] * block.expansion for name, index in indices.items()}
-        self.unused_weights = ("fc.", *(f"layer{stage + 1}." for stage in range(stages, 4)))
+            parts[level], channels[level] = [f"layer{stage + 1}"], inp
         self._initialise()
-        self._freeze()
+        self._assemble(parts, channels, ["fc.", *(f"layer{stage + 1}." for stage in range(len(self.built), 4))])
 
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def _parts(self) -> list[tuple[str, list[nn.Module]]]:
-        stages = [(LEVELS[stage], [self.get_submodule(f"layer{stage + 1}")]) for stage in range(self._stage_count())]
-        return [("stem", [self.conv1, self.bn1]), *stages]
-
-    def _stage_count(self) -> int:
-        return LEVELS.index(self.outputs[-1]) + 1
-
-    def _freeze(self) -> None:
-        for _, modules in self._parts()[: self.frozen_stages]:
-            for module in modules:
-                module.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> ResNet:
-        """As for any module, but frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images ``[N, 3, H, W]`` to the maps named in ``outputs``."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
-        features = {}
-        for stage in range(self._stage_count()):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
-            if LEVELS[stage] in self.outputs:
-                features[LEVELS[stage]] = x
-        return features

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nasdet.cli import search_nats
+from nasdet.cli import names, search_nats
 
 HELP = "search a detector's architecture on a data folder"
 
@@ -79,9 +79,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="search steps (paper: 17500; tiny: 300)")
     add("--batch", type=int, metavar="N", help="images a step, for the weights and again for the alphas (4)")
     add("--size", metavar="SHORT[xLONG]", help="picture size in pixels (paper: 416x693; tiny: 128x192)")
-    add(
-        "--backbone", metavar="NAME", help="resnet18, resnet34, resnet50 or resnet101 (paper: resnet50; tiny: resnet18)"
-    )
+    add("--backbone", metavar="NAME", help=f"{names.BACKBONES} (paper: resnet50; tiny: resnet18)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add(
         "--weights", metavar="FILE", help="ImageNet weights of the backbone, torchvision's format, .pth or .safetensors"

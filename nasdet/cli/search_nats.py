@@ -73,7 +73,7 @@ def _add_space(add: Any) -> None:
 
 def _add_model(add: Any) -> None:
     add("--detector", metavar="NAME", help="detector around the backbone (fcos)")
-    add("--backbone", metavar="NAME", help="resnet50, resnet101, resnext50_32x4d or resnext101_32x4d (resnet50)")
+    add("--backbone", metavar="NAME", help="resnet{50,101}, resnext50_32x4d, resnext101_{32x4d,32x8d,64x4d} (resnet50)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add("--weights", metavar="FILE", help="its ImageNet weights, torchvision's format, .pth or .safetensors")
     add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights sync_bn)")

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nasdet.cli import names
 from nasdet.cli.search import parse_size
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(add: Any) -> None:
-    add("--detector", metavar="NAME", help="fcos, retinanet, {faster,cascade,mask,mask_scoring}_rcnn (fcos)")
-    add("--backbone", metavar="NAME", help="resnet18, 34, 50 or 101 (paper: resnet50; tiny: resnet18)")
+    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (fcos)")
+    add("--backbone", metavar="NAME", help=f"{names.BACKBONES} (paper: resnet50; tiny: resnet18)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add("--weights", type=Path, metavar="FILE", help="torchvision's ImageNet weights for it, .pth or .safetensors")
     add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights frozen_bn)")

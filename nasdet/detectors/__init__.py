@@ -288,8 +288,9 @@ def from_torchvision(
     """Our detector with the weights, and the detections, of a torchvision one; in evaluation mode.
 
     ``name`` is like ``"fasterrcnn_resnet50_fpn"``, with ``maskrcnn``, ``retinanet`` and ``fcos`` in its place, and a
-    backbone of :data:`BACKBONES`; ``state`` is its state dict, which also says how many classes there are. ``eps`` is
-    the batch norms': torchvision sets it to 0 for the ``COCO_V1`` weights of all but FCOS. ``options`` go to the maker.
+    ResNet or ResNeXt of :data:`BACKBONES`; ``state`` is its state dict, which also says how many classes there are.
+    ``eps`` is the batch norms': torchvision sets it to 0 for the ``COCO_V1`` weights of all but FCOS. ``options`` go to
+    the maker.
     Labels of two-stage detectors are torchvision's less 1 (it counts the background). Images are those that
     torchvision's own transform makes. Boxes without area, which its one-stage detectors keep, are dropped.
     """

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
 from nasdet.arch import load_card
 from nasdet.cli import detect, evaluate
 from nasdet.cli import train as train_verb
 from nasdet.data import DataError, Split, open_data, write_digits
+from nasdet.detectors import BACKBONES
 from nasdet.spaces.assemble import ModelConfig
 
 pytest.importorskip("sklearn")
@@ -67,6 +69,23 @@ def test_train_prints_what_it_does_and_where_it_lies(digits, run, capsys):
     text = capsys.readouterr().out
     assert "6 images to train on, 3 to test" in text and "plain towers" in text and "AP50" in text
     assert "2 steps of 2 images, learning rate 0.003" in text and str(run) in text
+
+
+@pytest.mark.parametrize(
+    ("detector", "backbone", "pretrained"),
+    [("fcos", "shufflenet_v2_20", False), ("faster_rcnn", "mobilenet_v2", True)],
+)
+def test_train_and_eval_on_other_backbones(detector, backbone, pretrained, digits, tmp_path, capsys):
+    words = [*shlex.split(SMALL), "--detector", detector, "--backbone", backbone, "--workers", 0, "--device", "cpu"]
+    if pretrained:
+        torch.save(BACKBONES[backbone](width=0.125, norm="bn").state_dict(), tmp_path / "net.pth")
+        words += ["--weights", tmp_path / "net.pth"]
+    assert verb(train_verb, "--data", digits, "--out", tmp_path / "run", *words) == 0
+    assert f"{detector} {backbone} x0.125" in capsys.readouterr().out
+    config = ModelConfig.load(tmp_path / "run" / "model.json")
+    expected = ("frozen_bn", 2) if pretrained else ("gn", 0)
+    assert (config.detector, config.backbone, config.norm, config.frozen_stages) == (detector, backbone, *expected)
+    assert verb(evaluate, tmp_path / "run", "--workers", 0, "--device", "cpu", "--json") == 0
 
 
 def test_preset_options_and_defaults(digits):

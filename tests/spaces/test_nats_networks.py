@@ -62,6 +62,25 @@ def test_a_selector_of_your_own() -> None:
     assert space.supernet(net)(image()).shape == (1, 8, 64, 96)
 
 
+def test_depthwise_convolutions_by_a_selector() -> None:
+    """MobileNetV2 has no bottleneck that NATS knows; its depthwise 3x3 can be named. Each channel is a whole group."""
+    net: Any = BACKBONES["mobilenet_v2"](width=0.25).eval()
+    stages = {3: (5, 6), 4: (8, 9, 10, 12, 13), 5: (15, 16)}  # the blocks of stride 1 and equal widths
+    chosen = {f"features.{block}.conv.1.0": stage for stage, blocks in stages.items() for block in blocks}
+    space = NATSSpace(backbone=net, selector=lambda _: chosen, channel_groups=8)
+    assert len(space.layers) == 9 and all(layer.groups == layer.channels for layer in space.layers)
+    ones = Card("nats", "ones", {layer.name: [[1, 8]] for layer in space.layers})
+    card = space.random(random.Random(0))
+    expected, same = net(image()), NATSSpace.build(ones, copy.deepcopy(net))(image())
+    built = NATSSpace.build(card, copy.deepcopy(net))(image())
+    space.supernet(net)
+    space.restrict(net, card.genotype)
+    for level, found in net(image()).items():
+        torch.testing.assert_close(same[level], expected[level], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, built[level], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(built["c5"], expected["c5"], rtol=1e-2)
+
+
 class Standardised(nn.Conv2d):
     """A subclass with a forward of its own, as in some of timm's nets."""
 
@@ -76,6 +95,8 @@ def _with(place: str, module: nn.Module) -> nn.Module:
     ("make", "error", "message"),
     [
         (lambda: BACKBONES["resnet18"](width=0.25), ValueError, "bottlenecks of its stages 3 to 5, got none in ResNet"),
+        (lambda: BACKBONES["mobilenet_v2"](width=0.25), ValueError, "to 5, got none in MobileNetV2; name them"),
+        (lambda: BACKBONES["shufflenet_v2_20"](width=0.25), ValueError, "to 5, got none in ShuffleNetV2; name them"),
         (
             lambda: _with("layer4.1.conv2", Standardised(4, 4, 3, padding=1)),
             TypeError,

@@ -1,0 +1,9 @@
+"""Names of the registries for the help of the verbs, which must not load torch."""
+
+from __future__ import annotations
+
+DETECTORS = "fcos, retinanet, {faster,cascade,mask,mask_scoring}_rcnn"
+BACKBONES = (
+    "resnet{18,34,50,101}, resnext50_32x4d, resnext101_{32x4d,32x8d,64x4d}, mobilenet_v2, "
+    "shufflenet_v2_{x0_5,x1_0,x1_5,x2_0,20,40,40_3_8g}"
+)

@@ -115,7 +115,7 @@ def _body(
 ) -> Any:
     """A named backbone that gives ``outputs``, with its weights."""
     if backbone not in BACKBONES:
-        raise ValueError(f"backbone must be one of {', '.join(sorted(BACKBONES))}, got {backbone!r}")
+        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     if norm is None:
         norm = "frozen_bn" if weights else "gn"
     if frozen_stages is None:

@@ -254,7 +254,7 @@ def test_any_backbone_and_towers() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: build_fcos("resnet19"), ValueError, "backbone must be one of resnet101, resnet18"),
+        (lambda: build_fcos("resnet19"), ValueError, "backbone must be one of resnet18, resnet34"),
         (lambda: _small(levels=0), ValueError, "levels must be positive, got 0"),
         (lambda: _small(prior=1.0), ValueError, "prior must be between 0 and 1, got 1.0"),
         (lambda: _small(ranges=[(0, 8)]), ValueError, r"one entry per level \(3\), got 1"),

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet.detectors.one_stage import OneStage, Outputs
 from nasdet.detectors.parts.assign import assign_locations, size_ranges
 from nasdet.detectors.parts.boxes import decode_ltrb, encode_ltrb
-from nasdet.detectors.parts.layers import described
 from nasdet.detectors.parts.locations import check_convention, flatten_levels, pyramid_points
 from nasdet.detectors.parts.losses import (
     at_least_float32,
@@ -25,10 +26,8 @@ from nasdet.detectors.parts.losses import (
     sigmoid_focal_loss,
     world_size,
 )
-from nasdet.detectors.parts.objects import batch_objects, check_sizes
-from nasdet.detectors.parts.postprocess import finish_image, top_candidates
-
-Outputs = dict[str, list[Tensor]]
+from nasdet.detectors.parts.objects import batch_objects
+from nasdet.detectors.parts.postprocess import top_candidates
 
 
 class FCOSHead(nn.Module):
@@ -56,18 +55,13 @@ class FCOSHead(nn.Module):
         return self.cls_logits(cls_feature), distances, self.centerness(box_feature)
 
 
-class FCOS(nn.Module):
-    """The one-stage detector FCOS, composed of a backbone, a neck and towers.
+class FCOS(OneStage):
+    """The one-stage detector FCOS, composed of a backbone, a neck and towers (see :class:`OneStage`).
 
-    ``backbone(images)`` gives feature maps by name; ``neck(maps)`` the pyramid, described by ``neck.strides`` and
-    ``neck.channels``; ``towers(level)`` the box and the class feature, described by ``towers.box_channels`` and
-    ``towers.cls_channels``. ``ranges`` are the object sizes each level answers for, in pixels; by default FCOS's own.
-
-    The remaining options: ``center_radius`` of centre sampling in strides; ``prior``, the class probability at the
-    start; ``focal_alpha`` and ``focal_gamma``; at detection, ``score_threshold`` on the class probability,
-    ``candidates`` per level before and ``max_detections`` per image after suppression at IoU ``nms_threshold``.
-    ``convention="torchvision"`` places the locations as torchvision's FCOS does (see :func:`pyramid_points`) and
-    compares the detection's score with the threshold.
+    ``ranges`` are the object sizes each level answers for, in pixels; by default FCOS's own. ``center_radius`` of
+    centre sampling is in strides. ``convention="torchvision"`` places the locations as torchvision's FCOS does (see
+    :func:`pyramid_points`) and compares the detection's score with the threshold. The remaining options are
+    :class:`OneStage`'s. A location with class probability p above the threshold scores ``sqrt(p * centerness)``.
     """
 
     def __init__(
@@ -79,36 +73,17 @@ class FCOS(nn.Module):
         num_classes: int,
         ranges: Sequence[tuple[float, float]] | None = None,
         center_radius: float = 1.5,
-        prior: float = 0.01,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        score_threshold: float = 0.05,
-        candidates: int = 1000,
         nms_threshold: float = 0.6,
-        max_detections: int = 100,
         convention: str = "centre",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be positive, got {num_classes}")
-        if not 0 < prior < 1:
-            raise ValueError(f"prior must be between 0 and 1, got {prior}")
-        self.strides: tuple[int, ...] = tuple(described(neck, "neck", "strides").values())
-        box_channels = described(towers, "towers", "box_channels")
-        cls_channels = described(towers, "towers", "cls_channels")
+        super().__init__(backbone, neck, towers, num_classes=num_classes, nms_threshold=nms_threshold, **options)
         self.convention = check_convention(convention)
         self.ranges = list(ranges) if ranges is not None else size_ranges(self.strides)
         if len(self.ranges) != len(self.strides):
             raise ValueError(f"ranges must have one entry per level ({len(self.strides)}), got {len(self.ranges)}")
-        self.num_classes = num_classes
         self.center_radius = center_radius
-        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
-        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
-        self.candidates, self.max_detections = candidates, max_detections
-        self.backbone = backbone
-        self.neck = neck
-        self.towers = towers
-        self.head = FCOSHead(box_channels, cls_channels, num_classes, len(self.strides), prior)
+        self.head = FCOSHead(self.box_channels, self.cls_channels, num_classes, len(self.strides), self.prior)
 
     def forward(self, images: Tensor) -> Outputs:
         """Images ``[N, 3, H, W]`` to per-level lists.
@@ -153,7 +128,7 @@ class FCOS(nn.Module):
     def _targets(self, maps: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Labels ``[N, L]`` (-1: background) and distances in strides ``[N, L, 4]`` (1 where background)."""
         batch = batch_objects(targets, maps[0].shape[0], self.num_classes)
-        points = pyramid_points(maps, self.strides, self.convention)
+        points = self.places(maps)
         flat = torch.cat(points)
         scale = torch.cat([flat.new_full((len(p), 1), s) for p, s in zip(points, self.strides, strict=True)])
         labels = flat.new_full((len(targets), len(flat)), -1, dtype=torch.int64)
@@ -169,24 +144,10 @@ class FCOS(nn.Module):
             distances[index] = torch.where(found[:, None], encoded, 1.0)
         return labels, distances
 
-    @torch.no_grad()
-    def detect(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detections per image, best first, inside the valid area ``sizes`` ``[(h, w)]`` of the batch.
+    def places(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return pyramid_points(maps, self.strides, self.convention)
 
-        Each has ``boxes`` float32 ``[n, 4]`` in batch pixels, ``scores`` ``[n]``, ``labels`` int64 ``[n]``. A location
-        with class probability p above the threshold scores ``sqrt(p * centerness)``; suppression is per class.
-        """
-        points = pyramid_points(outputs["cls"], self.strides, self.convention)
-        results = []
-        for image, size in enumerate(check_sizes(sizes, outputs["cls"][0].shape[0])):
-            levels = [self._level_candidates(outputs, level, image, points[level]) for level in range(len(points))]
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            results.append(finish_image(boxes, scores, labels, size, self.nms_threshold, self.max_detections))
-        return results
-
-    def _level_candidates(
-        self, outputs: Outputs, level: int, image: int, points: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def level_candidates(self, outputs: Outputs, level: int, image: int, places: Tensor) -> tuple[Tensor, ...]:
         cls, box, centerness = (
             at_least_float32(outputs[name][level][image]).flatten(1).T for name in ("cls", "box", "centerness")
         )
@@ -194,4 +155,4 @@ class FCOS(nn.Module):
         scores = (probability * centerness.sigmoid()).sqrt()
         judged = probability if self.convention == "centre" else scores
         scores, location, labels = top_candidates(scores, judged > self.score_threshold, self.candidates)
-        return decode_ltrb(points[location], box[location] * self.strides[level]), scores, labels
+        return decode_ltrb(places[location], box[location] * self.strides[level]), scores, labels

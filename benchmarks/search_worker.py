@@ -90,7 +90,8 @@ def _fad(options: dict[str, Any], size: list[int]) -> Made:
 
 def _nats(options: dict[str, Any], size: list[int]) -> Made:
     """As a search with pretrained weights makes it, but for the weights."""
-    config = NATSSearchConfig(**{name: options[name] for name in ("backbone", "width", "fpn_channels")})
+    sizes = {name: options[name] for name in ("backbone", "width", "fpn_channels")}
+    config = NATSSearchConfig(detector="fcos", **sizes)
     model = build_model(config.model(tuple(map(str, range(CLASSES))), pretrained=True))
     backbone = model.get_submodule("backbone")
     space = config.search_space(backbone)

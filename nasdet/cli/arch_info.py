@@ -19,8 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "  - the detector around a card: CARD|NAME, with --detector and --backbone as you like;\n"
         "  - a plain detector: --detector without a card;\n"
         "  - a backbone alone, without its classifier: its name, without --detector.\n"
-        "Two-stage detectors are counted at a fixed number of boxes. 'subnet' are a one-stage detector's towers and\n"
-        "predictors, as the papers count them."
+        "Two-stage detectors are counted at a fixed number of boxes. 'subnet' is what a card replaces with the\n"
+        "predictors, as the papers count it; of a plain one-stage detector, towers and predictors."
     )
     parser.epilog = (
         "examples:\n"
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "card", nargs="?", metavar="CARD|NAME", help="a card's JSON file, a name from 'nasdet arch list', or a backbone"
     )
-    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (around a card: fcos)")
+    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (around a card: fcos; for masks mask_rcnn)")
     add("--backbone", metavar="NAME", help=f"{names.BACKBONES} (the card's, or resnet50)")
     add("--width", type=float, metavar="X", help="multiplier of its channels (the card's, or 1)")
     add("--norm", metavar="NAME", help="of the backbone: bn, sync_bn, gn, frozen_bn without parameters (frozen_bn; bn)")
@@ -70,7 +70,7 @@ def run(
         settings = {} if chosen is None else chosen.settings
         costs = detector_costs(
             chosen,
-            detector or "fcos",
+            detector or _usual_detector(chosen),
             str(settings.get("backbone", "resnet50")) if backbone is None else backbone,
             pixels,
             width=float(settings.get("width", 1.0)) if width is None else width,
@@ -83,6 +83,12 @@ def run(
         _describe(chosen)
         _print(costs, size)
     return 0
+
+
+def _usual_detector(card: Any) -> str:
+    from nasdet.spaces import part_of
+
+    return "mask_rcnn" if card is not None and part_of(card) == "mask_trunk" else "fcos"
 
 
 def _subject(name: str | None, backbone: str | None) -> tuple[Any, str | None]:
@@ -125,7 +131,7 @@ def _print(costs: dict[str, Any], size: str) -> None:
     subnet = [costs["subnet"]] if "subnet" in costs else []
     for part in [*costs["parts"], *subnet, costs["total"]]:
         print(f"{part['name']:<12}{part['parameters']:>14,}{part['macs']:>20,}")
-    if subnet:
+    if "locations" in costs:
         print(f"\nsubnet: {costs['macs_per_location']:,} MACs at each of {costs['locations']:,} locations")
 
 
@@ -172,14 +178,15 @@ def detector_costs(
 ) -> dict[str, Any]:
     """Parameters and MACs of a detector by part, around a card or (None) plain.
 
-    A one-stage detector's also have the sum over towers and predictors (``subnet``); a two-stage one's are for
-    ``proposals`` boxes (1000) in the box stage and ``detections`` (100) in the mask stage.
+    A two-stage one's are for ``proposals`` boxes (1000) in the box stage and ``detections`` (100) in the mask stage.
+    ``subnet`` is the sum of what the card replaces with the predictors: the heads of a one-stage detector (also of a
+    plain one), the mask stage, or the backbone.
     """
     import torch
 
     from nasdet.detectors import WITH_MASKS, FasterRCNN, FixedRoIs
     from nasdet.measure import count, total
-    from nasdet.spaces.assemble import ModelConfig, build_model
+    from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
 
     config = ModelConfig(
         detector=detector,
@@ -190,11 +197,11 @@ def detector_costs(
         num_classes=classes,
         inner_channels=inner_channels,
         cells=cells,
-        **_searched(card),
+        **({} if card is None else {"fpn_channels": card.settings.get("channels", 256), **searched_fields(card)}),
     )
     with torch.device("meta"):
         model: Any = build_model(config)
-    neck = model.neck
+    strides = tuple(model.neck.strides.values())
     two_stage = isinstance(model, FasterRCNN)
     boxes = {"proposals": _boxes("proposals", proposals, 1000, two_stage, detector)}
     boxes["detections"] = _boxes("detections", detections, 100, detector in WITH_MASKS, detector)
@@ -215,21 +222,29 @@ def detector_costs(
         "parts": [part._asdict() for part in parts],
         "total": total(parts)._asdict(),
     }
-    if not two_stage:
-        subnet = total(part for part in parts if part.name not in ("backbone", "neck"))._replace(name="subnet")
-        locations = sum(-(-size[0] // stride) * -(-size[1] // stride) for stride in neck.strides.values())
-        costs |= {"subnet": subnet._asdict(), "locations": locations, "macs_per_location": subnet.macs // locations}
-    return costs
+    return costs | _subnet(card, parts, boxes, size, () if two_stage else strides)
 
 
-def _searched(card: Any) -> dict[str, Any]:
-    """The fields of a ModelConfig that a card fills."""
+def _subnet(card: Any, parts: Any, boxes: dict[str, int], size: tuple[int, int], strides: Any) -> dict[str, Any]:
+    """The cost of what is searched, and per location that it sees; ``strides`` of a one-stage detector's levels."""
+    from nasdet.measure import total
     from nasdet.spaces import part_of
 
-    if card is None:
+    searched = part_of(card) if card is not None else "towers" if strides else None
+    if searched is None:
         return {}
-    part = "backbone_card" if part_of(card.method) == "backbone" else "towers"
-    return {"fpn_channels": card.settings.get("channels", 256), part: card.to_json()}
+    belongs = {
+        "backbone": lambda name: name == "backbone",
+        "mask_trunk": lambda name: name == "masks",
+        "towers": lambda name: name not in ("backbone", "neck"),
+    }[searched]
+    subnet = total(part for part in parts if belongs(part.name))._replace(name="subnet")
+    if searched == "backbone":
+        return {"subnet": subnet._asdict()}
+    pooled = 14 * 14  # pixels of the maps that the mask stage sees
+    towers = sum(-(-size[0] // stride) * -(-size[1] // stride) for stride in strides)
+    locations = towers if searched == "towers" else boxes["detections"] * pooled
+    return {"subnet": subnet._asdict(), "locations": locations, "macs_per_location": subnet.macs // locations}
 
 
 def _boxes(name: str, given: int | None, default: int, wanted: bool, detector: str) -> int:

@@ -185,19 +185,11 @@ def _train_config(budget: Budget, seed: int) -> TrainConfig:
 
 
 def _model(folder: DataFolder, method: DemoSpace, card: Card | None) -> ModelConfig:
-    from nasdet.spaces import part_of
-    from nasdet.spaces.assemble import ModelConfig
+    from nasdet.spaces.assemble import ModelConfig, searched_fields
 
     names = tuple(folder.categories)
     config = ModelConfig(norm="gn", num_classes=len(names), categories=names, tower_convs=4, **method.model)
-    if card is None:
-        return config
-    searched = card.to_json()
-    return (
-        replace(config, backbone_card=searched)
-        if part_of(card.method) == "backbone"
-        else replace(config, towers=searched)
-    )
+    return replace(config, **searched_fields(card))
 
 
 def _write_fields(out: Path, method: DemoSpace) -> None:

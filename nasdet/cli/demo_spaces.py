@@ -48,7 +48,7 @@ class DemoSpace:
 
 _SMALL: dict[str, Any] = {"width": 0.25, "fpn_channels": 32, "levels": 3, "short_side": 128, "long_side": 160}
 _FAD_MODEL: dict[str, Any] = {"backbone": "resnet18", **_SMALL}
-_NATS_MODEL: dict[str, Any] = {"backbone": "resnet50", **_SMALL}
+_NATS_MODEL: dict[str, Any] = {"detector": "fcos", "backbone": "resnet50", **_SMALL}
 _LOGGED: dict[str, Any] = {"flip": False, "log_every": 5, "checkpoint_every": 25, "workers": 0}
 
 

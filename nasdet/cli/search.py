@@ -42,17 +42,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
     fad = methods.add_parser(
         "fad",
-        help="FAD: the sub-network that replaces both towers of a one-stage detector",
+        help="FAD: the sub-network in a one-stage detector's towers, or in a mask head",
         description=(
             "FAD (Zhong et al., ECCV 2020) searches the module that replaces the box and class towers of a one-stage "
-            "detector: 9 edges a cell, 12 transformations and 'none' an edge, representations shared between them. The "
-            "defaults are the paper's, meant for VOC 2012 on one GPU; --preset tiny runs in minutes on a CPU."
+            "detector, or the convolutions of a mask head before its deconvolution: 9 edges a cell, 12 transformations "
+            "and 'none' an edge, representations shared between them. The defaults are the paper's for towers, meant "
+            "for VOC 2012 on one GPU; --preset tiny runs in minutes on a CPU."
         ),
         epilog=(
             "examples:\n"
             "  nasdet data digits --out digits                  make a small real data set\n"
             "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip\n"
             "  nasdet search fad --data VOCdevkit/VOC2012 --out runs/voc --weights resnet50.pth\n"
+            "  nasdet search fad --data coco --out runs/masks --detector mask_rcnn --weights resnet50.pth\n"
             "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip --resume   go on after a stop\n"
             "  nasdet train --card runs/tiny/card.json --data digits --out runs/net     retrain the result"
         ),
@@ -106,12 +108,14 @@ def _add_fad(parser: argparse.ArgumentParser) -> None:
             "of one stream; darts 7 operations of DARTS; released 10, without dilation 3 (default: full)"
         ),
     )
+    add("--detector", metavar="NAME", help="fcos, retinanet, mask_rcnn or mask_scoring_rcnn (default: fcos)")
+    add("--part", choices=("towers", "mask_trunk"), help="what is searched (default: what the detector has of the two)")
     add("--no-repshare", action="store_true", help="compute every transformation by itself: 26 representations, not 12")
     add("--no-decouple", action="store_true", help="without H between a shared representation and its transformation")
     add("--released-h", action="store_const", const=True, help="H without ReLU, as the released code has it")
     add("--fpn-channels", type=int, metavar="N", help="pyramid and node channels c (paper: 256; tiny: 48)")
     add("--inner-channels", type=int, metavar="N", help="channels c' inside the transformations (paper: 96; tiny: 24)")
-    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on (paper: 5; tiny: 4)")
+    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on; masks: 4 (paper: 5; tiny: 4)")
     add("--score", choices=("softmax", "alpha"), help="how edges are compared when decoding (default: softmax)")
     add("--name", metavar="NAME", help="name of the card (default: fad-SPACE-seedN)")
     add("--backend", metavar="NAME", help="backend of the mixing ops, such as reference (default: the best one)")

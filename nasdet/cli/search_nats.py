@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "long_side": 192,
         "clip": 20.0,
         "arch_lr": 0.03,
+        "detector": "fcos",
         "width": 0.25,
         "fpn_channels": 48,
         "levels": 4,
@@ -37,9 +38,10 @@ EPILOG = (
     "examples:\n"
     "  nasdet data digits --out digits                  make a small real data set\n"
     "  nasdet search nats --data digits --out runs/nats --preset tiny --no-flip\n"
-    "  nasdet search nats --data coco --out runs/nats --backbone resnet50 --detector fcos --weights resnet50.pth\n"
+    "  nasdet search nats --data coco --out runs/nats --weights resnet50.pth\n"
     "  nasdet search nats --data digits --out runs/nats --preset tiny --no-flip --resume   go on after a stop\n"
-    "  nasdet train --card runs/nats/card.json --data digits --out runs/net     retrain the result"
+    "  nasdet train --card runs/nats/card.json --data digits --out runs/net     retrain the result\n"
+    "  nasdet train --card runs/nats/card.json --detector mask_rcnn --data coco --out runs/mask --weights resnet50.pth"
 )
 
 
@@ -72,14 +74,14 @@ def _add_space(add: Any) -> None:
 
 
 def _add_model(add: Any) -> None:
-    add("--detector", metavar="NAME", help="detector around the backbone (fcos)")
+    add("--detector", metavar="NAME", help="detector around the backbone, any of them (paper: faster_rcnn; tiny: fcos)")
     add("--backbone", metavar="NAME", help="resnet{50,101}, resnext50_32x4d, resnext101_{32x4d,32x8d,64x4d} (resnet50)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add("--weights", metavar="FILE", help="its ImageNet weights, torchvision's format, .pth or .safetensors")
     add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights sync_bn)")
     add("--fpn-channels", type=int, metavar="N", help="pyramid and tower channels (paper: 256; tiny: 48)")
-    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on (paper: 5; tiny: 4)")
-    add("--tower-convs", type=int, metavar="N", help="convolutions in each tower (4; tiny: 2)")
+    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on, two stages: 4 (paper: 5; tiny: 4)")
+    add("--tower-convs", type=int, metavar="N", help="convolutions in each tower, where there are any (4; tiny: 2)")
     add("--size", metavar="SHORT[xLONG]", help="picture size in pixels (paper: 800x1200; tiny: 128x192)")
 
 

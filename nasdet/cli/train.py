@@ -12,6 +12,7 @@ from nasdet.cli import names
 from nasdet.cli.search import parse_size
 
 if TYPE_CHECKING:
+    from nasdet.arch import Card
     from nasdet.data import DataFolder
     from nasdet.spaces.assemble import ModelConfig
 
@@ -43,8 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _DESCRIPTION = """\
-Train FCOS on everything of a data folder that may be trained on, then report its average precision on the test part,
-which takes no part in training. The towers are plain ones, a published architecture, or one that you searched.
+Train a detector on everything of a data folder that may be trained on, then report its average precision on the test
+part, which takes no part in training. It is plain, or a card stands for a part of it, published or one that you
+searched: the towers of fcos and retinanet, the mask head of mask_rcnn and mask_scoring_rcnn, any detector's backbone.
 
 The defaults are the papers' (COCO, 8 GPUs): ResNet-50, images of 800 by at most 1333 pixels, 16 images a step, 90,000
 steps, learning rate 0.01, a tenth of it from 60,000 and again from 80,000 on (2/3 and 8/9 of any other number of
@@ -57,6 +59,7 @@ examples:
   nasdet train --data digits --out runs/plain --preset tiny --no-flip
   nasdet train --card fad-paper --data digits --out runs/fad --preset tiny --no-flip
   nasdet train --card runs/search/card.json --data digits --out runs/net --steps 2000
+  nasdet train --card runs/nats/card.json --detector cascade_rcnn --data coco --out runs/cascade --weights resnet50.pth
   nasdet train --data digits --out runs/plain --preset tiny --no-flip --resume   go on after a stop or a crash
   torchrun --nproc-per-node 8 -m nasdet train --card fad-paper --weights resnet50.pth --data coco --out runs/coco
 
@@ -140,7 +143,7 @@ def run(
 ) -> int:
     """Train, and print the average precision and where everything lies."""
     from nasdet.data.errors import format_counts
-    from nasdet.detectors import WITH_MASKS
+    from nasdet.detectors import WITH_MASKS, parts_of
     from nasdet.engine.distributed import is_main
     from nasdet.engine.train import TrainConfig, train
 
@@ -157,9 +160,10 @@ def run(
     if is_main():
         skipped = f", skipped {format_counts(folder.skipped)}" if folder.skipped else ""
         print(f"{data}: {len(folder.train())} images to train on, {len(folder.test())} to test{skipped}")
-        towers = "plain towers" if model.card is None else f"{model.card.name} ({model.card.method})"
+        plain = "plain towers" if "towers" in parts_of(model.detector) else "plain heads"
+        searched = plain if model.card is None else f"{model.card.name} ({model.card.method})"
         size = f"{model.short_side}x{model.long_side} pixels"
-        print(f"{model.detector} {model.backbone} x{model.width:g}, {towers}, {size}")
+        print(f"{model.detector} {model.backbone} x{model.width:g}, {searched}, {size}")
         rate = config.schedule().lr
         print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)
     train(config, folder, model, out, weights=weights, resume=resume, command=["nasdet", *sys.argv[1:]])
@@ -214,34 +218,38 @@ def model_config(
     card: str, folder: DataFolder, settings: dict[str, Any], weights: Path | None, *, beside: bool
 ) -> ModelConfig:
     """The model for the folder's categories: ``settings`` over the model.json beside the card over the paper's."""
-    from nasdet.arch import load_card
     from nasdet.spaces import part_of
+    from nasdet.spaces.assemble import searched_fields
 
-    base = _around(card, beside)
-    searched: dict[str, Any] = {"towers": "plain", "backbone_card": None}
-    chosen = None if card == "plain" else load_card(card)
-    part = "towers" if chosen is None else part_of(chosen.method)
-    if chosen is not None:
-        searched["backbone_card" if part == "backbone" else "towers"] = chosen.to_json()
-    # NATS retrains with norms that learn; a card of towers leaves the pretrained backbone's as they are.
-    norm = ("sync_bn" if part == "backbone" else "frozen_bn") if weights else "gn"
-    settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched, **settings}
-    return replace(base, num_classes=len(folder.categories), categories=folder.categories, **settings)
+    chosen = _chosen(card)
+    # NATS retrains with norms that learn; cards of other parts leave the pretrained backbone's as they are.
+    learning = chosen is not None and part_of(chosen) == "backbone"
+    norm = ("sync_bn" if learning else "frozen_bn") if weights else "gn"
+    settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched_fields(chosen), **settings}
+    return replace(_around(card, beside), num_classes=len(folder.categories), categories=folder.categories, **settings)
+
+
+def _chosen(card: str) -> Card | None:
+    from nasdet.arch import load_card
+
+    return None if card == "plain" else load_card(card)
 
 
 def _around(card: str, beside: bool) -> ModelConfig:
-    """The paper's model, or with ``beside`` the one of the model.json beside the card, if there is one."""
+    """The paper's model for the card, or with ``beside`` the one of the model.json beside it, if there is one."""
+    from nasdet.spaces import part_of
     from nasdet.spaces.assemble import ModelConfig
 
-    stored = Path(card).parent / "model.json"
-    return ModelConfig.load(stored) if beside and Path(card).is_file() and stored.is_file() else ModelConfig()
+    stored, chosen = Path(card).parent / "model.json", _chosen(card)
+    if beside and Path(card).is_file() and stored.is_file():
+        return ModelConfig.load(stored)
+    return ModelConfig(detector="mask_rcnn") if chosen and part_of(chosen) == "mask_trunk" else ModelConfig()
 
 
 def _own_backbone(card: str) -> dict[str, Any]:
-    """The backbone that a card transforms, by name and width; nothing for plain or a card of towers."""
-    from nasdet.arch import load_card
+    """The backbone that a card transforms, by name and width; nothing for plain or a card of another part."""
     from nasdet.spaces import part_of
 
-    if card == "plain" or part_of((chosen := load_card(card)).method) != "backbone":
+    if (chosen := _chosen(card)) is None or part_of(chosen) != "backbone":
         return {}
     return {name: chosen.settings[name] for name in ("backbone", "width") if name in chosen.settings}

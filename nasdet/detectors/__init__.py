@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nasdet.detectors.backbone import Backbone
 from nasdet.detectors.cascade_rcnn import CASCADE_IOUS, CascadeStages, cascade_codecs
-from nasdet.detectors.faster_rcnn import HEAD_CODEC, BoxStage, FasterRCNN, FixedRoIs
+from nasdet.detectors.faster_rcnn import HEAD_CODEC, BoxStage, FasterRCNN, FixedRoIs, countable
 from nasdet.detectors.fcos import FCOS
 from nasdet.detectors.fpn import FPN
 from nasdet.detectors.mask_rcnn import MaskStage
@@ -69,6 +69,7 @@ __all__ = [
     "RetinaNet",
     "RoIPooler",
     "ShuffleNetV2",
+    "TWO_STAGE",
     "WITH_MASKS",
     "build_cascade_rcnn",
     "build_faster_rcnn",
@@ -76,9 +77,11 @@ __all__ = [
     "build_mask_rcnn",
     "build_mask_scoring_rcnn",
     "build_retinanet",
+    "countable",
     "from_torchvision",
     "load_backbone_weights",
     "load_torchvision_detector",
+    "parts_of",
 ]
 
 #: DetNAS's spaces by blocks: stem and widths of the stages (Table 1; the last one scaled to 3.8 G), blocks
@@ -315,6 +318,16 @@ def from_torchvision(
 
 #: detectors that learn masks: their data set must give them
 WITH_MASKS = ("mask_rcnn", "mask_scoring_rcnn")
+
+#: detectors without towers: their heads see regions
+TWO_STAGE = ("faster_rcnn", "cascade_rcnn", "mask_rcnn", "mask_scoring_rcnn")
+
+
+def parts_of(detector: str) -> tuple[str, ...]:
+    """The parts of a named detector that can be searched: ``"backbone"``, and ``"towers"`` or ``"mask_trunk"``."""
+    towers = () if detector in TWO_STAGE else ("towers",)
+    return ("backbone", *towers, *(("mask_trunk",) if detector in WITH_MASKS else ()))
+
 
 #: name -> maker of a detector: ``maker(backbone, num_classes, ...)``
 DETECTORS: dict[str, Callable[..., nn.Module]] = {

@@ -221,3 +221,8 @@ class FixedRoIs(nn.Module):
         model.boxes(features, [box.expand(self.proposals, 4)] * len(images))
         if getattr(model, "masks", None) is not None:
             model.masks(features, [box.expand(self.detections, 4)] * len(images))
+
+
+def countable(model: nn.Module) -> nn.Module:
+    """What :func:`nasdet.measure.count` is given for a detector: a two-stage one on fixed RoIs, others as they are."""
+    return FixedRoIs(model) if isinstance(model, FasterRCNN) else model

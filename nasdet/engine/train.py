@@ -18,6 +18,7 @@ from nasdet.data.base import DetectionDataset
 from nasdet.data.folder import DataFolder
 from nasdet.data.loader import make_loader
 from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize
+from nasdet.detectors import countable
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
@@ -102,7 +103,7 @@ def train(
 ) -> Path:
     """Train a detector on ``data.train()``, evaluate it on ``data.test()``, and return the run's folder.
 
-    The folder gets run.json, split.json, model.json, card.json (when the towers are a card's), metrics.jsonl,
+    The folder gets run.json, split.json, model.json, card.json (when a part is a card's), metrics.jsonl,
     checkpoints, weights.safetensors, eval.json and detections.json. The test part is only reported on. ``weights``
     are the backbone's pretrained ones. Under ``torchrun`` every process calls this.
 
@@ -164,10 +165,13 @@ def _write_inputs(out: Path, data: DataFolder, model_config: ModelConfig) -> Non
 
 
 def write_cost(out: Path, model_config: ModelConfig) -> None:
-    """Write ``cost.json``: parameters and MACs by part at the model's picture size, for the report and the demo."""
+    """Write ``cost.json``: parameters and MACs by part at the model's picture size, for the report and the demo.
+
+    Two-stage detectors are counted with 1,000 proposals and 100 detections.
+    """
     height, width = (-(-side // 32) * 32 for side in (model_config.short_side, model_config.long_side))
     state = torch.get_rng_state()  # building a model to count it must not move the run's random numbers
-    costs = count(build_model(model_config), torch.empty(1, 3, height, width, device="meta"))
+    costs = count(countable(build_model(model_config)), torch.empty(1, 3, height, width, device="meta"))
     torch.set_rng_state(state)
     write_json(out / "cost.json", {"size": [height, width], "parts": [cost._asdict() for cost in costs]})
 

@@ -247,6 +247,8 @@ def _inputs(method: Any, group: str) -> tuple[tuple[str, str], str]:
         return ("FPN (0)", "FPN (1)"), ": both inputs of its first cell are the pyramid"
     if method == "fad" and group == "cls":
         return ("box (0)", "FPN (1)"), ": its first cell reads the box feature and the pyramid"
+    if method == "fad":
+        return ("RoI (0)", "RoI (1)"), ": both inputs of its first cell are the pooled map of a box"
     return ("input 0", "input 1"), ""
 
 

@@ -6,7 +6,10 @@ One more space is one more folder here and one more line in :data:`SPACES`.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nasdet.arch import Card
 
 # Loaded on demand: a card of one method needs no other method's modules.
 SPACES: dict[str, str] = {
@@ -23,6 +26,10 @@ def space_class(method: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def part_of(method: str) -> str:
-    """What a method's cards build: ``"towers"`` of a detector (the default), or its ``"backbone"``."""
-    return str(getattr(space_class(method), "part", "towers"))
+def part_of(card: Card) -> str:
+    """The part of a detector that a card stands for: ``"towers"`` (the default), ``"mask_trunk"`` or ``"backbone"``.
+
+    A space says it as ``part``: one name for all its cards, or a function of the card.
+    """
+    part = getattr(space_class(card.method), "part", "towers")
+    return str(part(card) if callable(part) else part)

@@ -1,4 +1,4 @@
-"""A whole model from plain data: detector, backbone, pyramid and towers."""
+"""A whole model from plain data: detector, backbone, pyramid, and the parts that cards stand for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from nasdet._files import read_json, write_json
 from nasdet.arch import Card
-from nasdet.detectors import BACKBONES, DETECTORS
+from nasdet.detectors import BACKBONES, DETECTORS, parts_of
 from nasdet.detectors.norm import NORMS
 from nasdet.spaces import part_of, space_class
 
 PLAIN = "plain"
+#: part -> the field of a ModelConfig that holds its card
+_FIELDS = {"towers": "towers", "mask_trunk": "mask_trunk", "backbone": "backbone_card"}
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,10 @@ class ModelConfig:
     ``backbone`` and ``width`` (a multiplier of its channels), ``fpn_channels`` and ``levels`` of the pyramid;
     ``norm`` of the backbone and ``frozen_stages``; ``categories``, the class names in the order of the labels, and
     their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
-    ``inner_channels`` and ``cells`` in the place of the card's own where given; ``backbone_card``, the JSON of a card
-    that transforms the backbone; ``short_side`` and ``long_side``, the picture size it was trained for, in pixels.
+    ``inner_channels`` and ``cells`` in the place of the card's own where given; ``mask_trunk``, the JSON of a card for
+    the mask head's convolutions before the deconvolution, likewise; ``backbone_card``, the JSON of a card that
+    transforms the backbone; ``short_side`` and ``long_side``, the picture size it was trained for, in pixels;
+    ``options``, those of the detector's own.
     """
 
     detector: str = "fcos"
@@ -43,6 +47,7 @@ class ModelConfig:
     inner_channels: int | dict[str, int] | None = None
     cells: int | None = None
     backbone_card: dict[str, Any] | None = None
+    mask_trunk: dict[str, Any] | None = None
     short_side: int = 800
     long_side: int = 1333
     options: dict[str, Any] = field(default_factory=dict)
@@ -66,23 +71,28 @@ class ModelConfig:
         object.__setattr__(self, "categories", tuple(self.categories))
         if self.categories and len(self.categories) != self.num_classes:
             raise ValueError(f"categories must be {self.num_classes} names (num_classes), got {len(self.categories)}")
-        if isinstance(self.towers, Mapping):
-            object.__setattr__(self, "towers", Card.from_json(self.towers).to_json())
-        elif self.towers != PLAIN:
+        if not isinstance(self.towers, Mapping) and self.towers != PLAIN:
             raise ValueError(f"towers must be {PLAIN!r} or a card's JSON, got {self.towers!r}")
-        if self.backbone_card is not None:
-            card = Card.from_json(self.backbone_card)
-            if part_of(card.method) != "backbone":
-                raise ValueError(f"backbone_card must be a card of a backbone, got {card.name!r} ({card.method})")
-            object.__setattr__(self, "backbone_card", card.to_json())
+        for part, name in _FIELDS.items():
+            if getattr(self, name) not in (PLAIN, None):
+                object.__setattr__(self, name, self._own_card(part, name).to_json())
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be an object, got {type(self.options).__name__}")
 
+    def _own_card(self, part: str, name: str) -> Card:
+        """The card of a field, if it stands for that part and the detector has it."""
+        card = Card.from_json(getattr(self, name))
+        if (found := part_of(card)) != part:
+            raise ValueError(f"{name} must be a card of {part}, got {card.name!r} ({card.method}), one of {found}")
+        if part not in parts_of(self.detector):
+            raise ValueError(f"{name} must be plain for {self.detector}, which has no {part}, got {card.name!r}")
+        return card
+
     @property
     def card(self) -> Card | None:
-        """What was searched: the card of the towers, or else of the backbone; None for a plain detector."""
-        card = self.towers if isinstance(self.towers, Mapping) else self.backbone_card
-        return None if card is None else Card.from_json(card)
+        """What was searched: the card of the towers, or else of the mask trunk, or of the backbone; None if plain."""
+        cards = (getattr(self, name) for name in _FIELDS.values())
+        return next((Card.from_json(card) for card in cards if isinstance(card, Mapping)), None)
 
     def to_json(self) -> dict[str, Any]:
         """The configuration as a JSON object."""
@@ -117,39 +127,40 @@ def _positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
-def build_towers(config: ModelConfig, *, backend: str | None = None) -> nn.Module | None:
-    """The towers of a configuration: a card's module, or None for the detector's plain ones."""
-    if not isinstance(config.towers, Mapping):
+def searched_fields(card: Card | None) -> dict[str, Any]:
+    """The fields of a :class:`ModelConfig` that say what is searched: the card's own part, all others plain."""
+    plain: dict[str, Any] = {"towers": PLAIN, "mask_trunk": None, "backbone_card": None}
+    return plain if card is None else plain | {_FIELDS[part_of(card)]: card.to_json()}
+
+
+def build_part(config: ModelConfig, part: str, *, backend: str | None = None) -> nn.Module | None:
+    """The module of the card for ``"towers"`` or ``"mask_trunk"``; None where the detector's own is plain."""
+    value = getattr(config, _FIELDS[part])
+    if not isinstance(value, Mapping):
         return None
-    card = Card.from_json(config.towers)
-    if part_of(card.method) != "towers":
-        raise ValueError(
-            f"towers must be a card of towers, got {card.name!r} ({card.method}), a {part_of(card.method)}"
-        )
-    space = space_class(card.method)
-    towers: nn.Module = space.build(
+    card = Card.from_json(value)
+    made: nn.Module = space_class(card.method).build(
         card, config.fpn_channels, inner_channels=config.inner_channels, cells=config.cells, backend=backend
     )
-    if not hasattr(towers, "box_channels"):
-        raise ValueError(
-            f"towers must be a card with the groups box and cls, got {card.name!r} with {', '.join(card.genotype)}"
-        )
-    return towers
+    return made
 
 
 def build_model(
     config: ModelConfig,
     *,
     towers: nn.Module | None = None,
+    mask_trunk: nn.Module | None = None,
     weights: str | Path | None = None,
     backend: str | None = None,
 ) -> nn.Module:
     """The detector of a configuration.
 
-    ``towers`` stand in the place of the configured ones (a supernet); ``weights`` is a local file with the backbone's
-    pretrained weights; ``backend`` chooses the searched parts' backend. Weights are drawn from torch's global
-    generator. A card of the backbone takes it over with its weights.
+    ``towers`` and ``mask_trunk`` stand in the place of the configured ones (a supernet); ``weights`` is a local file
+    with the backbone's pretrained weights; ``backend`` chooses the searched parts' backend. Weights are drawn from
+    torch's global generator. A card of the backbone takes it over with its weights.
     """
+    towers = build_part(config, "towers", backend=backend) if towers is None else towers
+    trunk = build_part(config, "mask_trunk", backend=backend) if mask_trunk is None else mask_trunk
     model = DETECTORS[config.detector](
         config.backbone,
         config.num_classes,
@@ -157,11 +168,12 @@ def build_model(
         fpn_channels=config.fpn_channels,
         levels=config.levels,
         tower_convs=config.tower_convs,
-        towers=build_towers(config, backend=backend) if towers is None else towers,
+        towers=towers,
         norm=config.norm,
         weights=weights,
         frozen_stages=config.frozen_stages,
         **config.options,
+        **({} if trunk is None else {"mask_trunk": trunk}),
     )
     if config.backbone_card is not None:
         card = Card.from_json(config.backbone_card)

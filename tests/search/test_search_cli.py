@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,21 +14,17 @@ from nasdet.arch import load_card
 from nasdet.cli import arch, search
 from nasdet.data import write_digits
 
-
-def call(verb: ModuleType, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    verb.configure(parser)
-    return int(verb.run(**vars(parser.parse_args(words))))
+Call = Callable[..., int]
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(capsys: pytest.CaptureFixture[str], call: Call) -> None:
     assert call(arch, "list") == 0
     assert "fad-paper" in capsys.readouterr().out
     assert call(arch, "list", "--json") == 0
     assert {card["name"] for card in json.loads(capsys.readouterr().out)} >= {"fad-paper", "fad-alternative"}
 
 
-def test_info_gives_the_published_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_gives_the_published_counts(capsys: pytest.CaptureFixture[str], call: Call) -> None:
     assert call(arch, "info", "fad-paper", "--size", "800x1280", "--json") == 0
     info: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert (info["subnet"]["parameters"], info["macs_per_location"], info["locations"]) == (
@@ -40,14 +36,14 @@ def test_info_gives_the_published_counts(capsys: pytest.CaptureFixture[str]) -> 
     assert {part["name"] for part in info["parts"]} >= {"backbone", "neck", "towers", "head"}
 
 
-def test_info_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_in_words(capsys: pytest.CaptureFixture[str], call: Call) -> None:
     assert call(arch, "info", "fad-alternative", "--size", "64x96", "--backbone", "resnet18", "--classes", "10") == 0
     out = capsys.readouterr().out
-    assert "box node 4 = std2+dil2(3) + std1+dil2(2)" in out and "at 64x96, 10 classes, resnet18" in out
+    assert "box node 4 = std2+dil2(3) + std1+dil2(2)" in out and "at 64x96, 10 classes, resnet18 in fcos" in out
 
 
 @pytest.mark.parametrize("size", ["800", "800x", "0x32", "axb", "1x2x3"])
-def test_bad_info_size(size: str) -> None:
+def test_bad_info_size(size: str, call: Call) -> None:
     with pytest.raises(ValueError, match="size must be HEIGHTxWIDTH in pixels"):
         call(arch, "info", "fad-paper", "--size", size)
 
@@ -60,7 +56,7 @@ def test_search_sizes() -> None:
             search.parse_size(text)
 
 
-def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Call) -> None:
     pytest.importorskip("sklearn", reason="the digits data set is made from scikit-learn's")
     data = write_digits(tmp_path / "digits", train=6, val=2, size=(64, 64))
     words = [
@@ -100,3 +96,35 @@ def test_every_option_of_the_configuration_is_reachable() -> None:
     taken = {"method", "data", "out", "resume", "preset", "size", "no_repshare", "no_decouple", "weights", "device"}
     left = set(given) - taken - {"backend", "skip_bad"}
     assert left <= set(FADSearchConfig.__dataclass_fields__), "every option left over is a field"
+
+
+TINY = "--preset tiny --steps 2 --batch 1 --size 64x64 --width 0.125 --fpn-channels 12 --workers 0 --no-flip"
+
+
+@pytest.mark.parametrize(
+    ("words", "detector", "found"),
+    [
+        ("fad --detector mask_rcnn --part mask_trunk --space sep --inner-channels 6", "mask_rcnn", "mask node 4 = "),
+        ("fad --detector retinanet --space sep --inner-channels 6", "retinanet", "cls node 4 = "),
+        ("nats --detector faster_rcnn --channel-groups 2", "faster_rcnn", "layer4.2.conv2: "),
+    ],
+    ids=["a mask head", "RetinaNet's towers", "a backbone in two stages"],
+)
+def test_detectors_are_chosen(
+    words: str, detector: str, found: str, folder: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, *rest = words.split()
+    assert call(search, method, "--data", folder, "--out", tmp_path, *rest, *TINY.split()) == 0
+    assert found in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["arguments"]["detector"] == detector
+    assert json.loads((tmp_path / "model.json").read_text())["detector"] == detector
+
+
+def test_info_of_the_published_net_in_retinanet(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(arch, "info", "fad-paper", "--detector", "retinanet", "--json") == 0
+    info: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert info["total"]["parameters"] == 33_039_732
+    parts = {part["name"]: part["parameters"] for part in info["parts"]}
+    assert info["subnet"]["parameters"] == parts["towers"] + parts["cls_logits"] + parts["box_pred"]
+    with pytest.raises(ValueError, match="towers must be plain for mask_rcnn, which has no towers, got 'fad-paper'"):
+        call(arch, "info", "fad-paper", "--detector", "mask_rcnn")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -15,14 +15,9 @@ from nasdet.data import write_digits
 from nasdet.engine.search_nats import NATSSearchConfig
 from nasdet.spaces.assemble import ModelConfig
 
+Call = Callable[..., int]
 SMALL = ["--preset", "tiny", "--steps", "2", "--batch", "1", "--size", "64x64", "--width", "0.125", "--workers", "0"]
 SMALL += ["--fpn-channels", "12", "--levels", "3", "--tower-convs", "1", "--no-flip"]
-
-
-def call(verb: ModuleType, *words: str) -> int:
-    parser = argparse.ArgumentParser()
-    verb.configure(parser)
-    return int(verb.run(**vars(parser.parse_args(words))))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +26,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("data") / "digits", train=6, val=2, size=(64, 64))
 
 
-def test_search_resume_retrain_report(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_resume_retrain_report(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Call
+) -> None:
     run = tmp_path / "run"
     words = ["nats", "--data", str(digits), "--out", str(run), "--channel-groups", "4", *SMALL]
     assert call(search, *words) == 0
@@ -55,7 +52,8 @@ def test_search_resume_retrain_report(digits: Path, tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert call(arch, "info", str(run / "card.json"), "--size", "64x96", "--json") == 0
     info = json.loads(capsys.readouterr().out)
-    assert (info["method"], info["backbone"]) == ("nats", "resnet50")
+    assert (info["method"], info["backbone"], info["detector"]) == ("nats", "resnet50", "fcos")
+    assert info["subnet"] == info["parts"][0] | {"name": "subnet"} and info["parts"][0]["name"] == "backbone"
     assert call(arch, "info", str(run / "card.json"), "--size", "64x96") == 0
     assert "layer2.0.conv2: " in capsys.readouterr().out
 

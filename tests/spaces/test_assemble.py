@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nasdet.arch import load_card
+from nasdet.arch import Card, load_card
 from nasdet.detectors.towers import PlainTowers
 from nasdet.spaces import SPACES, space_class
-from nasdet.spaces.assemble import ModelConfig, build_model, build_towers
-from nasdet.spaces.fad import FADSpace, FADTower
+from nasdet.spaces.assemble import ModelConfig, build_model, build_part, searched_fields
+from nasdet.spaces.fad import FADSpace, FADStack, FADTower
+from nasdet.spaces.fad.cells import Edge
+from nasdet.spaces.nats import NATSSpace
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18",
@@ -65,8 +69,8 @@ def test_a_supernet_takes_the_towers_place() -> None:
 
 
 def test_inner_channels_and_cells_stand_in_for_the_card() -> None:
-    own = build_towers(ModelConfig(**SMALL, towers=CARD))
-    ours = build_towers(ModelConfig(**SMALL, towers=CARD, inner_channels=6, cells=1))
+    own = build_part(ModelConfig(**SMALL, towers=CARD), "towers")
+    ours = build_part(ModelConfig(**SMALL, towers=CARD, inner_channels=6, cells=1), "towers")
     assert isinstance(own, FADTower) and isinstance(ours, FADTower)
     assert (len(own.box.cells), len(ours.box.cells)) == (2, 1)
     shapes = [tower.state_dict()["box.cells.0.edges.0_2.squeeze.weight"].shape for tower in (own, ours)]
@@ -108,12 +112,67 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         ModelConfig.load(path)
 
 
-def test_a_card_that_is_no_tower() -> None:
-    card = FADSpace(groups=("mask",)).derive(FADSpace(groups=("mask",)).supernet(12, 6))
-    with pytest.raises(
-        ValueError, match="towers must be a card with the groups box and cls, got 'fad-searched' with mask"
-    ):
-        build_towers(ModelConfig(**SMALL, towers=card.to_json()))
+MASK = FADSpace(groups=("mask",)).random(random.Random(0), settings={"channels": 12, "inner_channels": 6}).to_json()
+NATS = NATSSpace(width=0.125, channel_groups=2).random(random.Random(0)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"towers": MASK}, "towers must be a card of towers, got 'fad-random' .fad., one of mask_trunk"),
+        ({"towers": NATS}, "towers must be a card of towers, got 'nats-random' .nats., one of backbone"),
+        ({"mask_trunk": CARD}, "mask_trunk must be a card of mask_trunk, got 'fad-paper' .fad., one of towers"),
+        ({"backbone_card": CARD}, "backbone_card must be a card of backbone, got 'fad-paper' .fad., one of towers"),
+        ({"mask_trunk": MASK}, "mask_trunk must be plain for fcos, which has no mask_trunk, got 'fad-random'"),
+        ({"towers": CARD, "detector": "mask_rcnn"}, "towers must be plain for mask_rcnn, which has no towers"),
+    ],
+)
+def test_cards_stand_where_they_belong(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**SMALL, **fields)
+
+
+def test_searched_fields_leave_everything_else_plain() -> None:
+    before = ModelConfig(**SMALL, towers=CARD, backbone_card=NATS)
+    assert before.card == Card.from_json(CARD)
+    after = replace(before, detector="mask_rcnn", **searched_fields(Card.from_json(MASK)))
+    assert (after.towers, after.backbone_card, after.card) == ("plain", None, Card.from_json(MASK))
+    assert replace(after, **searched_fields(None)).card is None
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "mask_scoring_rcnn"])
+def test_a_mask_trunk_takes_its_place(detector: str) -> None:
+    small: dict[str, Any] = {**SMALL, "detector": detector, "options": {"hidden": 16}}
+    config = ModelConfig(**small, mask_trunk=MASK, inner_channels=9, cells=1)
+    assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    model: Any = build_model(config)
+    trunk = model.masks.head.trunk
+    assert isinstance(trunk, FADStack) and len(trunk.group.cells) == 1 and trunk.out_channels == 12
+    assert {edge.squeeze.out_channels for edge in trunk.modules() if isinstance(edge, Edge)} == {9}
+    supernet = FADSpace("subset1", groups=("mask",)).supernet(12, 6)
+    assert build_model(ModelConfig(**small), mask_trunk=supernet).masks.head.trunk is supernet  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["fastest", "reference"])
+@pytest.mark.parametrize("detector", ["mask_rcnn", "mask_scoring_rcnn"])
+def test_a_searchable_mask_trunk_learns_and_stands_pictures_without_objects(detector: str, backend: str | None) -> None:
+    supernet = FADSpace(groups=("mask",)).supernet(12, 6, backend=backend)
+    small: dict[str, Any] = {**SMALL, "detector": detector, "options": {"hidden": 16}}
+    model: Any = build_model(ModelConfig(**small), mask_trunk=supernet)
+    (alphas,) = FADSpace.arch_parameters(supernet)
+    boxes, masks = torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[:, 8:30, 8:40] = True
+    some = {"boxes": boxes, "labels": torch.tensor([1]), "masks": masks}
+    none = {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.int64), "masks": masks[:0]}
+    for target in (some, none):
+        model.zero_grad()
+        losses = model.loss(model(torch.randn(1, 3, 64, 64)), [target])
+        torch.stack(list(losses.values())).sum().backward()
+        assert all(bool(value.isfinite()) for value in losses.values())
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in supernet.parameters())
+        assert alphas.grad is not None and bool((alphas.grad != 0).all()) == (target is some)
+    found = model.eval().detect(model(torch.randn(1, 3, 64, 64)), [(64, 64)])
+    assert found[0]["mask_logits"].shape[1:] == (28, 28)
 
 
 def test_spaces_by_name() -> None:

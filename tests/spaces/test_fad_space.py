@@ -187,7 +187,7 @@ def test_single_group() -> None:
     space = FADSpace("sep", groups=("mask",))
     net = space.supernet(12, 6, cells=2)
     x = torch.randn(3, 12, 14, 14)
-    assert net(x).shape == x.shape and net.channels == 12
+    assert net(x).shape == x.shape and net.out_channels == 12
     card = space.derive(net)
     assert set(card.genotype) == {"mask"}
     built = FADSpace.build(card)

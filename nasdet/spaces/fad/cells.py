@@ -129,13 +129,13 @@ class FADTower(nn.Module):
 
 class FADStack(nn.Module):
     """One group in the place of a stack of convolutions, such as those of a mask head (section 3.1): ``[N, C, H, W]``
-    to the same."""
+    to the same. Both inputs of its first cell are the map: a *mask trunk*."""
 
     def __init__(self, name: str, group: CellGroup) -> None:
         super().__init__()
         self.name = name
         self.group = group
-        self.channels = group.channels
+        self.out_channels = group.channels
 
     def forward(self, x: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """``weights``: per group, one row per edge."""

@@ -34,6 +34,9 @@ INNER_CHANNELS = 96
 SEARCH_CELLS = 1
 RETRAIN_CELLS = 2
 
+#: part of a detector -> the groups of cells that stand for it
+PARTS: dict[str, tuple[str, ...]] = {"towers": DETECTION_GROUPS, "mask_trunk": ("mask",)}
+
 
 class FADSupernet(nn.Module):
     """FAD's searchable module: all 9 edges of each cell, all transformations of each edge, mixed by ``softmax(alpha)``.
@@ -52,7 +55,7 @@ class FADSupernet(nn.Module):
         if isinstance(body, FADTower):
             self.box_channels, self.cls_channels = body.box_channels, body.cls_channels
         else:
-            self.channels = body.channels
+            self.out_channels = body.out_channels
 
     def forward(self, x: Tensor) -> Any:
         """``[N, C, H, W]`` to ``(box_feature, cls_feature)``, or to one feature with one group."""
@@ -79,7 +82,7 @@ class FADSpace:
             ``"darts"``, whose operations share nothing.
         decouple: H between a shared representation and the transformation that is that representation.
         released_h: H as in the released code, without ReLU.
-        groups: ``("box", "cls")`` for a detector's towers, or one name for a single stack.
+        groups: ``("box", "cls")`` for a detector's towers, or one name for a single stack (``("mask",)``).
     """
 
     method = "fad"
@@ -108,6 +111,11 @@ class FADSpace:
         self.decouple = decouple
         self.released_h = released_h
         self.groups = groups
+
+    @staticmethod
+    def part(card: Card) -> str:
+        """The part of a detector that a card stands for: two groups the towers, one the mask trunk."""
+        return "mask_trunk" if isinstance(card.genotype, Mapping) and len(card.genotype) == 1 else "towers"
 
     def size(self) -> int:
         """Architectures as the paper counts them: choices (with ``none``) to the power of the kept edges, 13^12 =

@@ -6,7 +6,7 @@
 NASDET_DECLARE_KERNEL(ConvShape, conv_direct_shape, int storage)
 NASDET_DECLARE_KERNEL(int64_t, conv_direct_width, int storage, ConvForm, int64_t width)
 NASDET_DECLARE_KERNEL(void, conv_direct_pack, const ConvPack&, const ConvPanel&)
-NASDET_DECLARE_KERNEL(void, conv_direct_pair_rows, const ConvPanel&, int64_t rows)
+NASDET_DECLARE_KERNEL(void, conv_direct_pair_rows, const ConvPanel&, int64_t rows, ConvForm)
 NASDET_DECLARE_KERNEL(void, conv_direct_tiles, const ConvTiles&, int64_t first_pixel, int64_t last_pixel, int64_t first_panel, int64_t last_panel)
 NASDET_DECLARE_KERNEL(void, conv_direct_weight_grad, const ConvWeightGrad&)
 NASDET_DECLARE_KERNEL(void, conv_direct_unfold, const ConvUnfold&, const ConvPanel&, ConvForm)
@@ -31,7 +31,7 @@ void conv_direct_pack(const ConvPack& job, const ConvPanel& panel) {
   }
 }
 
-void conv_direct_pair_rows(const ConvPanel& panel, int64_t rows) { pair_rows(panel, rows); }
+void conv_direct_pair_rows(const ConvPanel& panel, int64_t rows, ConvForm form) { pair_rows(panel, rows, form); }
 
 void conv_direct_tiles(const ConvTiles& job, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   switch (job.storage) {

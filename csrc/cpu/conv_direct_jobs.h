@@ -14,14 +14,17 @@ constexpr int64_t kGradSources = 128;    // the same in the weight gradient
 
 // How lanes are used. Dense: a panel's lanes are the target channels of one group, 6 pixels a tile. Narrow: the same for
 // groups of few channels, in shorter vectors and more pixels a tile. Depthwise: lanes are groups of one channel each.
-// Pairs: dense, with products of pairs of bfloat16.
-enum class ConvForm : int { dense, narrow, depthwise, pairs };
+// Pairs: dense or narrow, with products of pairs of bfloat16.
+enum class ConvForm : int { dense, narrow, depthwise, pairs, narrow_pairs };
+
+inline constexpr bool is_narrow(ConvForm form) { return form == ConvForm::narrow || form == ConvForm::narrow_pairs; }
+inline constexpr bool has_pairs(ConvForm form) { return form == ConvForm::pairs || form == ConvForm::narrow_pairs; }
 
 // What the kernels of one instruction set prefer.
 struct ConvShape {
   int64_t panel;   // target channels of a dense panel
   int64_t lanes;   // of a vector of the arithmetic
-  bool pairs;      // whether it has ConvForm::pairs
+  bool pairs;      // whether it has the forms of pairs
 };
 
 // One tap over consecutive source channels, and its first row in the packed weights.

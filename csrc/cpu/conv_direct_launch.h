@@ -10,7 +10,7 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kBandPixels = 384;  // of a task
+constexpr int64_t kBandPixels = 384, kGroupsBandPixels = 96;  // of a task; with convolution groups
 
 inline int64_t stored_bytes(int storage) { return storage == 0 ? 4 : storage == 1 ? 8 : 2; }
 inline int64_t arithmetic_bytes(int storage) { return storage == 1 ? 8 : 4; }
@@ -49,7 +49,33 @@ inline void pack_panel(const ConvProblem& p, const ConvFamily& family, const Con
       NASDET_KERNEL(conv_direct_pack)(job, panel);
     }
   }
-  if (family.form == ConvForm::pairs) NASDET_KERNEL(conv_direct_pair_rows)(panel, family.rows);
+  if (has_pairs(family.form)) NASDET_KERNEL(conv_direct_pair_rows)(panel, family.rows, family.form);
+}
+
+// Panels [from, to) of a family.
+struct ConvWork {
+  const ConvFamily* family;
+  int64_t from, to;
+};
+
+// All target pixels of the panels. With convolution groups weights are few and panels read their own channels: a band of
+// pixels is then done for all panels, while its pages are at hand. Else the pixels of all bands are done for a panel.
+inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, const ConvMap& source, const ConvMap& target, const void* zeros) {
+  const auto pixels = [&](const ConvWork& w) { return p.images * w.family->lattice.rows * w.family->lattice.columns; };
+  const int64_t step = p.groups > 1 ? kGroupsBandPixels : kBandPixels;
+  int64_t bands = 0;
+  for (const ConvWork& w : work) bands = std::max(bands, (pixels(w) + step - 1) / step);
+  const int64_t tasks = int64_t(work.size());
+  torch::stable::parallel_for(0, bands * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const ConvWork& w = work[size_t(p.groups > 1 ? i % tasks : i / bands)];
+      const ConvFamily& f = *w.family;
+      const int64_t band = (p.groups > 1 ? i / tasks : i % bands) * step;
+      if (band >= pixels(w)) continue;
+      const ConvTiles job{p.storage, f.form, source, target, zeros, f.lattice, f.spans.data(), int64_t(f.spans.size()), f.panels.data()};
+      NASDET_KERNEL(conv_direct_tiles)(job, band, std::min(pixels(w), band + step), w.from, w.to);
+    }
+  });
 }
 
 // All target pixels of all families, as many panels at a time as the scratch holds.
@@ -70,10 +96,15 @@ inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families
   char* const zeros = scratch.take<char>(size_t(zero_bytes));
   std::memset(zeros, 0, size_t(zero_bytes));
   char* const packed = scratch.take<char>(size_t(held));
+  std::vector<ConvWork> work;
+  int64_t used = 0;
+  const auto flush = [&] {
+    run_work(p, work, source, target, zeros);
+    work.clear(), used = 0;
+  };
   for (ConvFamily& f : families) {
-    const int64_t pixels = p.images * f.lattice.rows * f.lattice.columns, bands = (pixels + kBandPixels - 1) / kBandPixels, count = int64_t(f.panels.size());
+    const int64_t count = int64_t(f.panels.size());
     for (int64_t first = 0, last; first < count; first = last) {
-      int64_t used = 0;
       for (last = first; last < count; ++last) {
         const int64_t bytes = panel_bytes(f, f.panels[size_t(last)]);
         if (used + bytes > held) break;
@@ -83,17 +114,11 @@ inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families
       torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) pack_panel(p, f, f.panels[size_t(i)], panel_bytes(f, f.panels[size_t(i)]), transposed);
       });
-      const ConvTiles job{p.storage, f.form, source, target, zeros, f.lattice, f.spans.data(), int64_t(f.spans.size()), f.panels.data()};
-      const auto tasks = panel_tasks(f.panels, first, last, kTaskSources);
-      torch::stable::parallel_for(0, bands * int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const auto& [from, to] = tasks[size_t(i / bands)];
-          const int64_t band = i % bands * kBandPixels;
-          NASDET_KERNEL(conv_direct_tiles)(job, band, std::min(pixels, band + kBandPixels), from, to);
-        }
-      });
+      for (const auto& [from, to] : panel_tasks(f.panels, first, last, kTaskSources)) work.push_back({&f, from, to});
+      if (last < count || p.groups == 1) flush();
     }
   }
+  if (!work.empty()) flush();
 }
 
 inline void direct_forward(const ConvProblem& p, const void* x, void* y) {
@@ -227,6 +252,7 @@ inline double direct_rate(const ConvProblem& p) {
   switch (form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0)) {
     case ConvForm::depthwise: return 7e9 * slower;
     case ConvForm::narrow: return width <= 4 ? 18e9 : width <= 8 ? 28e9 : 42e9;
+    case ConvForm::narrow_pairs: return width <= 4 ? 30e9 : width <= 8 ? 45e9 : 65e9;
     case ConvForm::pairs: return 100e9;
     default: return 53e9 * slower;
   }

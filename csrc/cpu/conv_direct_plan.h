@@ -82,8 +82,10 @@ struct ConvFamily {
 // The form of groups of `fan` source and `width` target channels. `even`: whether all spans have an even number of channels.
 inline ConvForm form_of(int storage, const ConvShape& shape, int64_t fan, int64_t width, int64_t groups, bool even) {
   if (fan == 1 && width == 1 && groups > 1) return ConvForm::depthwise;
+  const bool narrow = storage != 1 && groups > 1 && width <= shape.lanes;
+  if (shape.pairs && even && narrow) return ConvForm::narrow_pairs;
   if (shape.pairs && even && width > shape.lanes / 2) return ConvForm::pairs;
-  return storage != 1 && groups > 1 && width <= shape.lanes ? ConvForm::narrow : ConvForm::dense;
+  return narrow ? ConvForm::narrow : ConvForm::dense;
 }
 
 // Panels for target channels [first, last), cut at groups of `width` channels that read `fan` channels each.

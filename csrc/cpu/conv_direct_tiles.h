@@ -1,23 +1,17 @@
 // Target pixels as sums over taps and source channels: a tile of pixels by a panel of channels stays in registers.
 #pragma once
-#include "conv_direct_pixels.h"
+#include "conv_direct_narrow.h"
 #include "conv_direct_weights.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
 
-constexpr int kDensePixels = 6, kNarrowPixels = 8, kMostPixels = 12;
+constexpr int kDensePixels = 6;
 constexpr int kPanelVectors = kBytes == 64 ? 4 : 2;
 constexpr int64_t kChainTerms = 512;           // a sum's chain is broken after so many terms: its rounding grows with it
 constexpr int64_t kBlockRows = 512;            // of weights that all pixels use in turn: with kTaskChannels a quarter of an L2 cache
 constexpr int kMostTaps = 64;                  // of a chain
 constexpr int64_t kGatherFloats = 12 << 10, kSumFloats = 14 << 10;  // on the stack, where the storage has 16 bits
-
-// A tap as a tile sees it: its source pixels, what to add to a channel of the panel's, and the weights' row.
-template <class A> struct TileTap {
-  const A* pixel[kMostPixels];
-  int64_t offset, count, row;
-};
 
 template <class T, int kVectors> NASDET_INLINE void tile_finish(vec<T> (&sum)[kDensePixels][kVectors], T* const* to, int64_t last, bool accumulate) {
   constexpr int W = kLanes<T>;
@@ -60,8 +54,6 @@ __attribute__((noinline)) void dense_tile(const TileTap<T>* taps, int64_t count,
 }
 
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-
 // dense_tile on products of pairs of bfloat16 channels, summed in float32.
 template <int kVectors>
 __attribute__((noinline)) void pairs_tile(const TileTap<BFloat16>* taps, int64_t count, int64_t source, const uint32_t* weights, float* const* to, bool accumulate) {
@@ -90,62 +82,7 @@ __attribute__((noinline)) void pairs_tile(const TileTap<BFloat16>* taps, int64_t
   }
   tile_finish<float, kVectors>(sum, to, W, accumulate);
 }
-#else
-constexpr bool kHasPairs = false;
 #endif
-
-template <int kCount> struct Lanes { typedef float type __attribute__((vector_size(4 * kCount))); };
-
-template <int kCount> NASDET_INLINE void narrow_store(float* p, typename Lanes<kCount>::type v, int64_t width, bool accumulate) {
-  using V = typename Lanes<kCount>::type;
-  if (width == kCount) {
-    if (accumulate) {
-      V before;
-      __builtin_memcpy(&before, p, sizeof before);
-      v += before;
-    }
-    __builtin_memcpy(p, &v, sizeof v);
-  } else {
-    for (int64_t i = 0; i < width; ++i) p[i] = accumulate ? p[i] + v[i] : v[i];
-  }
-}
-
-// sums[pixel] += over kRows source channels, weights in registers. Pixels are taken four at a time: so many chains of
-// sums are under way at once, and so many pointers fit registers.
-template <class V, int kRows> NASDET_INLINE void narrow_rows(const float* const* pixel, int64_t offset, const float* w, V* sum) {
-  V row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) __builtin_memcpy(&row[r], w + r * int(sizeof(V) / 4), sizeof(V));
-#pragma GCC unroll 3
-  for (int i = 0; i < kNarrowPixels; i += 4) {
-    const float *a = pixel[i] + offset, *b = pixel[i + 1] + offset, *c = pixel[i + 2] + offset, *d = pixel[i + 3] + offset;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      sum[i] += spread<V>(a[r]) * row[r];
-      sum[i + 1] += spread<V>(b[r]) * row[r];
-      sum[i + 2] += spread<V>(c[r]) * row[r];
-      sum[i + 3] += spread<V>(d[r]) * row[r];
-    }
-  }
-}
-
-// A group of few channels: vectors as long as they are, weights in registers, more pixels.
-template <int kCount>
-__attribute__((noinline)) void narrow_tile(const TileTap<float>* taps, int64_t count, int64_t source, const float* weights, float* const* to, int64_t width, bool accumulate) {
-  using V = typename Lanes<kCount>::type;
-  V sum[kNarrowPixels] = {};
-  for (int64_t t = 0; t < count; ++t) {
-    const float* w = weights + taps[t].row * kCount;
-    const int64_t end = taps[t].offset + source + taps[t].count;
-    int64_t k = end - taps[t].count;
-    if constexpr (kBytes == 64)
-      for (; k + 8 <= end; k += 8, w += 8 * kCount) narrow_rows<V, 8>(taps[t].pixel, k, w, sum);
-    for (; k + 4 <= end; k += 4, w += 4 * kCount) narrow_rows<V, 4>(taps[t].pixel, k, w, sum);
-    for (; k < end; ++k, w += kCount) narrow_rows<V, 1>(taps[t].pixel, k, w, sum);
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kNarrowPixels; ++i) narrow_store<kCount>(to[i], sum[i], width, accumulate);
-}
 
 // Lanes are channels of their own.
 template <class S>
@@ -193,15 +130,6 @@ inline void pairs_panel([[maybe_unused]] const TileTap<BFloat16>* taps, [[maybe_
 #endif
 }
 
-inline void narrow_panel(const TileTap<float>* taps, int64_t count, const ConvPanel& panel, float* const* to, int64_t width, bool accumulate) {
-  const float* const weights = static_cast<const float*>(panel.weights);
-  if (panel.width <= 4) return narrow_tile<4>(taps, count, panel.source, weights, to, width, accumulate);
-  if constexpr (kBytes >= 32) {
-    if (panel.width <= 8) return narrow_tile<8>(taps, count, panel.source, weights, to, width, accumulate);
-  }
-  if constexpr (kBytes >= 64) narrow_tile<16>(taps, count, panel.source, weights, to, width, accumulate);
-}
-
 // The taps' pixels in the arithmetic's type: source channels [from, from + range) of each span's.
 template <class S> void gather(TileTap<S>* taps, TileTap<arithmetic_t<S>>* wide, int64_t count, int pixels, int64_t from, int64_t range, arithmetic_t<S>* buffer) {
   for (int64_t t = 0; t < count; ++t) {
@@ -218,17 +146,21 @@ template <class S> void gather(TileTap<S>* taps, TileTap<arithmetic_t<S>>* wide,
 template <class S> class ConvBand {
   using T = arithmetic_t<S>;
   static constexpr bool kNarrowed = sizeof(S) == 2;  // sums are kept aside, and rounded once
+  static constexpr bool kPaired = kHasPairs && __is_same(S, BFloat16);
 
  public:
   ConvBand(const ConvTiles& job, int64_t first_panel, int64_t last_panel)
-      : job_(job), panels_(job.panels + first_panel), panel_count_(last_panel - first_panel), tile_(job.form == ConvForm::narrow ? kNarrowPixels : kDensePixels) {
+      : job_(job), panels_(job.panels + first_panel), panel_count_(last_panel - first_panel), tile_(is_narrow(job.form) ? kNarrowPixels : kDensePixels) {
     for (int64_t p = 0; p < panel_count_; ++p) width_ += padded_width<T>(job.form, panels_[p].width);
-    from_ = panels_[0].source, range_ = panels_[panel_count_ - 1].source - from_;
+    same_ = job.spans[0].count, from_ = panels_[0].source, range_ = panels_[panel_count_ - 1].source - from_;
+    int64_t terms = 0;
+    for (int64_t s = 0; s < job.span_count; ++s) terms += job.spans[s].count, same_ = job.spans[s].count == job.spans[0].count ? same_ : 0;
+    at_once_ = job.form == ConvForm::narrow_pairs && job.span_count <= kMostTaps && terms <= at_most(kChainTerms, kBlockRows);
   }
 
   void run(int64_t first, int64_t last) {
     int64_t step = last - first;
-    if (kNarrowed) step = kSumFloats / width_ / tile_ * tile_;
+    if (kNarrowed && !at_once_) step = kSumFloats / width_ / tile_ * tile_;
     for (; first < last; first += step) pixels(first, at_most(last, first + step));
   }
 
@@ -239,13 +171,13 @@ template <class S> class ConvBand {
       for (end = begin + 1; end < job_.span_count && job_.spans[end].row + job_.spans[end].count - row <= kBlockRows;) ++end;
       for (int64_t pixel = first; pixel < last; pixel += tile_) tile(first, pixel, at_most(tile_, last - pixel), begin, end);
     }
-    if (kNarrowed) round(first, last);
+    if (kNarrowed && !at_once_) round(first, last);
   }
 
   void tile(int64_t first, int64_t pixel, int64_t count, int64_t begin, int64_t end) {
     pixels_.find(job_.source, job_.target, job_.lattice, pixel, count);
-    if constexpr (!kNarrowed)
-      for (int64_t i = 0; i < tile_; ++i) target_[i] = static_cast<T*>(const_cast<void*>(job_.target.data)) + (i < count ? pixels_.target[i] * job_.target.channels : 0);
+    if (!kNarrowed || at_once_)
+      for (int i = 0; i < kMostPixels; ++i) target_[i] = static_cast<S*>(const_cast<void*>(job_.target.data)) + pixels_.target[i] * job_.target.channels;
     bool accumulate = begin > 0;
     TileTap<S> taps[kMostTaps];
     for (int64_t span = begin; span < end;) {
@@ -254,7 +186,7 @@ template <class S> class ConvBand {
         const ConvSpan& s = job_.spans[span];
         const int64_t more = kNarrowed && !as_stored() ? tile_ * (range_ + s.count) : 0;
         if (found && (terms + s.count > kChainTerms || floats + more > kGatherFloats)) break;
-        if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), s.down, s.across, tile_, taps[found].pixel)) continue;
+        if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), s.down, s.across, taps[found].pixel)) continue;
         taps[found].offset = s.channel, taps[found].count = s.count, taps[found].row = s.row;
         terms += s.count, floats += more, ++found;
       }
@@ -265,6 +197,7 @@ template <class S> class ConvBand {
 
   void chain(TileTap<S>* taps, int64_t found, int64_t at, bool accumulate) {
     if constexpr (kNarrowed) {
+      if (at_once_) return multiply_at_once(taps, found);
       if (as_stored()) return multiply(taps, found, at, accumulate);
       TileTap<T> wide[kMostTaps];
       gather(taps, wide, found, tile_, from_, range_, gathered_);
@@ -272,6 +205,21 @@ template <class S> class ConvBand {
     } else {
       multiply(taps, found, at, accumulate);
     }
+  }
+
+  // Where a panel's sums go that need no place aside.
+  void outputs(const ConvPanel& panel, S** to) {
+    for (int i = 0; i < kMostPixels; ++i) to[i] = target_[i] + panel.target;
+    for (int64_t i = pixels_.count; i < tile_; ++i) to[i] = reinterpret_cast<S*>(nowhere_);
+  }
+
+  void multiply_at_once(const TileTap<S>* taps, int64_t found) {
+    if constexpr (kPaired)
+      for (int64_t p = 0; p < panel_count_; ++p) {
+        S* to[kMostPixels];
+        outputs(panels_[p], to);
+        narrow_panel(taps, found, same_, panels_[p], to, panels_[p].width, false);
+      }
   }
 
   template <class A> void multiply(const TileTap<A>* taps, int64_t found, int64_t at, bool accumulate) {
@@ -283,26 +231,28 @@ template <class S> class ConvBand {
       if constexpr (kNarrowed) {
         for (int i = 0; i < tile_; ++i) to[i] = sums_ + (at + i) * width_ + column;
       } else {
-        for (int i = 0; i < tile_; ++i) to[i] = target_[i] + panel.target;
-        for (int64_t i = pixels_.count; i < tile_; ++i) to[i] = nowhere_;
+        outputs(panel, to);
       }
       column += padded;
       if (as_stored()) multiply_stored(taps, found, panel, to, accumulate);
       else if constexpr (sizeof(A) == sizeof(T)) {
         if (job_.form == ConvForm::dense) dense_panel<T>(taps, found, panel, to, width, accumulate);
-        else if constexpr (sizeof(T) == 4) narrow_panel(taps, found, panel, to, width, accumulate);
+        else if constexpr (sizeof(T) == 4) narrow_panel(taps, found, same_, panel, to, width, accumulate);
       }
     }
   }
 
-  bool as_stored() const { return job_.form == ConvForm::depthwise || job_.form == ConvForm::pairs; }  // pixels need not be widened
+  bool as_stored() const { return job_.form == ConvForm::depthwise || has_pairs(job_.form); }  // pixels need not be widened
 
   template <class A> void multiply_stored(const TileTap<A>* taps, int64_t found, const ConvPanel& panel, T* const* to, bool accumulate) {
     if constexpr (sizeof(A) == sizeof(S)) {
       if (job_.form == ConvForm::depthwise)
         return depthwise_tile<S>(reinterpret_cast<const TileTap<S>*>(taps), found, panel.source, static_cast<const T*>(panel.weights), to, panel.width, accumulate);
     }
-    if constexpr (sizeof(A) == 2) pairs_panel(reinterpret_cast<const TileTap<BFloat16>*>(taps), found, panel, to, accumulate);
+    if constexpr (kPaired && sizeof(A) == 2) {
+      if (job_.form == ConvForm::narrow_pairs) narrow_panel(taps, found, same_, panel, to, padded_width<T>(job_.form, panel.width), accumulate);
+      else pairs_panel(taps, found, panel, to, accumulate);
+    }
   }
 
   void round(int64_t first, int64_t last) {
@@ -329,7 +279,9 @@ template <class S> class ConvBand {
   const int tile_;
   int64_t width_ = 0, from_, range_;
   ConvPixels<S, kMostPixels> pixels_;
-  T* target_[kMostPixels];
+  int64_t same_;  // source channels of every span, or 0
+  bool at_once_;  // whether a sum is one chain, and can be rounded straight from registers
+  S* target_[kMostPixels];
   alignas(64) T nowhere_[kMostPixels * 8];  // for the pixels that a last tile lacks
   alignas(64) T sums_[kNarrowed ? kSumFloats : 1];
   alignas(64) T gathered_[kNarrowed ? kGatherFloats + kMostPixels * (kTaskSources + kSpanChannels) : 1];

@@ -9,21 +9,6 @@ constexpr int kGradRows = 6, kGradNarrowRows = 8;                 // input chann
 constexpr int64_t kGradPixels = 96;                               // of a chain
 constexpr int64_t kGradWidth = kTaskChannels + 64;                // of them, lanes beyond the last channel included
 
-// sum += x * g; of pairs of bfloat16 where kPairs.
-template <bool kPairs, class T, class V> NASDET_INLINE void add_product(V& sum, const T& x, const V& g) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) {
-    int32_t two;
-    __builtin_memcpy(&two, &x, sizeof two);
-    if constexpr (sizeof(V) == 64) sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)g);
-    else if constexpr (sizeof(V) == 32) sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(two), (__m256bh)g);
-    else sum = (V)_mm_dpbf16_ps((__m128)sum, (__m128bh)_mm_set1_epi32(two), (__m128bh)g);
-    return;
-  }
-#endif
-  sum += spread<V>(x) * g;
-}
-
 // sums[row][lane] += sum over pixels (pairs of them) of input[pixel][row] * grad[pixel][lane], vectors of type V.
 template <bool kPairs, class T, class V, int kRows, int kVectors>
 __attribute__((noinline)) void grad_tile(const T* const* pixel, int64_t offset, const T* grad, int64_t stride, int64_t count, T* sums, int64_t width) {
@@ -146,7 +131,7 @@ template <class S> class ConvWeightGradTask {
     }
     for (int64_t t = 0; t < job_.tap_count; ++t) {
       const S* under[kPixels];
-      if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), job_.taps[t].down, job_.taps[t].across, count + count % 2, under)) continue;
+      if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), job_.taps[t].down, job_.taps[t].across, under)) continue;
       if constexpr (kNarrowed) {
         const T* wide[kPixels];
         int64_t rows = 0;

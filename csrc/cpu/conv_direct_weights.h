@@ -50,7 +50,7 @@ NASDET_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b 
 
 // Lanes of a panel's vectors, and the width of its rows.
 template <class T> NASDET_INLINE int64_t panel_lanes(ConvForm form, int64_t width) {
-  if (form != ConvForm::narrow) return kLanes<T>;
+  if (!is_narrow(form)) return kLanes<T>;
   return width <= 4 ? 4 : width <= 8 ? 8 : 16;
 }
 template <class T> NASDET_INLINE int64_t padded_width(ConvForm form, int64_t width) { return rounded_up(width, panel_lanes<T>(form, width)); }
@@ -111,16 +111,18 @@ template <class S> void pack_inputs(const ConvPack& job, const ConvPanel& panel)
 }
 
 // A panel's rows (even, odd) as rows of pairs of bfloat16, in its own place.
-inline void pair_rows(const ConvPanel& panel, int64_t rows) {
+inline void pair_rows(const ConvPanel& panel, int64_t rows, ConvForm form) {
   constexpr int W = kLanes<float>;
-  const int64_t width = padded_width<float>(ConvForm::pairs, panel.width);
+  const int64_t width = padded_width<float>(form, panel.width);
   const float* from = static_cast<const float*>(panel.weights);
   uint32_t* to = static_cast<uint32_t*>(panel.weights);
   for (int64_t row = 0; row < rows; row += 2, from += 2 * width, to += width)
     for (int64_t lane = 0; lane < width; lane += W) {
-      const vec_u32 even = __builtin_convertvector(narrow<BFloat16>(load(from + lane)), vec_u32), odd = __builtin_convertvector(narrow<BFloat16>(load(from + width + lane)), vec_u32);
+      const int64_t lanes = at_most(W, width - lane);
+      const vec_u32 even = __builtin_convertvector(narrow<BFloat16>(load_up_to(from + lane, lanes)), vec_u32);
+      const vec_u32 odd = __builtin_convertvector(narrow<BFloat16>(load_up_to(from + width + lane, lanes)), vec_u32);
       const vec_u32 both = even | (odd << 16);
-      __builtin_memcpy(to + lane, &both, sizeof both);
+      __builtin_memcpy(to + lane, &both, size_t(lanes) * sizeof *to);
     }
 }
 

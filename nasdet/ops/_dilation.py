@@ -19,6 +19,7 @@ Pair = tuple[int, int]
 ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
+_LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 _BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
 
 
@@ -127,26 +128,43 @@ def chosen_algorithm(
     return str(name)
 
 
-def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int) -> bool:
-    """Whether torch's convolutions beat the C++ backend at the grouped form, at stride 1, by what was measured:
+def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices: int = 1) -> bool:
+    """Whether torch's convolutions, one for each of ``slices``, beat the C++ backend, by what was measured:
 
     - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster;
     - depthwise, which is bound by memory;
-    - groups of up to 8 channels, and maps of a few pixels, in the forward. Where gradients follow they cost less here.
+    - narrow groups (:func:`_narrow_groups_are_faster`), one group of float32 at a stride above 1 on large maps, and
+      maps of a few pixels, in the forward. Where gradients follow they cost less here.
     """
     out_channels, fan = weight.shape[:2]
-    if max(stride) > 1:  # oneDNN's gradients of strided weights can be wrong for a few channels
+    single = x.dtype == torch.float32
+    products = x.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS and weight.shape[-1] > 1
+    forward_only = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if max(stride) > 1 and not forward_only:  # oneDNN's gradients of strided weights can be wrong for a few channels
         return False
-    if x.dtype == torch.bfloat16:
-        return _BFLOAT16_PRODUCTS and groups == 1 and min(out_channels, fan) >= 32 and weight.shape[-1] > 1
-    if x.dtype != torch.float32:
-        return False
-    if fan == 1 and out_channels == groups:
-        return groups >= 32
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if products and groups == 1:
+        return min(out_channels, fan) >= 32
+    if single and fan == 1 and out_channels == groups:
+        return groups >= 32 and max(stride) == 1
+    if not forward_only or not (single or products):
         return False
     n, _, height, width = same_size(x, out_channels, stride)
-    return (1 < groups and 4 <= out_channels // groups <= 8 and fan >= 4) or (n * height * width <= 16 and fan >= 32)
+    pixels = n * height * width
+    if max(stride) > 1:
+        return groups == 1 and min(out_channels, fan) >= 64 and pixels >= _LARGE_MAP
+    if single and pixels <= 16 and fan >= 32:
+        return True
+    return groups > 1 and fan >= 4 and _narrow_groups_are_faster(out_channels // groups, slices, pixels, products)
+
+
+def _narrow_groups_are_faster(width: int, slices: int, pixels: int, products: bool) -> bool:
+    """Groups of 4 to 8 output channels; of more where torch has bfloat16 products and one call does.
+
+    On small maps the calls of several slices cost more than they save.
+    """
+    if slices > 1:
+        return 4 <= width <= 8 and pixels >= _LARGE_MAP
+    return width >= 4 and (products or width <= 8)
 
 
 def holds_data(x: Tensor) -> bool:

@@ -136,7 +136,7 @@ def _run_compiled(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     pairs, splits, strides, groups, algorithm, precision = arguments
     if algorithm is not None and holds_data(x):
         chosen_algorithm(x, weight, pairs, splits, strides, groups, algorithm, precision)
-    if algorithm is None and torch_is_faster(x, weight, strides, groups):
+    if algorithm is None and torch_is_faster(x, weight, strides, groups, len(splits)):
         return in_layout_of(_by_slices(x, weight, (pairs, splits), strides, groups), x)
     arguments = (x, weight, *arguments)
     return _raw(torch.ops.nasdet.grouped_dilation_conv2d, *arguments)

@@ -118,8 +118,14 @@ def test_sixteen_threads_at_once_have_scratch_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("channels", "groups", "dtype", "size"),
-    [(64, 1, torch.bfloat16, 10), (64, 64, torch.float32, 10), (64, 8, torch.float32, 10), (64, 1, torch.float32, 3)],
-    ids=["bfloat16", "depthwise", "narrow-groups", "tiny-map"],
+    [
+        (64, 1, torch.bfloat16, 10),
+        (64, 64, torch.float32, 10),
+        (64, 8, torch.float32, 10),
+        (64, 4, torch.bfloat16, 10),
+        (64, 1, torch.float32, 3),
+    ],
+    ids=["bfloat16", "depthwise", "narrow-groups", "groups-in-bfloat16", "tiny-map"],
 )
 def test_where_torch_is_faster_its_convolutions_run(
     channels: int, groups: int, dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
@@ -141,3 +147,30 @@ def test_elsewhere_the_kernels_run(dtype: torch.dtype) -> None:
     x, weight, _ = operands()
     assert not _dilation.torch_is_faster(x, weight[0], (1, 1), 1)
     assert not _dilation.torch_is_faster(x, weight[0, :, :4].requires_grad_(), (1, 1), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_slices_of_groups_are_left_to_torch_on_large_maps_only(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    weight = torch.randn(64, 8, 3, 3, dtype=dtype)
+    for size, slices, expected in ((64, 5, True), (10, 5, False), (10, 1, True)):
+        x = torch.randn(1, 64, size, size, dtype=dtype)
+        assert _dilation.torch_is_faster(x, weight, (1, 1), 8, slices) is expected
+    assert not _dilation.torch_is_faster(x.requires_grad_(), weight, (1, 1), 8, 1)
+
+
+def test_bfloat16_groups_stay_here_where_the_cpu_has_no_products_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", False)
+    x, weight = torch.randn(1, 64, 64, 64, dtype=torch.bfloat16), torch.randn(64, 8, 3, 3, dtype=torch.bfloat16)
+    assert not _dilation.torch_is_faster(x, weight, (1, 1), 8, 1)
+
+
+def test_strided_convolutions_are_left_to_torch_in_the_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's gradients of strided weights can be wrong."""
+    monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    for dtype, size, expected in ((torch.float32, 96, True), (torch.float32, 48, False), (torch.bfloat16, 48, True)):
+        x, weight = torch.randn(1, 64, size, size, dtype=dtype), torch.randn(64, 64, 3, 3, dtype=dtype)
+        assert _dilation.torch_is_faster(x, weight, (2, 2), 1) is expected
+        assert not _dilation.torch_is_faster(x, weight.requires_grad_(), (2, 2), 1)

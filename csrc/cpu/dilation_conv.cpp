@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "conv.h"
-#include "nasdet/op_checks.h"
+#include "results.h"
 #include "scratch.h"
 
 namespace nasdet {
@@ -99,7 +99,7 @@ void check_grad(const ConvProblem& p, const Tensor& grad, const Tensor& x) {
 
 Tensor run_forward(const ConvProblem& p, const Tensor& x, int64_t choice) {
   const bool nhwc = is_channels_last(x);
-  Tensor y = empty_map({p.images, p.out_channels, p.out_height, p.out_width}, x, true);
+  Tensor y = empty_result({p.images, p.out_channels, p.out_height, p.out_width}, x, true);
   if (y.numel() > 0) {
     const Tensor maps = lying_as(x, true);
     chosen(p, choice, false).forward(p, maps.const_data_ptr(), y.mutable_data_ptr());
@@ -117,7 +117,7 @@ Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0});
 Tensor run_backward(const ConvProblem& p, const Tensor& grad, const Tensor& x, int64_t choice, bool need_x) {
   const bool nhwc = is_channels_last(x);
   if (p.images == 0) return need_x ? empty_map({0, p.in_channels, p.height, p.width}, x, nhwc) : nothing(x);
-  Tensor dx = need_x ? empty_map({p.images, p.in_channels, p.height, p.width}, x, true) : nothing(x);
+  Tensor dx = need_x ? empty_result({p.images, p.in_channels, p.height, p.width}, x, true) : nothing(x);
   const Tensor maps = lying_as(x, true), upstream = lying_as(grad, true);
   chosen(p, choice, true).backward(p, maps.const_data_ptr(), upstream.const_data_ptr(), need_x ? dx.mutable_data_ptr() : nullptr);
   return nhwc || !need_x ? dx : lying_as(dx, false);
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_dilation_conv2d_backward(Tensor grad, T
   check_grad(p, grad, x);
   const Tensor kernels = torch::stable::contiguous(weight), factors = torch::stable::contiguous(mix);
   std::optional<Tensor> dweight, dmix;
-  if (need_weight) dweight = torch::stable::empty_like(kernels);
+  if (need_weight) dweight = on_huge_pages(torch::stable::empty_like(kernels));
   if (need_mix) dmix = torch::stable::empty_like(factors);
   if (p.images == 0) clear(dweight), clear(dmix);
   add_mixture(p, dilations, kernels, factors, dweight, dmix);
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> grouped_dilation_conv2d_backward(Tensor grad, Tensor 
   check_grad(p, grad, x);
   const Tensor kernels = torch::stable::contiguous(weight);
   std::optional<Tensor> dweight;
-  if (need_weight) dweight = torch::stable::empty_like(kernels);
+  if (need_weight) dweight = on_huge_pages(torch::stable::empty_like(kernels));
   if (p.images == 0) clear(dweight);
   add_slices(p, dilations, splits, kernels, dweight);
   const Tensor dx = run_backward(p, grad, x, algorithm, need_x);

@@ -2,9 +2,6 @@
 #pragma once
 #include <cstring>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "frequency_plan.h"
 #include "nasdet/checks.h"
@@ -15,8 +12,6 @@ namespace {
 #ifdef NASDET_X86
 #define NASDET_FREQUENCY_KERNEL(name) (cpu_capability() >= Isa::avx512 ? avx512::name : avx2::name)
 
-
-
 const char* frequency_why_not(const ConvProblem& p) {
   if (cpu_capability() < Isa::avx2) return "the frequency domain needs AVX2";
   if (p.storage != 0) return "the frequency domain takes float32 only";
@@ -25,17 +20,6 @@ const char* frequency_why_not(const ConvProblem& p) {
   if (p.groups != 1) return "the frequency domain takes one group only";
   FrequencyGeometry g;
   return frequency_geometry(p, 32, g) ? nullptr : "the frequency domain takes dilations of up to 14 only";
-}
-
-// Results are fresh memory: their first touch costs far less in huge pages.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge, end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 double frequency_seconds(const ConvProblem& p, bool backward) {
@@ -174,7 +158,6 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const float* from
   float* const to_planes = scratch.take<float>(spectra_of(plan, plan.outs));
   WeightScratch weights = weight_scratch(plan);
   weights.take(scratch);
-  advise_huge_pages(to, p.images * p.height * p.width * out * 4);
   if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
     const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
@@ -198,10 +181,7 @@ std::vector<FrequencyBranch> gradient_branches(const ConvProblem& p, std::vector
   std::vector<FrequencyBranch> branches = frequency_branches(p);
   const int64_t in_vectors = vectors_of(p.in_channels);
   int64_t count = 0;
-  for (const ConvBranch& b : p.branches) {
-    if (b.weight_grad) advise_huge_pages(b.weight_grad, (b.last - b.first) * p.in_channels * p.kernel * p.kernel * 4);
-    count += b.mix_grad ? in_vectors * (b.last - b.first) : 0;
-  }
+  for (const ConvBranch& b : p.branches) count += b.mix_grad ? in_vectors * (b.last - b.first) : 0;
   parts.resize(size_t(count));
   count = 0;
   for (size_t b = 0; b < branches.size(); ++b)

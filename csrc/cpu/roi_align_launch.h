@@ -5,11 +5,8 @@
 #include <memory>
 #include <string>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
-#include "nasdet/op_checks.h"
+#include "results.h"
 #include "roi_align_plan.h"
 
 namespace nasdet {
@@ -21,22 +18,6 @@ constexpr int64_t kPlaneChannels = 16, kPixelChannels = 64;  // channels of one 
 constexpr int64_t kClearBytes = 1 << 20;
 constexpr int64_t kRowParts = 8;      // pieces of a map per thread
 constexpr int32_t kBand = 16;         // RoIs are walked in bands of so many rows
-
-// Asks for huge pages, which take their first touch and scattered writes far better; a kernel without them ignores it.
-void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(t.const_data_ptr()), last = first + uintptr_t(t.numel()) * t.element_size();
-  const uintptr_t begin = (first + kHuge - 1) / kHuge * kHuge, end = last / kHuge * kHuge;
-  if (last - first >= kStreamingBytes && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor empty_result(const std::vector<int64_t>& shape, const Tensor& like, bool channels_last) {
-  const Tensor result = empty_map(shape, like, channels_last);
-  advise_huge_pages(result);
-  return result;
-}
 
 // One level: its map, or the gradient of its map.
 struct Level {

@@ -39,7 +39,7 @@ std::vector<FrequencyBranch> frequency_branches(const ConvProblem& p) {
 // Scratch of the threads that work at once, and their ranges of the work.
 struct Slots {
   int64_t count, each;
-  Slots(int64_t units, int64_t elements) : count(std::min<int64_t>(units, torch::stable::get_num_threads())), each(elements) {}
+  Slots(int64_t units, int64_t threads, int64_t elements) : count(std::min(units, threads)), each(elements) {}
   size_t elements() const { return size_t(count * each); }
 
   // f(the slot's scratch, begin, end)
@@ -51,17 +51,17 @@ struct Slots {
   }
 };
 
-// What the weights of a chunk need on their way, in scratch of `plan`.
+// What the weights of a chunk need on their way, on so many threads.
 struct WeightScratch {
   const FrequencyGeometry& g;
   int64_t half_elements, step_plane;
   Slots grids, steps;
   float *halves = nullptr, *grid_data = nullptr, *step_data = nullptr;
 
-  WeightScratch(const FrequencyGeometry& geometry, int64_t ins, int64_t outs, int64_t plane)
+  WeightScratch(const FrequencyGeometry& geometry, int64_t ins, int64_t outs, int64_t plane, int64_t threads)
       : g(geometry), half_elements(ins * outs * frequency_half(geometry.tile, geometry.grid)), step_plane(plane),
-        grids(vectors_of(ins) * vectors_of(outs), 2 * geometry.grid * geometry.grid * frequency_costs().lanes * frequency_costs().lanes),
-        steps(frequency_steps(geometry.tile), frequency_step_planes(geometry.tile, 0) * plane) {}
+        grids(vectors_of(ins) * vectors_of(outs), threads, 2 * geometry.grid * geometry.grid * frequency_costs().lanes * frequency_costs().lanes),
+        steps(frequency_steps(geometry.tile), threads, frequency_step_planes(geometry.tile, 0) * plane) {}
   size_t bytes() const { return Scratch::padded(size_t(half_elements) * 4) + Scratch::padded(grids.elements() * 4) + Scratch::padded(steps.elements() * 4); }
   void take(Scratch& scratch) {
     halves = scratch.take<float>(size_t(half_elements));
@@ -133,17 +133,54 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, int6
   });
 }
 
-WeightScratch weight_scratch(const FrequencyPlan& plan) { return {plan.g, plan.ins, plan.outs, plan.step_plane()}; }
-WeightScratch weight_scratch(const FrequencyGradientPlan& plan) { return {plan.g, plan.part_ins, plan.part_outs, plan.step_plane()}; }
-
 // Elements of the spectra of `channels` of the map in hand.
 template <class Plan> size_t spectra_of(const Plan& plan, int64_t channels) { return size_t(plan.g.planes() * plan.map_plane(channels)); }
 
-size_t convolve_bytes(const FrequencyPlan& plan, int64_t in_padded, bool spectra_there) {
-  return Scratch::padded(spectra_there ? 0 : spectra_of(plan, in_padded) * 4) + Scratch::padded(spectra_of(plan, plan.outs) * 4) + weight_scratch(plan).bytes();
+int64_t pieces_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
+
+// A chunk of channels is worked on by one thread, with scratch of its own that stays in the caches, where there are enough
+// chunks and memory; otherwise by all threads together, which then read what others have just written.
+struct Crew {
+  static constexpr size_t kMostEach = 8 << 20;
+  int64_t size, threads;  // chunks at once, and threads of each
+  size_t shared, each;    // bytes
+  size_t bytes() const { return shared + size_t(size) * each; }
+
+  // each(threads): bytes of a chunk
+  template <class F> Crew(int64_t chunks, size_t all, const F& each_on) : shared(all) {
+    const int64_t most = torch::stable::get_num_threads();
+    size = std::min(most, chunks);
+    const bool busy = 4 * chunks >= 3 * pieces_of(chunks, size) * most;  // three quarters of the time
+    if (!busy || each_on(1) > kMostEach || int64_t(shared + size_t(size) * each_on(1)) > scratch_limit()) size = 1;
+    threads = size > 1 ? 1 : most, each = each_on(threads);
+  }
+
+  // f(the one of the crew, its chunk)
+  template <class F> void run(int64_t chunks, const F& f) const {
+    torch::stable::parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
+      for (int64_t one = first; one < last; ++one)
+        for (int64_t chunk = chunks * one / size; chunk < chunks * (one + 1) / size; ++chunk) f(size_t(one), chunk);
+    });
+  }
+};
+
+WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) { return {plan.g, plan.ins, plan.outs, plan.step_plane(), threads}; }
+WeightScratch weight_scratch(const FrequencyGradientPlan& plan, int64_t threads) { return {plan.g, plan.part_ins, plan.part_outs, plan.step_plane(), threads}; }
+
+Crew crew_of(const FrequencyPlan& plan, int64_t in_padded, int64_t out, bool spectra_there) {
+  return {pieces_of(out, plan.outs), Scratch::padded(spectra_there ? 0 : spectra_of(plan, in_padded) * 4),
+          [&](int64_t threads) { return Scratch::padded(spectra_of(plan, plan.outs) * 4) + weight_scratch(plan, threads).bytes(); }};
 }
-size_t weight_gradients_bytes(const FrequencyGradientPlan& plan, bool spectra_there) {
-  return Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(spectra_there ? 0 : spectra_of(plan, plan.outs) * 4) + weight_scratch(plan).bytes();
+Crew crew_of(const FrequencyGradientPlan& plan, bool spectra_there) {
+  return {pieces_of(plan.ins, plan.part_ins) * pieces_of(plan.outs, plan.part_outs), Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(spectra_there ? 0 : spectra_of(plan, plan.outs) * 4),
+          [&](int64_t threads) { return weight_scratch(plan, threads).bytes(); }};
+}
+
+// The scratch of each of a crew.
+template <class Plan> std::vector<WeightScratch> weight_scratches(const Plan& plan, const Crew& crew, Scratch& scratch) {
+  std::vector<WeightScratch> all(size_t(crew.size), weight_scratch(plan, crew.threads));
+  for (WeightScratch& one : all) one.take(scratch);
+  return all;
 }
 
 // `to` = the convolution of `from`; for the gradient of the input, with the kernels turned round and the channels swapped.
@@ -155,24 +192,25 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const float* from
   const std::vector<FrequencyBranch> branches = frequency_branches(p);
   const int64_t planes = g.planes(), from_plane = plan.map_plane(in_padded), to_plane = plan.map_plane(plan.outs);
   float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, in_padded));
-  float* const to_planes = scratch.take<float>(spectra_of(plan, plan.outs));
-  WeightScratch weights = weight_scratch(plan);
-  weights.take(scratch);
+  const Crew crew = crew_of(plan, in_padded, out, spectra != nullptr);
+  std::vector<float*> to_planes;
+  for (int64_t one = 0; one < crew.size; ++one) to_planes.push_back(scratch.take<float>(spectra_of(plan, plan.outs)));
+  const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
   if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
     const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
     if (!spectra) run_spectra(g, g.tiles(p, in, !gradient, row, rows), {own, from_plane, in_padded, 0, planes * from_plane * 4 >= kFrequencyCached}, from, gradient ? FrequencyForm::kConjugateFactor : FrequencyForm::kFactor);
-    for (int64_t o = 0; o < out; o += plan.outs) {
-      const int64_t outs = std::min(plan.outs, out - o), width = padded_to(outs, lanes);
+    crew.run(pieces_of(out, plan.outs), [&](size_t one, int64_t chunk) {
+      const int64_t o = chunk * plan.outs, outs = std::min(plan.outs, out - o);
       for (int64_t i = 0; i < in; i += plan.ins) {
-        FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, std::min(plan.ins, in - i), o, outs, gradient, weights.halves, nullptr};
+        FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, std::min(plan.ins, in - i), o, outs, gradient, scratches[one].halves, nullptr};
         if (gradient) std::swap(w.first_in, w.first_out), std::swap(w.ins, w.outs);
-        multiply_by_weights(weights, w, plan.step_ins, {(spectra ? spectra : own) + i, to_planes, from_plane, to_plane, in_padded, tiles, i > 0});
+        multiply_by_weights(scratches[one], w, plan.step_ins, {(spectra ? spectra : own) + i, to_planes[one], from_plane, to_plane, in_padded, tiles, i > 0});
       }
-      const FrequencyPlanes result{to_planes, to_plane, width, o, false};
+      const FrequencyPlanes result{to_planes[one], to_plane, padded_to(outs, lanes), o, false};
       if (gradient) run_add_maps(g, g.tiles(p, out, true, row, rows), result, to);
       else run_maps(g, g.tiles(p, out, false, row, rows), result, to);
-    }
+    });
   }
 }
 
@@ -226,8 +264,8 @@ void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, c
   const int64_t planes = g.planes(), x_plane = plan.map_plane(plan.ins), grad_plane = plan.map_plane(plan.outs);
   float* const x_planes = scratch.take<float>(spectra_of(plan, plan.ins));
   float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, plan.outs));
-  WeightScratch weights = weight_scratch(plan);
-  weights.take(scratch);
+  const Crew crew = crew_of(plan, spectra != nullptr);
+  const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
   int64_t loaded_x[2] = {-1, -1}, loaded_grad[2] = {-1, -1};  // first channel and row
   for (int64_t o = 0; o < p.out_channels; o += plan.outs)
     for (int64_t i = 0; i < p.in_channels; i += plan.ins) {
@@ -240,13 +278,14 @@ void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, c
         if (loaded_x[0] != i || loaded_x[1] != row)
           run_spectra(g, g.tiles(p, p.in_channels, true, row, rows), {x_planes, x_plane, x_width, i, planes * x_plane * 4 >= kFrequencyCached}, x, FrequencyForm::kFactor);
         loaded_grad[0] = o, loaded_grad[1] = row, loaded_x[0] = i, loaded_x[1] = row;
-        for (int64_t part_o = 0; part_o < outs; part_o += plan.part_outs)
-          for (int64_t part_i = 0; part_i < ins; part_i += plan.part_ins) {
-            const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, std::min(plan.part_ins, ins - part_i), o + part_o,
-                                     std::min(plan.part_outs, outs - part_o), false, weights.halves, nullptr};
-            gather_products(weights, w, plan.step_ins, {x_planes + part_i, (spectra ? spectra : own) + part_o, x_plane, grad_plane, x_width, grad_width, tiles, row > 0});
-            if (row + plan.rows >= g.all_rows) weights.run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), w);
-          }
+        const int64_t in_parts = pieces_of(ins, plan.part_ins);
+        crew.run(in_parts * pieces_of(outs, plan.part_outs), [&](size_t one, int64_t part) {
+          const int64_t part_o = part / in_parts * plan.part_outs, part_i = part % in_parts * plan.part_ins;
+          const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, std::min(plan.part_ins, ins - part_i), o + part_o,
+                                   std::min(plan.part_outs, outs - part_o), false, scratches[one].halves, nullptr};
+          gather_products(scratches[one], w, plan.step_ins, {x_planes + part_i, (spectra ? spectra : own) + part_o, x_plane, grad_plane, x_width, grad_width, tiles, row > 0});
+          if (row + plan.rows >= g.all_rows) scratches[one].run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), w);
+        });
       }
     }
   sum_mix_gradients(p, branches);
@@ -254,7 +293,7 @@ void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, c
 
 void frequency_forward(const ConvProblem& p, const void* x, void* y) {
   const FrequencyPlan plan = FrequencyPlanner(p).forward();
-  Scratch scratch(convolve_bytes(plan, padded_to(p.in_channels, frequency_costs().lanes), false));
+  Scratch scratch(crew_of(plan, padded_to(p.in_channels, frequency_costs().lanes), p.out_channels, false).bytes());
   convolve(p, plan, static_cast<const float*>(x), static_cast<float*>(y), false, nullptr, scratch);
 }
 
@@ -266,7 +305,7 @@ void frequency_backward(const ConvProblem& p, const void* x, const void* grad, v
   const bool shared = plan.shared && wanted && dx;
   const int64_t out_padded = padded_to(p.out_channels, frequency_costs().lanes), plane = plan.dw.map_plane(out_padded);
   const size_t shared_elements = shared ? spectra_of(plan.dw, out_padded) : 0;
-  Scratch scratch(Scratch::padded(shared_elements * 4) + std::max(dx ? convolve_bytes(plan.dx, out_padded, shared) : 0, wanted ? weight_gradients_bytes(plan.dw, shared) : 0));
+  Scratch scratch(Scratch::padded(shared_elements * 4) + std::max(dx ? crew_of(plan.dx, out_padded, p.in_channels, shared).bytes() : 0, wanted ? crew_of(plan.dw, shared).bytes() : 0));
   float* const spectra = shared ? scratch.take<float>(shared_elements) : nullptr;
   if (shared) run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows), {spectra, plane, out_padded, 0, g.planes() * plane * 4 >= kFrequencyCached}, static_cast<const float*>(grad), FrequencyForm::kConjugateFactor);
   const size_t mark = scratch.used();

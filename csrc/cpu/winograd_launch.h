@@ -14,7 +14,7 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kWeightBytes = 8 << 20;    // of a piece's weights in the domain: read for each chunk of tiles
+constexpr int64_t kWeightBytes = 10 << 20;    // of a piece's weights in the domain: read for each chunk of tiles
 constexpr int64_t kSmallWeights = 1 << 20;   // weights up to this stay in the second cache, if a chunk of tiles leaves room
 constexpr int64_t kGradientBytes = 4 << 20;  // of the tiles in the domain between two barriers, for the gradient of the weights
 

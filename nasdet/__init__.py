@@ -1,8 +1,8 @@
 """nasdet: fast detection operators, and architecture searches for object detectors that run.
 
-``nasdet.ops`` holds the operators, ``nasdet.nn`` modules over them; ``nasdet.spaces``, ``nasdet.search``,
-``nasdet.detectors``, ``nasdet.data`` and ``nasdet.engine`` run the searches. ``nasdet info``
-says what can run on this machine.
+``nasdet.ops`` holds the operators, ``nasdet.nn`` modules over them, and ``nasdet.accelerate`` puts the convolutions
+into a model of yours; ``nasdet.spaces``, ``nasdet.search``, ``nasdet.detectors``, ``nasdet.data`` and ``nasdet.engine``
+run the searches. ``nasdet info`` says what can run on this machine.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from nasdet._version import __version__
 
 _SUBMODULES = ("arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
 
-__all__ = ["__version__", "release_scratch", "scratch_limit", "use_backend", *_SUBMODULES]
+__all__ = ["__version__", "accelerate", "release_scratch", "scratch_limit", "use_backend", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"nasdet.{name}")
+    if name == "accelerate":
+        return importlib.import_module("nasdet.nn").accelerate
     if name == "use_backend":
         return importlib.import_module("nasdet._dispatch").use_backend
     if name in ("release_scratch", "scratch_limit"):

@@ -33,6 +33,11 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
     return conv
 
 
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution's fresh result ``[N, C, H, W]`` with its bias, in place: no further map, no further pass."""
+    return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
+
+
 class _DilationConv2d(nn.Module):
     """What both have in common: the shape, a weight and perhaps a bias, and how the op is called."""
 
@@ -85,9 +90,6 @@ class _DilationConv2d(nn.Module):
         super()._apply(fn, recurse)
         self.weight.data = self.weight.data.contiguous()
         return self
-
-    def _with_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
         dilations = ", ".join(str(d[0]) if d[0] == d[1] else f"{d[0]}x{d[1]}" for d in self.dilations)
@@ -156,7 +158,7 @@ class GroupedDilationConv2d(_DilationConv2d):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_bias(
+        return add_bias(
             grouped_dilation_conv2d(
                 x,
                 self.weight,
@@ -167,7 +169,8 @@ class GroupedDilationConv2d(_DilationConv2d):
                 algorithm=self.algorithm,
                 precision=self.precision,
                 backend=self.backend,
-            )
+            ),
+            self.bias,
         )
 
     def extra_repr(self) -> str:
@@ -243,7 +246,7 @@ class MixedDilationConv2d(_DilationConv2d):
         return self.alpha.softmax(dim=1).T
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._with_bias(
+        return add_bias(
             mixed_dilation_conv2d(
                 x,
                 self.replicas,
@@ -254,7 +257,8 @@ class MixedDilationConv2d(_DilationConv2d):
                 algorithm=self.algorithm,
                 precision=self.precision,
                 backend=self.backend,
-            )
+            ),
+            self.bias,
         )
 
     def extra_repr(self) -> str:

@@ -1,0 +1,164 @@
+"""``accelerate(model)``: the library's convolutions inside anybody's model, and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from nasdet.nn.dilation_conv import add_bias, check_same_conv2d
+from nasdet.ops import grouped_dilation_conv2d
+from nasdet.ops._dilation import chosen_algorithm, torch_is_faster
+from nasdet.ops.grouped_dilation_conv2d import OP
+
+_TYPICAL = (1, 56, 84)  # images, height and width: a middle level of a detector's pyramid
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AcceleratedConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` whose forward on the CPU is :func:`nasdet.ops.grouped_dilation_conv2d` with one dilation.
+
+    :func:`accelerate` turns convolutions into it and back. Elsewhere than on the CPU, in float64, for unbatched inputs,
+    and where the model is traced or exported, it is ``nn.Conv2d``. Second derivatives raise.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ours = input.device.type == "cpu" and input.dim() == 4 and input.dtype in _TYPES
+        if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return super()._conv_forward(input, weight, bias)
+        dilation, stride = (self.dilation[0], self.dilation[1]), (self.stride[0], self.stride[1])
+        y = grouped_dilation_conv2d(input, weight, (dilation,), (self.out_channels,), stride, self.groups)
+        return add_bias(y, bias)
+
+
+class Acceleration:
+    """What :func:`accelerate` did to a model, and the way back. Also a context manager; ``print`` shows it in words.
+
+    Attributes:
+        swapped: names of the convolutions that run on the library's kernels now.
+        left: names of the other convolutions, and why each was left to torch.
+    """
+
+    def __init__(self, convs: Mapping[str, nn.Conv2d], left: Mapping[str, str]) -> None:
+        self.swapped = tuple(convs)
+        self.left = MappingProxyType(dict(left))
+        self._convs = dict(convs)
+
+    @property
+    def active(self) -> bool:
+        """Whether this call's convolutions are still accelerated; a call that swapped none is never active."""
+        return bool(self._convs)
+
+    def undo(self) -> None:
+        """Make the swapped convolutions plain ``nn.Conv2d`` again; again: no effect.
+
+        Raises RuntimeError, after all others, for those that something else changed the class of since.
+        """
+        convs, self._convs = self._convs, {}
+        changed = []
+        for name, conv in convs.items():
+            if type(conv) is AcceleratedConv2d:
+                conv.__class__ = nn.Conv2d
+            else:
+                changed.append(f"{name} is a {type(conv).__name__}")
+        if changed:
+            raise RuntimeError(f"accelerated convolutions must keep their class until undo(): {', '.join(changed)}")
+
+    def __enter__(self) -> Acceleration:
+        if self.swapped and not self._convs:
+            raise RuntimeError("this acceleration was undone already: call accelerate() again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        total = len(self.swapped) + len(self.left)
+        state = "" if self.active or not self.swapped else " (undone)"
+        lines = [f"accelerated {len(self.swapped)} of {total} convolutions{state}"]
+        lines += [f"  {name}" for name in self.swapped]
+        for reason, count in Counter(self.left.values()).items():
+            names = [name for name, why in self.left.items() if why == reason]
+            shown = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
+            lines.append(f"left {count}: {reason} ({shown})")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Acceleration: {len(self.swapped)} swapped, {len(self.left)} left, active={self.active}>"
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Let the convolutions of ``model`` run on the library's CPU kernels wherever these are the faster ones.
+
+    A convolution stays the module that it is: parameters, names in the state dict, hooks and options are untouched, and
+    only its class changes, to :class:`AcceleratedConv2d`. Training and ``torch.compile`` work as before. Values agree
+    with torch's to the rounding of float32 (Winograd's algorithm: 1e-6 relative).
+
+    Swapped are plain ``nn.Conv2d`` on the CPU with an odd square kernel and "same" zero padding, of any dilation, for
+    which the op's cost model chooses one of its fast algorithms on maps of a usual size; these are above all 3x3
+    convolutions of stride 1 in one group. On CUDA nothing is swapped. ``model.to(memory_format=torch.channels_last)``
+    beforehand saves the copies between the layouts.
+
+    Args:
+        model: anything, from one convolution to a detector. It may be accelerated already, wholly or in part.
+
+    Returns:
+        An :class:`Acceleration`: what was swapped, what was left and why, ``undo()``. In ``with accelerate(model) as
+        report:`` it holds until the end of the block. What was accelerated before is left, and is not undone by it.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    convs: dict[str, nn.Conv2d] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            reason = _why_not(module)
+            if reason is None:
+                convs[name] = module
+            else:
+                left[name] = reason
+    for conv in convs.values():
+        conv.__class__ = AcceleratedConv2d
+    return Acceleration(convs, left)
+
+
+def _why_not(conv: nn.Conv2d) -> str | None:
+    """Why a convolution is left to torch, or None."""
+    if type(conv) is AcceleratedConv2d:
+        return "accelerated already"
+    if "forward" in vars(conv) or "_conv_forward" in vars(conv):
+        return "its forward was replaced"
+    try:
+        check_same_conv2d(conv, "it")
+    except (TypeError, ValueError) as error:
+        return str(error)
+    if conv.weight.device.type != "cpu":
+        return f"its weight is on {conv.weight.device.type}, where torch's convolutions are left alone"
+    if conv.weight.dtype not in _TYPES:
+        return f"its weight is {conv.weight.dtype}"
+    compiled = next(backend for backend in OP.backends if backend.name == "cpp")
+    return compiled.available() or _slower(conv)
+
+
+@torch.no_grad()
+def _slower(conv: nn.Conv2d) -> str | None:
+    """Why the op would gain nothing on a map of a usual size, by its own rules, or None."""
+    images, *size = _TYPICAL
+    weight = conv.weight.detach()
+    x = weight.new_empty(1).expand(images, conv.in_channels, *size)
+    dilation, stride = (conv.dilation[0], conv.dilation[1]), (conv.stride[0], conv.stride[1])
+    if torch_is_faster(x, weight, stride, conv.groups):
+        return "torch's is faster"
+    algorithm = chosen_algorithm(x, weight, (dilation,), (conv.out_channels,), stride, conv.groups)
+    if algorithm == "direct" and weight.dtype == torch.float32:
+        height, width = conv.kernel_size
+        return f"torch's is as fast at a {height}x{width} kernel of stride {stride[0]} with such channels"
+    return None

@@ -1,0 +1,271 @@
+"""``accelerate``: what is swapped and what is not, the same values, training, and the way back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nasdet
+from nasdet.nn import AcceleratedConv2d, accelerate
+
+pytestmark = pytest.mark.needs("cpp")
+
+
+def net(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 7, stride=2, padding=3),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, **options),
+        nn.BatchNorm2d(32),
+        nn.Conv2d(32, 48, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(48, 16, 1),
+    )
+
+
+def picture(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+LEFT = {
+    "1x1": (nn.Conv2d(64, 64, 1), "torch's is as fast at a 1x1 kernel"),
+    "stride-2": (nn.Conv2d(128, 128, 3, stride=2, padding=1), "kernel of stride 2"),
+    "one-output": (nn.Conv2d(256, 1, 3, padding=1), "torch's is as fast"),
+    "depthwise": (nn.Conv2d(64, 64, 3, padding=1, groups=64), "torch's is faster"),
+    "not-padded": (nn.Conv2d(64, 64, 3), "it must be padded with 1x1 zeros, got (0, 0) (zeros)"),
+    "reflected": (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "got (1, 1) (reflect)"),
+    "not-square": (nn.Conv2d(64, 64, (3, 1), padding=(1, 0)), "square kernel of odd size, got 3x1"),
+    "subclass": (Doubled(64, 64, 3, padding=1), "plain nn.Conv2d, got Doubled"),
+    "float64": (nn.Conv2d(64, 64, 3, padding=1).double(), "its weight is torch.float64"),
+    "meta": (nn.Conv2d(64, 64, 3, padding=1, device="meta"), "its weight is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_left_to_torch_with_the_reason(case: str) -> None:
+    conv, reason = LEFT[case]
+    kind = type(conv)
+    report = accelerate(nn.Sequential(conv, nn.ReLU()))
+    assert report.swapped == () and not report.active and type(conv) is kind
+    assert list(report.left) == ["0"] and reason in report.left["0"]
+    assert "accelerated 0 of 1 convolutions" in str(report) and reason in str(report)
+
+
+def test_a_replaced_forward_is_left() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    conv.forward = lambda input: input  # type: ignore[method-assign]  # what is tested
+    assert accelerate(conv).left == {"": "its forward was replaced"}
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Conv2d(64, 80, 3, padding=(2, 3), dilation=(2, 3), bias=False),
+        nn.Conv2d(64, 64, 3, padding="same", dilation=4),
+    ],
+    ids=["plain", "uneven-dilation", "same"],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_same_values(conv: nn.Conv2d, layout: torch.memory_format) -> None:
+    conv = copy.deepcopy(conv).to(memory_format=layout)
+    x = torch.randn(2, 64, 19, 26, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=layout)
+    expected = conv(x)
+    exact = copy.deepcopy(conv).double()(x.double())
+    with accelerate(conv) as report:
+        assert report.swapped == ("",) and type(conv) is AcceleratedConv2d
+        got = conv(x)
+    assert got.is_contiguous(memory_format=layout) and got.shape == expected.shape
+    assert float((got - exact).detach().norm() / exact.detach().norm()) < 5e-6
+    assert torch.equal(conv(x), expected), "undone at the end of the block"
+
+
+def test_the_report_names_every_convolution() -> None:
+    model = net()
+    report = nasdet.accelerate(model)
+    assert report.swapped == ("2", "4") and list(report.left) == ["0", "5"] and report.active
+    lines = str(report).splitlines()
+    assert lines[:3] == ["accelerated 2 of 4 convolutions", "  2", "  4"] and len(lines) == 5
+    report.undo()
+    assert not report.active and "(undone)" in str(report)
+    assert all(type(conv) in (nn.Conv2d, nn.ReLU, nn.BatchNorm2d) for conv in model)
+
+
+def test_everything_but_the_class_is_the_very_same() -> None:
+    model = net()
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    seen: list[tuple[int, ...]] = []
+    model[2].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    before = {key: value for key, value in vars(model[2]).items()}
+    report = accelerate(model)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(model.state_dict()) == list(state) and isinstance(model[2], nn.Conv2d)
+    model(picture())
+    assert seen == [(2, 32, 20, 28)]
+    report.undo()
+    after = vars(model[2])
+    assert type(model[2]) is nn.Conv2d and after.keys() == before.keys()
+    assert all(after[key] is value for key, value in before.items())
+
+
+def test_twice_is_harmless() -> None:
+    model = net()
+    first = accelerate(model)
+    second = accelerate(model)
+    assert second.swapped == () and second.left["2"] == second.left["4"] == "accelerated already"
+    second.undo()
+    assert type(model[2]) is AcceleratedConv2d, "what the first call did is the first's to undo"
+    with accelerate(model):
+        pass
+    assert first.active and type(model[2]) is AcceleratedConv2d
+    first.undo()
+    first.undo()
+    assert type(model[2]) is nn.Conv2d
+    with pytest.raises(RuntimeError, match="undone already"), first:
+        pass
+
+
+def test_undone_when_the_block_raises() -> None:
+    model = net()
+    with pytest.raises(KeyError), accelerate(model):
+        raise KeyError
+    assert type(model[2]) is nn.Conv2d
+
+
+def test_a_class_changed_since_is_named_and_the_rest_undone() -> None:
+    model = net()
+    report = accelerate(model)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(RuntimeError, match="keep their class until undo.*: 2 is a Parametrized"):
+        report.undo()
+    assert type(model[4]) is nn.Conv2d and not report.active
+
+
+@pytest.mark.parametrize("value", [None, "resnet", torch.nn.functional.conv2d, [nn.Conv2d(4, 4, 3)]])
+def test_nonsense_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got"):
+        accelerate(value)
+
+
+def train(model: nn.Module, steps: int = 3) -> tuple[list[float], dict[str, Tensor]]:
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(picture()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_training_goes_the_same_way() -> None:
+    expected, wanted = train(net())
+    model = net()
+    with accelerate(model) as report:
+        assert len(report.swapped) == 2
+        losses, weights = train(model)
+    assert losses == pytest.approx(expected, rel=1e-4) and losses[-1] < losses[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_states_go_both_ways() -> None:
+    plain, fast = net(), net()
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.mul_(1.5)
+    accelerate(fast)
+    plain.load_state_dict(fast.state_dict())
+    fast.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(fast.eval()(picture()), plain.eval()(picture()), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_are_accelerated_on_their_own() -> None:
+    model = net()
+    report = accelerate(model)
+    twin = copy.deepcopy(model)
+    report.undo()
+    assert type(twin[2]) is AcceleratedConv2d and type(model[2]) is nn.Conv2d
+    torch.testing.assert_close(twin.eval()(picture()), model.eval()(picture()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_compiled_as_one_graph(grad: bool) -> None:
+    model = net().eval()
+    with torch.set_grad_enabled(grad):
+        expected = model(picture())
+        accelerate(model)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(picture())
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert got.requires_grad == grad
+
+
+def test_bfloat16_autocast() -> None:
+    model = net().eval()
+    exact = model(picture()).detach()
+    accelerate(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = model(picture())
+    assert got.dtype == torch.bfloat16
+    assert float((got.float() - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_the_reference_serves_when_asked_for() -> None:
+    """The switch of every operator: torch's convolution, to the bit where the bias is not fused."""
+    model = net(bias=False)[2]
+    x = torch.randn(1, 32, 12, 13)
+    expected = model(x)
+    accelerate(model)
+    with nasdet.use_backend("reference"):
+        assert torch.equal(model(x), expected)
+    assert not torch.equal(model(x), expected), "and otherwise the library's own"
+
+
+@pytest.mark.parametrize("shape", [(32, 12, 13), (0, 32, 12, 13), (1, 32, 1, 1)], ids=["unbatched", "none", "pixel"])
+def test_odd_inputs(shape: tuple[int, ...]) -> None:
+    conv = net()[2]
+    x = torch.randn(shape)
+    expected = conv(x)
+    accelerate(conv)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float64_after_the_swap_is_torchs() -> None:
+    conv = net()[2]
+    accelerate(conv)
+    x = torch.randn(1, 32, 9, 9, dtype=torch.float64)
+    plain = copy.deepcopy(conv).double()
+    plain.__class__ = nn.Conv2d
+    assert torch.equal(conv.double()(x), plain(x))
+
+
+def test_exported_as_torchs_convolution() -> None:
+    model = net().eval()
+    accelerate(model)
+    program = torch.export.export(model, (picture(),))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("conv2d" in name for name in called) and not any("nasdet" in name for name in called)
+    traced = torch.jit.trace(model, picture())
+    assert "nasdet::" not in str(traced.inlined_graph) and "aten::_convolution" in str(traced.inlined_graph)
+
+
+def test_without_the_library_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+    from dataclasses import replace
+
+    # by name, as the package's attribute of this name is the function
+    module = importlib.import_module("nasdet.nn.accelerate")
+    backends = [replace(backend, available=lambda: "no compiled part") for backend in module.OP.backends]
+    monkeypatch.setattr(module, "OP", replace(module.OP, backends=backends))
+    assert set(accelerate(net()).left.values()) >= {"no compiled part"}

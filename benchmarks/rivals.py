@@ -1,4 +1,7 @@
-"""Operators of other libraries in the races. Without the library a contestant is absent, and the row says why."""
+"""Operators and detectors of other libraries in the races.
+
+Without the library a contestant is absent, and the row says why.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from op_race import Call, Contestant
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def torchvision_contestant(make: Callable[[Any], Call], **options: Any) -> Contestant:
@@ -57,3 +60,28 @@ def padded_loop(ops: Any) -> Call:
         return index, count
 
     return call
+
+
+TORCHVISION_DETECTORS = {"fcos": "FCOS", "retinanet": "RetinaNet", "faster_rcnn": "FasterRCNN", "mask_rcnn": "MaskRCNN"}
+
+
+def torchvision_detector(name: str, classes: int, size: Sequence[int]) -> nn.Module:
+    """torchvision's detector on ResNet-50 as it is fine-tuned: frozen batch norms, stem and first stage frozen.
+
+    Random weights. Pictures are of ``size`` (height, width), and not resized; masks stay probabilities per box, and are
+    not pasted into the picture.
+    """
+    from torchvision.models import detection
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    options: dict[str, Any] = {"backbone_name": "resnet50", "weights": None, "trainable_layers": 3}
+    two_stage = name.endswith("rcnn")
+    if not two_stage:
+        options |= {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+    made: nn.Module = getattr(detection, TORCHVISION_DETECTORS[name])(
+        resnet_fpn_backbone(**options), num_classes=classes + int(two_stage), min_size=min(size), max_size=max(size)
+    )
+    if name == "mask_rcnn":
+        made.transform.postprocess = lambda result, *sizes: result
+    return made

@@ -1,22 +1,14 @@
-"""One contestant of a race of search steps in a process of its own: makes a search, then does a step per input line.
-
-Speaks JSON lines: the options as the only argument; ``{"ready": ...}``, then one object per step asked for.
-"""
+"""One contestant of a race of search steps: a search, run by ``worker.py``."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from interleave import make_clock
-from machine import keep_freed_blocks
 from torch import Tensor, nn
+from worker import random_objects, serve
 
 from nasdet.engine.search_nats import NATSSearchConfig
-from nasdet.measure.memory import peak_memory, trim_heap
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.fad import FADSpace
@@ -43,14 +35,9 @@ class Search:
     def _batch(self, count: int, size: list[int], seed: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(count, 3, *size, generator=generator).to(self.device)
-        # Boxes as (x, y) corners and extents; the picture's own proportions.
-        whole = torch.tensor([size[1], size[0]])
         targets = []
         for _ in range(count):
-            corner = torch.rand(6, 2, generator=generator) * whole * 0.6
-            extent = 8 + torch.rand(6, 2, generator=generator) * whole * 0.35
-            labels = torch.randint(0, CLASSES, (6,), generator=generator)
-            target = {"boxes": torch.cat([corner, corner + extent], 1), "labels": labels}
+            target = random_objects(6, size, CLASSES, generator)
             targets.append({name: value.to(self.device) for name, value in target.items()})
         return images.contiguous(memory_format=torch.channels_last), targets
 
@@ -101,35 +88,5 @@ def _nats(options: dict[str, Any], size: list[int]) -> Made:
     return model, space.arch_parameters(backbone), settings
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    torch.set_num_threads(options["threads"])
-    keep_freed_blocks()
-    search = Search(options)
-    clock = make_clock(options["device"])
-    _say({"ready": True, "parameters": sum(p.numel() for p in search.model.parameters())})
-    for line in sys.stdin:
-        values: dict[str, float] = {}
-
-        def step(into: dict[str, float] = values) -> None:
-            into.update(search.step())
-
-        # In a probe the profiler counts, which takes time; in other steps the kernel does.
-        probing = line.strip() == "probe"
-        seconds: list[float] = []
-
-        def timed(into: list[float] = seconds, inner: Callable[[], None] = step) -> None:
-            into.append(clock(inner))
-
-        peak = peak_memory(timed, device=options["device"], tensors_only=probing)
-        trim_heap()  # or four contestants' freed memory would not fit beside each other
-        _say({"seconds": seconds[0], "peak_memory": peak, "values": values})
-
-
-def _say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Search)

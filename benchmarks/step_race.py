@@ -1,5 +1,5 @@
-"""Races of whole search steps: each contestant lives in a process of its own, so that its peak memory is its own; the
-parent lets them step in turns."""
+"""Races of whole steps, of a search or a detector: each contestant lives in a process of its own, so that its peak
+memory is its own; the parent lets them step in turns."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ LOSS_TOLERANCE = 2e-3  # relative, between fused and reference after one step of
 
 
 class Worker:
-    """A contestant's process. Use as a context manager: it never outlives the block."""
+    """A contestant's process. Use as a context manager: it never outlives the block.
+
+    ``options["worker"]`` names the script beside this one that it runs.
+    """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        script = Path(__file__).with_name("search_worker.py")
+        script = Path(__file__).with_name(options.get("worker", "search_worker.py"))
         command = [sys.executable, str(script), json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._answer()

@@ -57,6 +57,7 @@ def headline(results: Path) -> str:
                 _convolutions(files, HEADLINE_CONVOLUTIONS),
                 _maps(files),
                 _detection(files),
+                _detectors(files),
                 _steps(files),
                 _supernets(files),
             )
@@ -157,6 +158,28 @@ def _detection(files: dict[str, list[Row]]) -> str:
             lines.append(_against_torchvision(race_name(key), race))
             rows += race.values()
     return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
+
+
+def _detectors(files: dict[str, list[Row]]) -> str:
+    """A line per detector and number of images: images per second, a training step, and ratios to torchvision."""
+    found = races([row for row in files.get("detectors", []) if has_rivals(row)])
+    lines = [cells(["800 x 1333 fp32", "inference", "torchvision", "", "training step", "torchvision", ""])]
+    rows: list[Row] = []
+    for case in dict.fromkeys(key[0] for key in found):
+        line = [case]
+        for phase in ("inference", "training step"):
+            race = found.get((case, "fp32", phase), {})
+            ours, theirs = race.get("nasdet"), race.get("torchvision")
+            show = _rate if phase == "inference" else _step
+            line += [show(row) if row else "" for row in (ours, theirs)]
+            line.append(f"**{ours['speedup_over']['torchvision']:.2f}x** faster" if ours and theirs else "")
+            rows += race.values()
+        lines.append(cells(line))
+    return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
+
+
+def _rate(row: Row) -> str:
+    return f"{row['images_per_s']:.2f} images/s, {size(row['peak_memory']['step'])}"
 
 
 def _steps(files: dict[str, list[Row]]) -> str:

@@ -18,6 +18,7 @@ ORDER = (
     "roi_align",
     "sigmoid_focal_loss",
     "paste_masks",
+    "detectors",
     "search_step",
     "supernet_nats",
 )

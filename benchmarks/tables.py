@@ -42,12 +42,14 @@ TITLES = {
     "nms": "NMS of clustered boxes, IoU threshold 0.5; `batched_nms` and `nms_padded` with 80 classes",
     "roi_align": "RoIAlign, 256 channels of an 800 x 1333 image: 1,000 RoIs, 7 x 7, 2 x 2 samples, strides 4 to 32",
     "paste_masks": "100 masks of 28 x 28 to the run lengths of an 800 x 1333 image",
+    "detectors": "Detectors on ResNet-50, pictures of 800 x 1333 to detections, or to changed weights",
     "search_step": "One FAD search step at 416 x 416 px (alphas, then weights)",
     "supernet_nats": "One NATS search step of ResNet-50, set C, 16 channel groups (weights, then alphas)",
 }
 # Of an op of maps the tensors alone: how many holes a heap has is malloc's doing. A step has its process to itself, and
 # of RoIAlign and NMS the resident set shows that nothing large is allocated beside the tensors either.
 RESIDENT = (
+    "detectors",
     "search_step",
     "supernet_nats",
     "nms",

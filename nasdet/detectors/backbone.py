@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from nasdet.detectors.norm import in_sequence
+
 LEVELS = ("c2", "c3", "c4", "c5")
 """Names of the maps, of strides 4, 8, 16 and 32."""
 
@@ -74,8 +76,7 @@ class Backbone(nn.Module):
         """Images ``[N, 3, H, W]`` to the maps named in ``outputs``."""
         x, features = images, {}
         for name, paths in self._parts.items():
-            for path in paths:
-                x = self.get_submodule(path)(x)
+            x = in_sequence([self.get_submodule(path) for path in paths], x)
             if name in self.outputs:
                 features[name] = x
         return features

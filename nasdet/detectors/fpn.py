@@ -64,8 +64,7 @@ class FPN(nn.Module):
         """Maps by the backbone's names to ``{"p3": [N, channels, H, W], ...}``."""
         maps = [lateral(features[name]) for lateral, name in zip(self.lateral, self.inputs, strict=True)]
         for index in range(len(maps) - 1, 0, -1):
-            coarse = F.interpolate(maps[index], size=maps[index - 1].shape[-2:], mode="nearest")
-            maps[index - 1] = maps[index - 1] + coarse
+            maps[index - 1].add_(F.interpolate(maps[index], size=maps[index - 1].shape[-2:], mode="nearest"))
         levels = [output(map_) for output, map_ in zip(self.output, maps, strict=True)]
         source = features[self.inputs[-1]] if self.extra_source == "c5" else levels[-1]
         for index, coarser in enumerate(self.extra):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nasdet.detectors.parts.losses import at_least_float32
+from nasdet.nn import AcceleratedConv2d, GroupedDilationConv2d
 
 NORMS = ("bn", "frozen_bn", "sync_bn", "gn")
 
@@ -43,6 +47,57 @@ class FrozenBatchNorm2d(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # batch norm's counter has no meaning here
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``; the norm goes into the convolution's weight where it is a fixed affine map of each channel.
+
+    That is a frozen batch norm, and batch norm in evaluation mode. The map between the two, which is as large as the
+    result, is then neither made nor kept for backward. Gradients are the same, to rounding. Where somebody listens by
+    hooks, and in traced and exported graphs, both modules are called.
+    """
+    if not _folds(conv, norm):
+        return norm(conv(x))
+    return _folded(conv, norm, x)
+
+
+def in_sequence(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """``layers`` one after the other, each norm that follows a convolution by :func:`conv_norm`."""
+    index = 0
+    while index < len(layers):
+        two = index + 1 < len(layers) and _folds(layers[index], layers[index + 1])
+        x = _folded(layers[index], layers[index + 1], x) if two else layers[index](x)
+        index += 1 + two
+    return x
+
+
+def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
+    weight, bias, mean, var = (
+        at_least_float32(value) for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    scale = weight * torch.rsqrt(var + norm.eps)
+    kernels = (at_least_float32(conv.weight) * scale[:, None, None, None]).to(conv.weight.dtype)
+    y: Tensor = conv._conv_forward(x, kernels, (bias - mean * scale).to(conv.weight.dtype))
+    return y
+
+
+def _folds(conv: nn.Module, norm: nn.Module) -> bool:
+    if type(conv) not in (nn.Conv2d, AcceleratedConv2d, GroupedDilationConv2d) or conv.bias is not None:
+        return False
+    evaluated = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None and norm.affine
+    if not evaluated and type(norm) is not FrozenBatchNorm2d:
+        return False
+    listened = any(
+        hooks
+        for module in (conv, norm)
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+    return not (listened or torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 class _SumOverRanks(torch.autograd.Function):

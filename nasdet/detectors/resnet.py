@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone, scaled
-from nasdet.detectors.norm import norm_layer
+from nasdet.detectors.norm import conv_norm, in_sequence, norm_layer
 
 
 def _conv(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -29,9 +29,8 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inp, planes, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        return _joined(conv_norm(self.conv2, self.bn2, y), x, self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -55,10 +54,18 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inp, out, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
+        return _joined(conv_norm(self.conv3, self.bn3, y), x, self.downsample)
+
+
+def _joined(y: Tensor, x: Tensor, downsample: nn.Module | None) -> Tensor:
+    """``relu(y + shortcut(x))``, into ``y``, which nobody else holds: a map less to make."""
+    if isinstance(downsample, nn.Sequential):
+        x = in_sequence(list(downsample), x)
+    elif downsample is not None:
+        x = downsample(x)
+    return F.relu(y.add_(x), inplace=True)
 
 
 def _shortcut(inp: int, out: int, stride: int, norm: str) -> nn.Sequential | None:

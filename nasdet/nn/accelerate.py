@@ -61,7 +61,7 @@ class Acceleration:
         changed = []
         for name, conv in convs.items():
             if type(conv) is AcceleratedConv2d:
-                conv.__class__ = nn.Conv2d
+                conv.__class__ = nn.Conv2d  # type: ignore[assignment]  # back to the base class, on purpose
             else:
                 changed.append(f"{name} is a {type(conv).__name__}")
         if changed:

@@ -158,20 +158,22 @@ class GroupedDilationConv2d(_DilationConv2d):
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_bias(
-            grouped_dilation_conv2d(
-                x,
-                self.weight,
-                self.dilations,
-                self.splits,
-                self.stride,
-                self.groups,
-                algorithm=self.algorithm,
-                precision=self.precision,
-                backend=self.backend,
-            ),
-            self.bias,
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With other values of the parameters, as ``nn.Conv2d`` has it."""
+        y = grouped_dilation_conv2d(
+            x,
+            weight,
+            self.dilations,
+            self.splits,
+            self.stride,
+            self.groups,
+            algorithm=self.algorithm,
+            precision=self.precision,
+            backend=self.backend,
         )
+        return add_bias(y, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, splits={self.splits}"

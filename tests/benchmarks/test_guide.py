@@ -15,8 +15,8 @@ EXAMPLES = re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```", TEXT, re.DOTALL |
 
 
 @pytest.mark.skipif(not TEXT, reason="no docs beside these tests")
-def test_there_are_three_examples() -> None:
-    assert len(EXAMPLES) == TEXT.count("```python") == 3
+def test_there_are_four_examples() -> None:
+    assert len(EXAMPLES) == TEXT.count("```python") == 4
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
@@ -29,6 +29,9 @@ def test_example_runs(title: str, code: str) -> None:
         assert tuple(names["pooled"].shape) == (2, 16, 7, 7)
     if "features" in names and "keep" in names:
         assert tuple(names["features"].shape) == (3, 64, 7, 7)
+    if "report" in names:
+        assert names["report"].swapped == ("0",) and not names["report"].active
+        assert tuple(names["y"].shape) == (1, 4, 40, 56)
     if "found" in names:
         assert set(names["found"]) == {"boxes", "labels", "scores"}
         assert "torchvision::nms [CPU]" in names["patch"].replaced and not names["patch"].active

@@ -66,5 +66,6 @@ def flatten_levels(maps: Sequence[Tensor], values: int | None = None) -> Tensor:
 
     With ``values`` the channels are A anchors of ``values`` each: ``[N, sum of H * W * A, values]``.
     """
-    flat = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+    levels = [level.flatten(2).transpose(1, 2) for level in maps]
+    flat = levels[0] if len(levels) == 1 else torch.cat(levels, dim=1)  # of one channels_last map: no copy
     return flat if values is None else flat.reshape(flat.shape[0], -1, values)

@@ -14,9 +14,11 @@ def top_candidates(scores: Tensor, eligible: Tensor, limit: int) -> tuple[Tensor
     Returns their scores, rows (locations) and columns (labels), each ``[at most limit]``. Equal scores keep the
     table's order.
     """
-    rows, columns = (eligible & scores.isfinite()).nonzero(as_tuple=True)
-    values, order = scores[rows, columns].sort(descending=True, stable=True)
-    order = order[:limit]
+    rows, columns = eligible.nonzero(as_tuple=True)
+    values = scores[rows, columns]
+    finite = values.isfinite().nonzero()[:, 0]  # of the few that are eligible: the table may have millions
+    values, order = values[finite].sort(descending=True, stable=True)
+    order = finite[order[:limit]]
     return values[:limit], rows[order], columns[order]
 
 

@@ -1,0 +1,79 @@
+"""Whole detectors on ResNet-50 at 800 x 1333: inference and a training step, against reference ops and torchvision.
+
+``-k "fcos and inference"`` and the like select; ``--bench-detector-rounds 1 --bench-detector-size 192x256`` is a trial.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from rivals import TORCHVISION_DETECTORS
+from rows import race_once, replay
+from step_race import run_workers, step_info, step_threads
+
+DETECTORS = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "mask_scoring_rcnn")
+OURS: dict[str, Any] = {"library": "nasdet", "accelerated": False, "backend": None}
+CONTESTANTS: dict[str, dict[str, Any]] = {
+    "nasdet": OURS | {"accelerated": True},
+    "nasdet, not accelerated": OURS,
+    "nasdet, reference ops": OURS | {"backend": "reference"},
+    "torchvision": OURS | {"library": "torchvision"},
+}
+PHASES = ("inference", "training step")
+
+
+def absent(detector: str) -> str | None:
+    """Why torchvision does not take part, or None."""
+    if detector not in TORCHVISION_DETECTORS:
+        return f"torchvision has no {detector}"
+    return None if importlib.util.find_spec("torchvision") else "torchvision is not installed"
+
+
+def race(detector: str, phase: str, common: dict[str, Any], rounds: int) -> Any:
+    """Inference must find what torchvision finds, where it takes part; losses are compared among ours."""
+    names = [name for name in CONTESTANTS if name != "torchvision" or absent(detector) is None]
+    judge = "torchvision" if phase == "inference" and "torchvision" in names else "nasdet, reference ops"
+    twins = {name: judge for name in names if name not in (judge, "torchvision")}
+    common = common | {"worker": "detector_worker.py", "detector": detector, "phase": phase}
+    return run_workers({name: CONTESTANTS[name] for name in names}, common, twins, rounds)
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("images", (1, 2), ids=("1-image", "2-images"))
+@pytest.mark.parametrize("phase", PHASES, ids=("inference", "training"))
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_detector(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    races: dict[Any, Any],
+    bench_machine: dict[str, Any],
+    bench_device: str,
+    detector: str,
+    phase: str,
+    images: int,
+    contestant: str,
+) -> None:
+    if contestant == "torchvision" and (reason := absent(detector)):
+        benchmark.skipped = True
+        pytest.skip(reason)
+    option = request.config.getoption
+    rounds, threads = int(option("--bench-detector-rounds")), step_threads(int(option("--bench-step-threads")))
+    if images > 1 and bench_device == "cpu":
+        rounds = max(1, rounds // 3)
+    size = [int(side) for side in str(option("--bench-detector-size")).split("x")]
+    common = {"images": images, "size": size, "device": bench_device, "threads": threads}
+    outcome = race_once(races, (detector, phase, images), lambda: race(detector, phase, common, rounds))
+    info = step_info(
+        outcome,
+        contestant,
+        bench="detectors",
+        case=f"{detector}, {images} image{'s' if images > 1 else ''}",
+        phase=phase,
+        images=images,
+        setting={"backbone": "resnet50", "size": size},
+        environment={**bench_machine, "threads": threads},
+    )
+    info["images_per_s"] = images / info["median_s"]
+    replay(benchmark, f"{info['case']} {phase}", outcome.race.seconds[contestant], info)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from nasdet.detectors.norm import in_sequence
+from nasdet.detectors.norm import FoldingSequential, in_sequence
 
 LEVELS = ("c2", "c3", "c4", "c5")
 """Names of the maps, of strides 4, 8, 16 and 32."""
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
     def parts(self) -> dict[str, nn.Sequential]:
         """The modules by ``"stem"``, ``"c2"``, ...: each takes the result of the one before."""
-        return {name: nn.Sequential(*map(self.get_submodule, paths)) for name, paths in self._parts.items()}
+        return {name: FoldingSequential(*map(self.get_submodule, paths)) for name, paths in self._parts.items()}
 
     def _freeze(self) -> None:
         for paths in list(self._parts.values())[: self.frozen_stages]:

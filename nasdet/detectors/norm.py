@@ -71,6 +71,13 @@ def in_sequence(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
+class FoldingSequential(nn.Sequential):
+    """``nn.Sequential`` that runs its modules :func:`in_sequence`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return in_sequence(list(self), input)
+
+
 def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
     weight, bias, mean, var = (
         at_least_float32(value) for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)

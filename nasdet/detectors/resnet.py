@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone, scaled
-from nasdet.detectors.norm import conv_norm, in_sequence, norm_layer
+from nasdet.detectors.norm import FoldingSequential, conv_norm, norm_layer
 
 
 def _conv(inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -61,17 +61,13 @@ class Bottleneck(nn.Module):
 
 def _joined(y: Tensor, x: Tensor, downsample: nn.Module | None) -> Tensor:
     """``relu(y + shortcut(x))``, into ``y``, which nobody else holds: a map less to make."""
-    if isinstance(downsample, nn.Sequential):
-        x = in_sequence(list(downsample), x)
-    elif downsample is not None:
-        x = downsample(x)
-    return F.relu(y.add_(x), inplace=True)
+    return F.relu(y.add_(x if downsample is None else downsample(x)), inplace=True)
 
 
 def _shortcut(inp: int, out: int, stride: int, norm: str) -> nn.Sequential | None:
     if stride == 1 and inp == out:
         return None
-    return nn.Sequential(_conv(inp, out, 1, stride), norm_layer(norm, out))
+    return FoldingSequential(_conv(inp, out, 1, stride), norm_layer(norm, out))
 
 
 BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nasdet
 from nasdet.detectors import ResNet
-from nasdet.detectors.norm import FrozenBatchNorm2d, conv_norm
+from nasdet.detectors.norm import FoldingSequential, FrozenBatchNorm2d, conv_norm
 from nasdet.nn import GroupedDilationConv2d
 
 
@@ -124,6 +124,15 @@ def test_a_dilated_convolution_folds_too() -> None:
     derived = GroupedDilationConv2d.from_conv(conv, [1, 2], [16, 8])
     assert called(derived, layer) == []
     torch.testing.assert_close(conv_norm(derived, layer, image()), layer(derived(image())), rtol=1e-5, atol=1e-5)
+
+
+def test_in_sequence() -> None:
+    """Convolutions without a norm, norms without a convolution, and two norms after one."""
+    conv, layer = pair()
+    for layers in ([conv], [conv, layer], [conv, layer, layer], [nn.ReLU(), conv, layer, nn.ReLU()], [conv, nn.ReLU()]):
+        assert list(FoldingSequential(*layers).state_dict()) == list(nn.Sequential(*layers).state_dict())
+        expected = nn.Sequential(*layers)(image())
+        torch.testing.assert_close(FoldingSequential(*layers)(image()), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -122,7 +122,7 @@ def test_pages_and_costs_of_a_mask_head(
     assert info["subnet"] == parts["masks"] | {"name": "subnet"} and parts["masks"]["macs"] > 0
     assert call(arch, *words, "--detector", "mask_scoring_rcnn") == 0
     text = capsys.readouterr().out
-    assert "mask node 4 = " in text and "10 classes, mask_scoring_rcnn resnet18" in text
+    assert "mask node 4 = " in text and "10 classes, resnet18 in mask_scoring_rcnn" in text
 
 
 def test_deviations_tell_everything_that_differs(data: DataFolder, cases: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ dist/.built: $(sources) $(VENV)/.torch
 $(VENV)/.installed: dist/.built
 	wheel=$$(ls dist/nasdet-*.whl | grep -v py3-none); \
 	  $(pip) install --quiet --force-reinstall --no-deps "$$wheel"; \
-	  $(pip) install --quiet --constraint constraints.txt "$$wheel[detect,fast,triton,test]"
+	  $(pip) install --quiet --constraint constraints.txt "$$wheel[detect,fast,onnx,triton,test]"
 	touch $@
 
 # torchvision's wheels load only beside a CUDA build of PyTorch: several GB, which work without a GPU.

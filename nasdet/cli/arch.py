@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nasdet.cli import arch_info
+from nasdet.cli import export as exporting
 
-HELP = "list published architectures, show what a net costs, export a card to plain PyTorch"
+HELP = "list published architectures, show what a net costs, export a card to plain PyTorch, a detector to ONNX"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "  nasdet arch info fad-paper --size 800x1280\n"
         "  nasdet arch info runs/tiny/card.json --size 128x192 --backbone resnet18 --classes 10 --json\n"
         "  nasdet arch info --detector faster_rcnn --backbone shufflenet_v2_40      a plain detector\n"
-        "  nasdet arch export runs/nats/card.json --out my_backbone.py     a NATS card for a program without nasdet"
+        "  nasdet arch export runs/nats/card.json --out my_backbone.py     a NATS card for a program without nasdet\n"
+        "  nasdet arch export runs/net --out net.onnx                      a trained detector, whole, for any program"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -30,31 +32,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     listing.add_argument("--json", action="store_true", help="as JSON")
     arch_info.configure(actions.add_parser("info", help=arch_info.HELP))
-    export = actions.add_parser(
-        "export",
-        help="a NATS card as a Python file that needs torch alone",
-        description=(
-            "Write a Python file, torch its only import, with the card's GENOTYPE and transform(network, GENOTYPE), "
-            "which gives a network's convolutions their dilations: your own ResNet, torchvision's, timm's. Weights and "
-            "their names stay those of the network."
-        ),
-    )
-    export.add_argument("card", metavar="CARD|NAME", help="a NATS card's JSON file, or a name from 'nasdet arch list'")
-    export.add_argument("--out", required=True, metavar="FILE", help="the Python file to write")
+    exporting.configure(actions.add_parser("export", help=exporting.HELP))
 
 
 def run(action: str, **arguments: Any) -> int:
-    """List, count one net, or export a card."""
-    actions: dict[str, Callable[..., int]] = {"list": _list, "info": arch_info.run, "export": _export}
+    """List, count one net, or export."""
+    actions: dict[str, Callable[..., int]] = {"list": _list, "info": arch_info.run, "export": exporting.run}
     return actions[action](**arguments)
-
-
-def _export(card: str, out: str) -> int:
-    from nasdet.arch import load_card
-    from nasdet.spaces.nats import save_plain_source
-
-    print(save_plain_source(load_card(card), out))
-    return 0
 
 
 def _list(json: bool = False) -> int:

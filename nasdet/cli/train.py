@@ -47,6 +47,7 @@ _DESCRIPTION = """\
 Train a detector on everything of a data folder that may be trained on, then report its average precision on the test
 part, which takes no part in training. It is plain, or a card stands for a part of it, published or one that you
 searched: the towers of fcos and retinanet, the mask head of mask_rcnn and mask_scoring_rcnn, any detector's backbone.
+The mask detectors learn masks, which the data must have: polygons or run lengths in COCO's file; digits have them.
 
 The defaults are the papers' (COCO, 8 GPUs): ResNet-50, images of 800 by at most 1333 pixels, 16 images a step, 90,000
 steps, learning rate 0.01, a tenth of it from 60,000 and again from 80,000 on (2/3 and 8/9 of any other number of
@@ -58,6 +59,7 @@ examples:
   nasdet data digits --out digits                                    make a small real data set
   nasdet train --data digits --out runs/plain --preset tiny --no-flip
   nasdet train --card fad-paper --data digits --out runs/fad --preset tiny --no-flip
+  nasdet train --detector mask_rcnn --data digits --out runs/masks --preset tiny --no-flip
   nasdet train --card runs/search/card.json --data digits --out runs/net --steps 2000
   nasdet train --card runs/nats/card.json --detector cascade_rcnn --data coco --out runs/cascade --weights resnet50.pth
   nasdet train --data digits --out runs/plain --preset tiny --no-flip --resume   go on after a stop or a crash

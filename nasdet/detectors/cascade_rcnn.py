@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nasdet.detectors.faster_rcnn import BoxStage, box_losses
-from nasdet.detectors.parts.boxes import clip_boxes
+from nasdet.detectors.parts.boxes import Size, clip_boxes
 from nasdet.detectors.parts.codec import BoxCodec
 from nasdet.detectors.parts.locations import canvas
 from nasdet.detectors.parts.losses import at_least_float32
@@ -51,7 +52,7 @@ class CascadeStages(nn.Module):
         return [(logits, deltas) for logits, deltas, _ in self._run(features, boxes, [size] * len(boxes))]
 
     def _run(
-        self, features: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+        self, features: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[Size]
     ) -> list[tuple[Tensor, Tensor, Sequence[Tensor]]]:
         """Every stage's logits, deltas, and the boxes that it saw."""
         results = []
@@ -78,19 +79,22 @@ class CascadeStages(nn.Module):
                 samples = label_proposals(refined, batch, each[index].iou)
         return losses, first
 
-    def detect(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
-        """Boxes, scores and labels per image."""
+    def predict(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """The stages' mean probabilities, the last one's deltas, and the boxes per image that it saw."""
         results = self._run(features, proposals, sizes)
         tables = [at_least_float32(logits).softmax(dim=1) for logits, _, _ in results]
-        last = self._each()[-1]
         _, deltas, boxes = results[-1]
-        return last.select(torch.stack(tables).mean(dim=0), deltas, boxes, last.codec, sizes)
+        return torch.stack(tables).mean(dim=0), deltas, boxes
+
+    def select(self, *predicted: Any, **options: Any) -> list[dict[str, Tensor]]:
+        """As :meth:`BoxStage.select`, with the last stage's thresholds."""
+        return self._each()[-1].select(*predicted, **options)
 
 
 @torch.no_grad()
-def refine(boxes: Sequence[Tensor], deltas: Tensor, codec: BoxCodec, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def refine(boxes: Sequence[Tensor], deltas: Tensor, codec: BoxCodec, sizes: Sequence[Size]) -> list[Tensor]:
     """The boxes per image that class-agnostic deltas ``[R, 1, 4]`` of all images in turn say, clipped; no gradient."""
     moves = at_least_float32(deltas[:, 0]).split([len(image) for image in boxes])
     return [clip_boxes(codec.decode(image, move), size) for image, move, size in zip(boxes, moves, sizes, strict=True)]

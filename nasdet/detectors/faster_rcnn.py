@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet.detectors.parts.boxes import Size
 from nasdet.detectors.parts.codec import BoxCodec
 from nasdet.detectors.parts.locations import canvas
 from nasdet.detectors.parts.losses import at_least_float32
 from nasdet.detectors.parts.objects import Objects, batch_objects, check_sizes
-from nasdet.detectors.parts.postprocess import finish_image, top_candidates
+from nasdet.detectors.parts.postprocess import AS_MANY, Selection
 from nasdet.detectors.parts.sampler import Samples, sample_proposals
 from nasdet.detectors.roi_heads import BoxHead, RoIPooler
 from nasdet.detectors.rpn import RPN
@@ -94,32 +95,32 @@ class BoxStage(nn.Module):
         classes, boxes = box_losses(logits, deltas, samples, batch, self.codec, self.box_beta)
         return {"loss_cls": classes, "loss_box": boxes}, samples
 
-    def detect(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
-        """Boxes, scores and labels per image."""
+    def predict(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Class probabilities ``[R, K + 1]``, deltas, and the boxes per image that these are relative to."""
         logits, deltas = self(features, proposals)
-        return self.select(at_least_float32(logits).softmax(dim=1), deltas, proposals, self.codec, sizes)
+        return at_least_float32(logits).softmax(dim=1), deltas, proposals
 
     def select(
         self,
         probabilities: Tensor,
         deltas: Tensor,
         proposals: Sequence[Tensor],
-        codec: BoxCodec,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
+        selection: Selection = AS_MANY,
     ) -> list[dict[str, Tensor]]:
-        """Probabilities ``[R, K + 1]`` and deltas of all images' proposals in turn to each image's detections."""
+        """What ``predict`` gave to each image's boxes, scores and labels."""
         counts = [len(boxes) for boxes in proposals]
         images = zip(probabilities.split(counts), deltas.split(counts), proposals, sizes, strict=True)
         found = []
         for table, moves, boxes, size in images:
             scores = table[:, 1:]
-            scores, rows, labels = top_candidates(scores, scores > self.score_threshold, scores.numel())
+            scores, rows, labels = selection.top(scores, scores, self.score_threshold, scores.numel())
             column = labels + 1 if moves.shape[1] > 1 else torch.zeros_like(labels)
-            decoded = codec.decode(boxes[rows], at_least_float32(moves[rows, column]))
+            decoded = self.codec.decode(boxes[rows], at_least_float32(moves[rows, column]))
             limits = (self.nms_threshold, self.max_detections, MIN_SIDE)
-            found.append(finish_image(decoded, scores, labels, size, *limits))
+            found.append(selection.finish(decoded, scores, labels, size, *limits))
         return found
 
 
@@ -176,7 +177,9 @@ class FasterRCNN(nn.Module):
         return losses
 
     @torch.no_grad()
-    def detect(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def detect(
+        self, outputs: Outputs, sizes: Sequence[Size], selection: Selection = AS_MANY
+    ) -> list[dict[str, Tensor]]:
         """Detections per image, best first, inside the valid area ``sizes`` ``[(h, w)]`` of the batch.
 
         Each has ``boxes`` float32 ``[n, 4]`` in batch pixels, ``scores`` ``[n]``, ``labels`` int64 ``[n]``, and with a
@@ -187,7 +190,8 @@ class FasterRCNN(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):
             proposals = self.rpn.proposals(outputs["rpn_cls"], outputs["rpn_box"], sizes, training=False)
         with _precision_of(features):
-            found: list[dict[str, Tensor]] = self.boxes.detect(features, proposals, sizes)  # type: ignore[operator]  # as above
+            predicted = self.boxes.predict(features, proposals, sizes)  # type: ignore[operator]  # as above
+            found: list[dict[str, Tensor]] = self.boxes.select(*predicted, sizes, selection)  # type: ignore[operator]  # as above
             if self.masks is not None:
                 found = self.masks.complete(features, found)  # type: ignore[operator]  # as above
         return found

@@ -27,7 +27,7 @@ from nasdet.detectors.parts.losses import (
     world_size,
 )
 from nasdet.detectors.parts.objects import batch_objects
-from nasdet.detectors.parts.postprocess import top_candidates
+from nasdet.detectors.parts.postprocess import Selection
 
 
 class FCOSHead(nn.Module):
@@ -147,12 +147,14 @@ class FCOS(OneStage):
     def places(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return pyramid_points(maps, self.strides, self.convention)
 
-    def level_candidates(self, outputs: Outputs, level: int, image: int, places: Tensor) -> tuple[Tensor, ...]:
+    def level_candidates(
+        self, outputs: Outputs, level: int, image: int, places: Tensor, selection: Selection
+    ) -> tuple[Tensor, ...]:
         cls, box, centerness = (
             at_least_float32(outputs[name][level][image]).flatten(1).T for name in ("cls", "box", "centerness")
         )
         probability = cls.sigmoid()
         scores = (probability * centerness.sigmoid()).sqrt()
         judged = probability if self.convention == "centre" else scores
-        scores, location, labels = top_candidates(scores, judged > self.score_threshold, self.candidates)
+        scores, location, labels = selection.top(scores, judged, self.score_threshold, self.candidates)
         return decode_ltrb(places[location], box[location] * self.strides[level]), scores, labels

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from nasdet.detectors.parts.boxes import Size
 from nasdet.detectors.parts.layers import described
 from nasdet.detectors.parts.objects import check_sizes
-from nasdet.detectors.parts.postprocess import finish_image
+from nasdet.detectors.parts.postprocess import AS_MANY, Selection
 
 Outputs = dict[str, list[Tensor]]
 
@@ -67,11 +68,15 @@ class OneStage(nn.Module, ABC):
         """Where the predictions of each level are made: points ``[L, 2]`` or anchors ``[L, 4]`` in batch pixels."""
 
     @abstractmethod
-    def level_candidates(self, outputs: Outputs, level: int, image: int, places: Tensor) -> tuple[Tensor, ...]:
-        """The best boxes, scores and labels of one level of one image, best first."""
+    def level_candidates(
+        self, outputs: Outputs, level: int, image: int, places: Tensor, selection: Selection
+    ) -> tuple[Tensor, ...]:
+        """The boxes, scores and labels of one level of one image that ``selection.top`` takes."""
 
     @torch.no_grad()
-    def detect(self, outputs: Outputs, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+    def detect(
+        self, outputs: Outputs, sizes: Sequence[Size], selection: Selection = AS_MANY
+    ) -> list[dict[str, Tensor]]:
         """Detections per image, best first, inside the valid area ``sizes`` ``[(h, w)]`` of the batch.
 
         Each has ``boxes`` float32 ``[n, 4]`` in batch pixels, ``scores`` ``[n]``, ``labels`` int64 ``[n]``.
@@ -79,7 +84,10 @@ class OneStage(nn.Module, ABC):
         places = self.places(outputs["cls"])
         results = []
         for image, size in enumerate(check_sizes(sizes, len(outputs["cls"][0]))):
-            levels = [self.level_candidates(outputs, level, image, here) for level, here in enumerate(places)]
+            levels = [
+                self.level_candidates(outputs, level, image, here, selection) for level, here in enumerate(places)
+            ]
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            results.append(finish_image(boxes, scores, labels, size, self.nms_threshold, self.max_detections))
+            limits = (self.nms_threshold, self.max_detections)
+            results.append(selection.finish(boxes, scores, labels, size, *limits))
         return results

@@ -18,7 +18,7 @@ from nasdet.detectors.parts.locations import flatten_levels
 from nasdet.detectors.parts.losses import at_least_float32, mean_over_ranks, sigmoid_focal_loss, world_size
 from nasdet.detectors.parts.matcher import IGNORED, match_boxes
 from nasdet.detectors.parts.objects import Objects, batch_objects
-from nasdet.detectors.parts.postprocess import top_candidates
+from nasdet.detectors.parts.postprocess import Selection
 
 _NO_LOSS = -100.0  # a logit that background agrees with: the focal loss and its gradient are 0
 
@@ -110,10 +110,12 @@ class RetinaNet(OneStage):
     def places(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return self.anchors(maps)
 
-    def level_candidates(self, outputs: Outputs, level: int, image: int, places: Tensor) -> tuple[Tensor, ...]:
+    def level_candidates(
+        self, outputs: Outputs, level: int, image: int, places: Tensor, selection: Selection
+    ) -> tuple[Tensor, ...]:
         here = slice(image, image + 1)
         logits = flatten_levels([outputs["cls"][level][here]], self.num_classes)[0]
         deltas = flatten_levels([outputs["box"][level][here]], 4)[0]
         scores = at_least_float32(logits).sigmoid()
-        scores, place, labels = top_candidates(scores, scores > self.score_threshold, self.candidates)
+        scores, place, labels = selection.top(scores, scores, self.score_threshold, self.candidates)
         return self.codec.decode(places[place], at_least_float32(deltas[place])), scores, labels

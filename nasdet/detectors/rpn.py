@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasdet.detectors.parts.anchors import AnchorGenerator
-from nasdet.detectors.parts.boxes import clip_boxes
+from nasdet.detectors.parts.boxes import Size
 from nasdet.detectors.parts.codec import PLAIN_CODEC, BoxCodec
 from nasdet.detectors.parts.layers import normal_init
 from nasdet.detectors.parts.locations import flatten_levels
 from nasdet.detectors.parts.losses import at_least_float32
 from nasdet.detectors.parts.matcher import match_boxes
 from nasdet.detectors.parts.objects import Objects
-from nasdet.detectors.parts.postprocess import whole_boxes
+from nasdet.detectors.parts.postprocess import AS_MANY, Selection
 from nasdet.detectors.parts.sampler import sample
-from nasdet.ops import batched_nms
 
 MIN_SIDE = 1e-3
 """Thinner proposals, in pixels, are dropped, as in torchvision."""
@@ -101,7 +100,13 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def proposals(
-        self, cls: Sequence[Tensor], box: Sequence[Tensor], sizes: Sequence[tuple[int, int]], *, training: bool
+        self,
+        cls: Sequence[Tensor],
+        box: Sequence[Tensor],
+        sizes: Sequence[Size],
+        *,
+        training: bool,
+        selection: Selection = AS_MANY,
     ) -> list[Tensor]:
         """Per image boxes ``[R, 4]``, best first, inside ``sizes`` ``[(h, w)]``; none where none is a number."""
         candidates, limit = (pair[0 if training else 1] for pair in (self.candidates, self.limit))
@@ -112,12 +117,7 @@ class RPN(nn.Module):
             chosen = flatten_levels([deltas], 4).gather(1, place[..., None].expand(-1, -1, 4))
             boxes = self.codec.decode(anchors[place], at_least_float32(chosen))
             levels.append((boxes, scores, torch.full_like(place, index)))
-        every = [torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)]
-        return [self._best([part[image] for part in every], size, limit) for image, size in enumerate(sizes)]
-
-    def _best(self, image: Sequence[Tensor], size: tuple[int, int], limit: int) -> Tensor:
-        boxes, scores, level = image
-        boxes = clip_boxes(boxes, size)
-        whole = whole_boxes(boxes, MIN_SIDE) & (scores > -torch.inf)
-        boxes, scores, level = boxes[whole], scores[whole], level[whole]
-        return boxes[batched_nms(boxes, scores, level, self.nms_threshold)[:limit]]
+        boxes, ranks, groups = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        limits = (self.nms_threshold, limit, MIN_SIDE)
+        images = zip(boxes, ranks, groups, sizes, strict=True)
+        return [selection.survivors(*image, *limits)["boxes"] for image in images]

@@ -145,18 +145,20 @@ def predicts_masks(model: nn.Module) -> bool:
     return getattr(model, "masks", None) is not None
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelConfig]:
+def load_run(
+    run: str | Path, device: torch.device | str = "cpu", weights: str | Path | None = None
+) -> tuple[nn.Module, ModelConfig]:
     """The model of a training run, ready for detection, and its configuration.
 
-    Weights are ``weights.safetensors`` (or ``.pt``) of a finished run, else those of the last checkpoint. Raises
-    ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit.
+    Weights are the file ``weights``, by default ``weights.safetensors`` (or ``.pt``) of a finished run, else those of
+    the last checkpoint. Raises ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit.
     """
     run = Path(run)
     if not (run / "model.json").is_file():
         raise FileNotFoundError(f"{run}: not the folder of a training run: it has no model.json")
     config = ModelConfig.load(run / "model.json")
     candidates = [run / "weights.safetensors", run / "weights.pt", run / LAST]
-    source = next((path for path in candidates if path.is_file()), None)
+    source = next((path for path in candidates if path.is_file()), None) if weights is None else Path(weights)
     if source is None:
         raise FileNotFoundError(f"{run}: it has no weights and no checkpoint yet")
     model = build_model(config)

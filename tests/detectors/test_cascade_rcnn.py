@@ -42,7 +42,8 @@ RIGHT = [1.0, 0.0, 0.0, 0.0]
 
 def test_stages_refine_in_turn_with_their_own_weights() -> None:
     stages = _stages(([0, 0, 0], RIGHT), ([0, 0, 0], RIGHT), ([0, 0, 9], RIGHT))
-    (found,) = stages.detect(FEATURES, [torch.tensor([[0.0, 0, 20, 20]])], [(96, 96)])
+    predicted = stages.predict(FEATURES, [torch.tensor([[0.0, 0, 20, 20]])], [(96, 96)])
+    (found,) = stages.select(*predicted, [(96, 96)])
     # 20 pixels wide: 2 to the right, then 1, then 2 / 3.
     shift = 20 * (1 / 10 + 1 / 20 + 1 / 30)
     torch.testing.assert_close(found["boxes"][0], torch.tensor([shift, 0, 20 + shift, 20]))
@@ -51,7 +52,8 @@ def test_stages_refine_in_turn_with_their_own_weights() -> None:
 def test_scores_are_the_mean_over_the_stages() -> None:
     still = [0.0] * 4
     stages = _stages(([0, 3, 0], still), ([0, 0, 1], still), ([0, 5, 0], still))
-    (found,) = stages.detect(FEATURES, [torch.tensor([[0.0, 0, 20, 20]])], [(96, 96)])
+    predicted = stages.predict(FEATURES, [torch.tensor([[0.0, 0, 20, 20]])], [(96, 96)])
+    (found,) = stages.select(*predicted, [(96, 96)])
     tables = torch.tensor([[0.0, 3, 0], [0, 0, 1], [0, 5, 0]]).softmax(dim=1)
     assert found["labels"].tolist() == [0, 1]
     torch.testing.assert_close(found["scores"], tables.mean(dim=0)[1:])

@@ -146,7 +146,8 @@ def test_detections_are_the_deltas_of_their_class() -> None:
     deltas = torch.zeros(3, 3, 4)
     deltas[0, 1] = torch.tensor([1.0, 0, 0, 5 * math.log(2)])  # a tenth of the width to the right, twice as high
     stage = BoxStage(_Says(logits, deltas), RoIPooler((8,), 7))  # type: ignore[arg-type]  # a head in all but name
-    first, second = stage.detect([torch.zeros(2, 4, 8, 8)], proposals, [(64, 64)] * 2)
+    sizes = [(64, 64)] * 2
+    first, second = stage.select(*stage.predict([torch.zeros(2, 4, 8, 8)], proposals, sizes), sizes)
     assert first["labels"].tolist() == [1, 0] and second["labels"].tolist() == []
     torch.testing.assert_close(first["boxes"], torch.tensor([[40.0, 40, 60, 60], [2, 0, 22, 30]]))
     torch.testing.assert_close(first["scores"], torch.stack([logits[1].softmax(0)[2], logits[0].softmax(0)[1]]))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
+
+Size: TypeAlias = tuple[int, int] | Tensor
+"""Height and width in pixels; a tensor where a program is exported, which shall serve every size."""
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -41,10 +46,13 @@ def giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     return intersection / union.clamp(min=eps) - (hull - union) / hull
 
 
-def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def clip_boxes(boxes: Tensor, size: Size) -> Tensor:
     """Boxes moved inside an image of ``size`` (height, width)."""
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
+    if isinstance(size, Tensor):
+        limit = size.flip(0).repeat(2).to(boxes.dtype)
+    else:
+        height, width = size
+        limit = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limit)
 
 

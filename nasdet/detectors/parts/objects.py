@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nasdet.detectors.parts.boxes import box_area
+from nasdet.detectors.parts.boxes import Size, box_area
 
 
 class Objects(NamedTuple):
@@ -51,8 +51,8 @@ def batch_objects(targets: Sequence[Mapping[str, Tensor]], images: int, num_clas
     return batch
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], images: int) -> list[tuple[int, int]]:
-    """``sizes`` as pairs of ints, one per image of the batch."""
+def check_sizes(sizes: Sequence[Size], images: int) -> list[Size]:
+    """``sizes`` as pairs of ints, one per image of the batch; tensors stay what they are."""
     if len(sizes) != images:
         raise ValueError(f"sizes must have one entry per image ({images}), got {len(sizes)}")
-    return [(int(height), int(width)) for height, width in sizes]
+    return [size if isinstance(size, Tensor) else (int(size[0]), int(size[1])) for size in sizes]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
-from nasdet.detectors.parts.boxes import box_area, clip_boxes
+from nasdet.detectors.parts.boxes import Size, box_area, clip_boxes
 from nasdet.ops.nms import batched_nms
 
 
@@ -28,23 +32,71 @@ def whole_boxes(boxes: Tensor, min_side: float = 0.0) -> Tensor:
     return (box_area(boxes) > 0) & (thin >= min_side) & ~boxes.isnan().any(dim=1)
 
 
-def finish_image(
+def survivors(
     boxes: Tensor,
     scores: Tensor,
     labels: Tensor,
-    size: tuple[int, int],
+    size: Size,
     iou_threshold: float,
     max_detections: int,
     min_side: float = 0.0,
 ) -> dict[str, Tensor]:
-    """One image's candidates to its detections: clipped to ``size`` (h, w), suppressed per label.
+    """What is left of one image's candidates, clipped to ``size`` (h, w) and suppressed per label.
 
-    Boxes that are empty, not a number, or thinner than ``min_side`` pixels are dropped before.
+    Boxes that are empty, not a number, thinner than ``min_side`` pixels or scored -inf are dropped before.
 
-    Returns ``boxes`` float32 ``[n, 4]``, ``scores`` float32 ``[n]`` and ``labels`` int64 ``[n]``, best first.
+    Returns ``boxes`` ``[n, 4]``, ``scores`` ``[n]`` and ``labels`` int64 ``[n]``, best first.
     """
-    boxes = clip_boxes(boxes.float(), size)
-    whole = whole_boxes(boxes, min_side)
-    boxes, scores, labels = boxes[whole], scores[whole].float(), labels[whole]
+    boxes = clip_boxes(boxes, size)
+    whole = whole_boxes(boxes, min_side) & (scores > -math.inf)
+    boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
     kept = batched_nms(boxes, scores, labels, iou_threshold)[:max_detections]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+def finish_image(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    size: Size,
+    iou_threshold: float,
+    max_detections: int,
+    min_side: float = 0.0,
+) -> dict[str, Tensor]:
+    """One image's candidates to its detections: :func:`survivors` in float32."""
+    return AS_MANY.finish(boxes, scores, labels, size, iou_threshold, max_detections, min_side)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a detector chooses: as many results as there are, above its own score threshold or ``threshold``.
+
+    A subclass may give results of one shape instead (see :mod:`nasdet.detectors.static`).
+    """
+
+    threshold: float | Tensor | None = None
+
+    def top(self, scores: Tensor, judged: Tensor, threshold: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """:func:`top_candidates` of those where ``judged`` ``[L, K]`` is above the threshold."""
+        return top_candidates(scores, judged > (threshold if self.threshold is None else self.threshold), limit)
+
+    def survivors(
+        self,
+        boxes: Tensor,
+        scores: Tensor,
+        labels: Tensor,
+        size: Size,
+        iou_threshold: float,
+        max_detections: int,
+        min_side: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """:func:`survivors`."""
+        return survivors(boxes, scores, labels, size, iou_threshold, max_detections, min_side)
+
+    def finish(self, boxes: Tensor, scores: Tensor, *rest: Any, **options: Any) -> dict[str, Tensor]:
+        """The detections: ``survivors`` in float32."""
+        return self.survivors(boxes.float(), scores.float(), *rest, **options)
+
+
+AS_MANY = Selection()
+"""What ``detect`` takes by default."""

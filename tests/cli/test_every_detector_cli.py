@@ -1,0 +1,118 @@
+"""``nasdet train``, ``eval``, ``detect`` and ``arch export`` for every detector, on digits, as typed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nasdet.cli import main
+from nasdet.detectors import DETECTORS, WITH_MASKS
+from nasdet.engine import train as train_module
+from nasdet.engine.checkpoint import LAST, load_weights
+from nasdet.spaces.assemble import ModelConfig
+
+SMALL = (
+    "--preset tiny --width 0.125 --fpn-channels 8 --tower-convs 1 --size 64x96 --steps 3 --batch 2 "
+    "--checkpoint-every 1 --workers 0 --device cpu --no-flip"
+).split()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("pycocotools")
+    out = tmp_path_factory.mktemp("digits") / "set"
+    assert main(["data", "digits", "--out", str(out), "--train", "6", "--val", "2", "--size", "64x96"]) == 0
+    return out
+
+
+def train(digits: Path, out: Path, name: str, *more: str) -> int:
+    return main(["train", "--detector", name, "--data", str(digits), "--out", str(out), *SMALL, *more])
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_train_resume_eval_and_detect(
+    name: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(digits, whole, name) == 0
+    assert f"{name} resnet18" in capsys.readouterr().out
+    clip, calls = train_module.clip_gradients, iter(range(10))
+
+    def crash(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("killed")
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "clip_gradients", crash)
+        assert train(digits, killed, name) == 2
+    assert train(digits, killed, name, "--resume") == 0
+    weights, again = load_weights(whole / LAST), load_weights(killed / LAST)
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+
+    capsys.readouterr()
+    assert main(["eval", str(whole), "--workers", "0", "--device", "cpu", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 2 and ("masks" in figures) == (name in WITH_MASKS)
+    config = ModelConfig.load(whole / "model.json")  # hardly trained, it finds nothing above the usual threshold
+    replace(config, options={**config.options, "score_threshold": 0.0}).save(whole / "model.json")
+    picture = next((digits / "val").iterdir())
+    found = tmp_path / "found"
+    assert main(["detect", str(whole), str(picture), "--out", str(found), "--threshold", "0", "--device", "cpu"]) == 0
+    (entry,) = json.loads((found / "detections.json").read_text())["images"]
+    assert (found / entry["drawing"]).is_file() and entry["detections"]
+    assert all(("mask" in row) == (name in WITH_MASKS) for row in entry["detections"])
+    assert all(row["mask"]["size"] == [64, 96] for row in entry["detections"] if "mask" in row)
+
+
+@pytest.fixture(scope="module")
+def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "fad"
+    card = ["--card", "fad-paper", "--inner-channels", "6", "--cells", "1", "--levels", "1"]
+    assert train(digits, out, "fcos", *card) == 0
+    return out
+
+
+def test_export_of_a_run_and_of_its_card_are_the_same_program(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    given = torch.randn(1, 3, 64, 96), torch.tensor([[64, 96]]), torch.tensor(0.0)
+    outputs = []
+    sources = (str(run),), ("fad-paper", "--weights", str(run / LAST), "--format", "torch")
+    for index, words in enumerate(sources):
+        file = tmp_path / (f"{index}.pt2" if index == 0 else "net.program")
+        assert main(["arch", "export", *words, "--out", str(file)]) == 0
+        assert f"{file}: fcos, 10 categories, images 1x3x64x96; agrees" in capsys.readouterr().out
+        outputs.append(torch.export.load(file).module()(*given))
+    assert list(outputs[0])[:3] == ["boxes", "scores", "labels"] and bool((outputs[0]["labels"] >= 0).any())
+    assert all(torch.equal(value, outputs[1][name]) for name, value in outputs[0].items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fad-paper --out x.onnx", "--weights must name the trained weights of fad-paper's detector, got none"),
+        ("plain --weights {run}/checkpoints/last.pt --out x.pt2", "--weights must be those of plain, got"),
+        ("fad-alternative --weights {run}/checkpoints/last.pt --out x.pt2", "of fad-paper (fad)"),
+        ("fad-paper --weights {run}/../lost.pt --out x.pt2", "no model.json beside it"),
+        ("{run} --weights {run}/lost.pt --out x.pt2", "lost.pt: no such"),
+        ("{run} --out x.pt2 --size 64x90", "size must be multiples of 32"),
+        ("{run} --out x.pt2 --size big", "size must be HEIGHTxWIDTH"),
+        ("fad-paper --out x.py", "method must be 'nats', got 'fad'"),
+        ("fad-paper --out x.py --batch 2", "need --format torch or onnx"),
+    ],
+)
+def test_export_says_what_is_wrong(
+    words: str, message: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["arch", "export", *words.format(run=run).split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())

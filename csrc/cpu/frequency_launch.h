@@ -136,8 +136,6 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, int6
 // Elements of the spectra of `channels` of the map in hand.
 template <class Plan> size_t spectra_of(const Plan& plan, int64_t channels) { return size_t(plan.g.planes() * plan.map_plane(channels)); }
 
-int64_t pieces_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
-
 // A chunk of channels is worked on by one thread, with scratch of its own that stays in the caches, where there are enough
 // chunks and memory; otherwise by all threads together, which then read what others have just written.
 struct Crew {

@@ -30,7 +30,8 @@ inline FrequencyCosts frequency_costs() {
   return {8, 16, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 3e-9, 9e-10};
 }
 
-inline int64_t padded_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+inline int64_t pieces_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
+inline int64_t padded_to(int64_t count, int64_t unit) { return pieces_of(count, unit) * unit; }
 
 // Elements from plane to plane: an odd number of cache lines, so that planes side by side use all sets of a cache.
 inline int64_t plane_stride(int64_t elements) { return (padded_to(elements, 16) / 16 | 1) * 16; }
@@ -65,7 +66,7 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
     if (g.grid == 0 && widest <= grid && (grid < 29 || tile == 32)) g.grid = grid;
   if (g.grid == 0) return false;
   g.step_h = tile - 2 * g.radius_h, g.step_w = tile - 2 * g.radius_w;
-  g.rows = (p.height + g.step_h - 1) / g.step_h, g.columns = (p.width + g.step_w - 1) / g.step_w;
+  g.rows = pieces_of(p.height, g.step_h), g.columns = pieces_of(p.width, g.step_w);
   g.all_rows = p.images * g.rows;
   return true;
 }
@@ -137,7 +138,7 @@ class FrequencyPlanner {
       plan.outs = std::min(kFrequencyOuts, out), plan.ins = std::min(kFrequencyIns, in);
       plan.step_ins = step_depth(plan.g, plan.ins, plan.outs);
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
-        plan.rows = pieces(plan.g.all_rows, parts);
+        plan.rows = pieces_of(plan.g.all_rows, parts);
         plan.bytes = bytes(plan.g, {plan.map_plane(in), plan.map_plane(plan.outs)}, plan.ins * plan.outs, plan.step_plane());
         plan.seconds = seconds(plan, in, out);
         if (better(plan, best)) best = plan;
@@ -173,7 +174,7 @@ class FrequencyPlanner {
     // Sums over tiles in several goes: then all products of what is in hand are kept half-way.
     plan.part_ins = plan.ins, plan.part_outs = plan.outs;
     for (int64_t parts = 2; plan.rows > 1; parts += (parts + 1) / 2) {
-      plan.rows = pieces(plan.g.all_rows, parts);
+      plan.rows = pieces_of(plan.g.all_rows, parts);
       consider(plan, best);
     }
   }
@@ -204,8 +205,6 @@ class FrequencyPlanner {
     return total;
   }
 
-  static int64_t pieces(int64_t all, int64_t part) { return (all + part - 1) / part; }
-
   // Of sums of `depth` terms, `piece` at a time.
   double product(const FrequencyGeometry& g, double rows, double columns, double depth, double piece, double piece_columns) const {
     const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes;
@@ -223,17 +222,17 @@ class FrequencyPlanner {
 
   double seconds(const FrequencyPlan& plan, int64_t in, int64_t out) const {
     const FrequencyGeometry& g = plan.g;
-    const double tiles = double(g.all_rows * g.columns), goes = double(pieces(g.all_rows, plan.rows)), planes = 4 * double(g.planes());
-    const double passes = double(pieces(in, plan.ins)), out_byte = byte_of(4 * g.planes() * plan.map_plane(plan.outs));
+    const double tiles = double(g.all_rows * g.columns), goes = double(pieces_of(g.all_rows, plan.rows)), planes = 4 * double(g.planes());
+    const double passes = double(pieces_of(in, plan.ins)), out_byte = byte_of(4 * g.planes() * plan.map_plane(plan.outs));
     return map_transforms(g, in, c_.point) + map_transforms(g, out, c_.point_back) + weight_transforms(g, taps_) * goes +
            product(g, tiles, double(out), double(in), double(plan.step_ins), double(plan.outs)) +
-           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * g.planes() * plan.map_plane(in)) * double(pieces(out, plan.outs));
+           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * g.planes() * plan.map_plane(in)) * double(pieces_of(out, plan.outs));
   }
   double seconds(const FrequencyGradientPlan& plan) const {
     const FrequencyGeometry& g = plan.g;
-    const double tiles = double(g.all_rows * g.columns), planes = 4 * double(g.planes()), goes = double(pieces(g.all_rows, plan.rows));
-    const double x_times = double(pieces(out_padded_, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces(in_padded_, plan.ins)) : 1;
-    const double x_read = double(pieces(out_padded_, plan.part_outs)), grad_read = double(pieces(in_padded_, plan.step_ins));
+    const double tiles = double(g.all_rows * g.columns), planes = 4 * double(g.planes()), goes = double(pieces_of(g.all_rows, plan.rows));
+    const double x_times = double(pieces_of(out_padded_, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces_of(in_padded_, plan.ins)) : 1;
+    const double x_read = double(pieces_of(out_padded_, plan.part_outs)), grad_read = double(pieces_of(in_padded_, plan.step_ins));
     return map_transforms(g, in_padded_, c_.point) * x_times + map_transforms(g, out_padded_, c_.point) * grad_times + weight_transforms(g, 1.5 * taps_) + weight_transforms(g, 0) * (goes - 1) +
            product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) +
            planes * tiles * double(in_padded_) * x_read * byte_of(4 * g.planes() * plan.map_plane(plan.ins)) + planes * tiles * double(out_padded_) * grad_read * byte_of(4 * g.planes() * plan.map_plane(plan.outs));

@@ -5,7 +5,7 @@ import torch
 
 from nasdet.detectors.parts.boxes import box_area, clip_boxes, decode_ltrb, encode_ltrb, giou, iou, pairwise_iou
 from nasdet.detectors.parts.locations import flatten_levels, level_points, pyramid_points
-from nasdet.detectors.parts.postprocess import finish_image, top_candidates
+from nasdet.detectors.parts.postprocess import AS_MANY, top_candidates
 
 
 def _boxes(count: int, seed: int = 0, low: float = -50, span: float = 100) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _scene(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 def test_finish_keeps_an_independent_dominating_set_per_class(count: int, classes: int, threshold: float) -> None:
     boxes, scores, labels = _scene(count, classes, 11)
     boxes = boxes + 60  # inside the picture: nothing is clipped
-    result = finish_image(boxes, scores, labels, (400, 400), threshold, count)
+    result = AS_MANY.finish(boxes, scores, labels, (400, 400), threshold, count)
     assert result["labels"].dtype == torch.int64 and bool((result["scores"].diff() <= 0).all())
     kept = (scores == result["scores"][:, None]).nonzero()[:, 1]  # scores are distinct
     assert torch.equal(boxes[kept], result["boxes"]) and torch.equal(labels[kept], result["labels"])
@@ -101,13 +101,13 @@ def test_finish_keeps_an_independent_dominating_set_per_class(count: int, classe
     assert not bool(clash[kept][:, kept].triu(1).any())
     for dropped in set(range(count)) - set(kept.tolist()):
         assert bool((clash[dropped, kept] & (scores[kept] >= scores[dropped])).any())
-    first = finish_image(boxes, scores, labels, (400, 400), threshold, 5)
+    first = AS_MANY.finish(boxes, scores, labels, (400, 400), threshold, 5)
     assert torch.equal(first["boxes"], result["boxes"][:5]) and torch.equal(first["scores"], result["scores"][:5])
 
 
 def test_finish_keeps_the_first_of_equal_scores_and_boxes_of_other_classes() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 10.5], [0.0, 0, 10, 10]])
-    result = finish_image(boxes, torch.ones(3), torch.tensor([4, 4, 2]), (20, 20), 0.5, 100)
+    result = AS_MANY.finish(boxes, torch.ones(3), torch.tensor([4, 4, 2]), (20, 20), 0.5, 100)
     assert result["boxes"].tolist() == [[0, 0, 10, 10]] * 2 and result["labels"].tolist() == [4, 2]
 
 
@@ -124,5 +124,5 @@ def test_finish_drops_empty_and_nan_boxes() -> None:
     nan, inf = float("nan"), float("inf")
     rows = [[-9.0, 2, 30, 8], [40.0, 0, 50, 10], [nan, 0, 5, 5], [0.0, 0, nan, 5], [-inf, -inf, inf, inf]]
     boxes = torch.tensor(rows)
-    result = finish_image(boxes, torch.linspace(0.5, 0.9, 5), torch.arange(5), (10, 20), 0.6, 100)
+    result = AS_MANY.finish(boxes, torch.linspace(0.5, 0.9, 5), torch.arange(5), (10, 20), 0.6, 100)
     assert result["boxes"].tolist() == [[0, 0, 20, 10], [0, 2, 20, 8]] and result["labels"].tolist() == [4, 0]

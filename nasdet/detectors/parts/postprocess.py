@@ -32,41 +32,6 @@ def whole_boxes(boxes: Tensor, min_side: float = 0.0) -> Tensor:
     return (box_area(boxes) > 0) & (thin >= min_side) & ~boxes.isnan().any(dim=1)
 
 
-def survivors(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    size: Size,
-    iou_threshold: float,
-    max_detections: int,
-    min_side: float = 0.0,
-) -> dict[str, Tensor]:
-    """What is left of one image's candidates, clipped to ``size`` (h, w) and suppressed per label.
-
-    Boxes that are empty, not a number, thinner than ``min_side`` pixels or scored -inf are dropped before.
-
-    Returns ``boxes`` ``[n, 4]``, ``scores`` ``[n]`` and ``labels`` int64 ``[n]``, best first.
-    """
-    boxes = clip_boxes(boxes, size)
-    whole = whole_boxes(boxes, min_side) & (scores > -math.inf)
-    boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
-    kept = batched_nms(boxes, scores, labels, iou_threshold)[:max_detections]
-    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
-
-
-def finish_image(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    size: Size,
-    iou_threshold: float,
-    max_detections: int,
-    min_side: float = 0.0,
-) -> dict[str, Tensor]:
-    """One image's candidates to its detections: :func:`survivors` in float32."""
-    return AS_MANY.finish(boxes, scores, labels, size, iou_threshold, max_detections, min_side)
-
-
 @dataclass(frozen=True)
 class Selection:
     """How a detector chooses: as many results as there are, above its own score threshold or ``threshold``.
@@ -90,11 +55,20 @@ class Selection:
         max_detections: int,
         min_side: float = 0.0,
     ) -> dict[str, Tensor]:
-        """:func:`survivors`."""
-        return survivors(boxes, scores, labels, size, iou_threshold, max_detections, min_side)
+        """What is left of one image's candidates, clipped to ``size`` (h, w) and suppressed per label.
+
+        Boxes that are empty, not a number, thinner than ``min_side`` pixels or scored -inf are dropped before.
+
+        Returns ``boxes`` ``[n, 4]``, ``scores`` ``[n]`` and ``labels`` int64 ``[n]``, best first.
+        """
+        boxes = clip_boxes(boxes, size)
+        whole = whole_boxes(boxes, min_side) & (scores > -math.inf)
+        boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
+        kept = batched_nms(boxes, scores, labels, iou_threshold)[:max_detections]
+        return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 
     def finish(self, boxes: Tensor, scores: Tensor, *rest: Any, **options: Any) -> dict[str, Tensor]:
-        """The detections: ``survivors`` in float32."""
+        """One image's candidates to its detections: :meth:`survivors` in float32."""
         return self.survivors(boxes.float(), scores.float(), *rest, **options)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasdet.detectors.fpn import FPN
-from nasdet.detectors.parts.postprocess import finish_image, top_candidates
+from nasdet.detectors.parts.postprocess import AS_MANY, top_candidates
 from nasdet.detectors.resnet import ResNet
 from nasdet.detectors.towers import PlainTowers
 
@@ -57,7 +57,7 @@ class CenterDetector(nn.Module):
             half = outputs["box"][0][image].flatten(1).T[cell].exp() * STRIDE / 2
             centre = (torch.stack([cell % width, cell // width], 1) + 0.5) * STRIDE
             boxes = torch.cat([centre - half, centre + half], 1)
-            results.append(finish_image(boxes, best, labels, size, 0.6, 100))
+            results.append(AS_MANY.finish(boxes, best, labels, size, 0.6, 100))
         return results
 
 

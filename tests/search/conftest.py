@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from nasdet.engine import receptive_field
 from nasdet.engine.records import read_lines
 from nasdet.engine.search import FADSearchConfig, search_fad
 from nasdet.engine.search_nats import NATSSearchConfig, search_nats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for landscapes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""The DetNAS search space as far as it needs no torch: sizes, random cards, variation, checks and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from random import Random
+from typing import Any
+
+from nasdet.arch import Card
+from nasdet.spaces.detnas.costs import CostTable, macs_table, parameters_table
+from nasdet.spaces.detnas.genotype import CHOICES, SPACES, Sizes, check_genotype, crossover, mutate, random_genotype
+
+
+class DetNASSpace:
+    """DetNAS's search space: one of four ShuffleNetV2 blocks at each place of a backbone.
+
+    Args:
+        sizes: ``"small"`` (20 blocks, 300 M MACs), ``"large"`` (40, 1.3 G), ``"3.8g"`` (the large one, wider), or
+            :class:`Sizes` of your own.
+        mutation: the probability that a mutation draws a gene anew.
+
+    ``macs`` (at 224 x 224, the backbone alone) and ``parameters`` are cost tables over genotypes. ``mutations`` and
+    ``crossovers`` are what :class:`nasdet.search.evolution.Evolution` varies cards with.
+    """
+
+    method = "detnas"
+
+    def __init__(self, sizes: str | Sizes = "small", *, mutation: float = 0.1) -> None:
+        if isinstance(sizes, str):
+            if sizes not in SPACES:
+                raise ValueError(f"sizes must be one of {', '.join(SPACES)}, or Sizes, got {sizes!r}")
+            sizes = SPACES[sizes]
+        if not isinstance(sizes, Sizes):
+            raise TypeError(f"sizes must be one of {', '.join(SPACES)}, or Sizes, got {type(sizes).__name__}")
+        if isinstance(mutation, bool) or not isinstance(mutation, (int, float)) or not 0 < mutation <= 1:
+            raise ValueError(f"mutation must be in (0, 1], got {mutation!r}")
+        self.sizes, self.mutation = sizes, mutation
+        self.macs: CostTable = macs_table(sizes)
+        self.parameters: CostTable = parameters_table(sizes)
+        self.mutations = {"mutate": self.mutate}
+        self.crossovers = {"crossover": self.crossover}
+
+    def size(self) -> int:
+        """Architectures: 4^20 or 4^40."""
+        return len(CHOICES) ** self.sizes.depth
+
+    def settings(self) -> dict[str, Any]:
+        """What a card records of the space."""
+        sizes = self.sizes
+        return {"stem": sizes.stem, "channels": [*sizes.channels], "blocks": [*sizes.blocks], "last": sizes.last}
+
+    def card(self, genotype: Sequence[str], name: str = "detnas", source: Mapping[str, Any] | None = None) -> Card:
+        """The card of a genotype of this space; not checked."""
+        return Card(self.method, name, list(genotype), self.settings(), dict(source or {}))
+
+    def random(self, rng: Random, name: str = "detnas-random") -> Card:
+        """A uniformly random path."""
+        return self.card(random_genotype(self.sizes.depth, rng), name, {"random": True})
+
+    def mutate(self, card: Card, rng: Random) -> Card:
+        """``card`` with each gene drawn anew with the probability ``mutation``; it may come out unchanged."""
+        return self.card(mutate(card.genotype, rng, self.mutation), "detnas-child")
+
+    def crossover(self, first: Card, second: Card, rng: Random) -> Card:
+        """Each gene from either parent."""
+        return self.card(crossover(first.genotype, second.genotype, rng), "detnas-child")
+
+    def check(self, card: Card) -> None:
+        """Raise ``ValueError`` unless the card is an architecture of this very space."""
+        check_card(card)
+        own = {key: card.settings.get(key) for key in self.settings()}
+        if own != self.settings():
+            raise ValueError(f"{card.name}: settings must have {self.settings()}, got {own}")
+
+    @staticmethod
+    def describe(card: Card) -> list[str]:
+        """A line for each stage: its choices block by block."""
+        check_card(card)
+        genes = iter(card.genotype)
+        return [
+            f"stage {stage} ({channels} channels): " + " ".join(islice(genes, blocks))
+            for stage, (channels, blocks) in enumerate(
+                zip(card.settings["channels"], card.settings["blocks"], strict=True), 1
+            )
+        ]
+
+
+def card_sizes(card: Card) -> Sizes:
+    """The sizes that a DetNAS card names; ``ValueError`` where it does not."""
+    found: dict[str, Any] = {key: card.settings.get(key) for key in ("stem", "channels", "blocks", "last")}
+    for key in ("channels", "blocks"):
+        if not isinstance(found[key], list):
+            raise ValueError(f"{card.name}: settings.{key} must be a list, got {found[key]!r}")
+        found[key] = tuple(found[key])
+    try:
+        return Sizes(**found)
+    except ValueError as error:
+        raise ValueError(f"{card.name}: settings.{error}") from error
+
+
+def check_card(card: Card) -> None:
+    """Raise ``ValueError`` unless the card is a DetNAS architecture of any sizes."""
+    if card.method != DetNASSpace.method:
+        raise ValueError(f"{card.name}: method must be 'detnas', got {card.method!r}")
+    depth = card_sizes(card).depth
+    try:
+        check_genotype(card.genotype, depth)
+    except ValueError as error:
+        raise ValueError(f"{card.name}: {error}") from error

@@ -1,0 +1,123 @@
+"""The MSNAS search space as far as it needs no torch: sizes, random cards, variation, checks and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from nasdet.arch import Card
+from nasdet.spaces.msnas import variation
+from nasdet.spaces.msnas.costs import BLOCKS, INPUT, VARIANTS, macs
+from nasdet.spaces.msnas.genotype import Genotype, check_genotype, head_blocks, resolutions
+from nasdet.spaces.msnas.sampling import pair_count, random_genotype
+
+
+class MSNASSpace:
+    """MSNAS's search space: a stride for each block of the encoder, and for each group of objects a resolution.
+
+    Args:
+        variant: sizes of the paper's encoders: ``"r18"`` (13 basic blocks of 180 channels), ``"r34"`` (21 of 160) or
+            ``"r50"`` (21 bottlenecks of 144, and 576 out).
+        blocks, channels, block: other sizes in the place of the variant's.
+
+    ``target`` is the MACs of encoder and RPN that the paper holds the variant's nets to, within 1 %; None for other
+    sizes. ``mutations`` and ``crossovers`` are what :class:`nasdet.search.evolution.Evolution` varies cards with.
+    """
+
+    method = "msnas"
+
+    def __init__(
+        self, variant: str = "r18", *, blocks: int | None = None, channels: int | None = None, block: str | None = None
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        sizes = VARIANTS[variant]
+        self.blocks = sizes.blocks if blocks is None else blocks
+        self.channels = sizes.channels if channels is None else channels
+        self.block = sizes.block if block is None else block
+        own = (self.blocks, self.channels, self.block)
+        self.target = sizes.target if own == (sizes.blocks, sizes.channels, sizes.block) else None
+        for name in ("blocks", "channels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        if not pair_count(self.blocks):
+            raise ValueError(f"blocks must be at least 2, got {self.blocks}")
+        self.mutations = {"mutate_encoder": self.mutate_encoder, "mutate_heads": self.mutate_heads}
+        self.crossovers = {"crossover_encoder": self.crossover_encoder, "crossover_heads": self.crossover_heads}
+
+    def mutate_encoder(self, card: Card, rng: Random) -> Card | None:
+        """``card`` with one or two other strides; None where none are legal."""
+        return self._child(variation.mutate_encoder(card.genotype, rng))
+
+    def mutate_heads(self, card: Card, rng: Random) -> Card | None:
+        """``card`` with other heads; None where none are legal."""
+        return self._child(variation.mutate_heads(card.genotype, rng))
+
+    def crossover_encoder(self, first: Card, second: Card, rng: Random) -> Card | None:
+        """The encoder of ``first`` up to a block and of ``second`` beyond, with the heads of ``first``; None where no
+        block makes a legal child."""
+        return self._child(variation.crossover_encoder(first.genotype, second.genotype, rng))
+
+    def crossover_heads(self, first: Card, second: Card, rng: Random) -> Card | None:
+        """The encoder of ``first``, heads from both; None where no mixture is legal."""
+        return self._child(variation.crossover_heads(first.genotype, second.genotype, rng))
+
+    def _child(self, genotype: Genotype | None) -> Card | None:
+        return None if genotype is None else self.card(genotype, "msnas-child")
+
+    def size(self) -> int:
+        """Architectures: pairs of a valid encoder and legal heads."""
+        return pair_count(self.blocks)
+
+    def settings(self) -> dict[str, Any]:
+        """What a card records of the space."""
+        return {"channels": self.channels, "block": self.block}
+
+    def card(self, genotype: Genotype, name: str = "msnas", source: Mapping[str, Any] | None = None) -> Card:
+        """The card of a genotype of this space; not checked."""
+        return Card(self.method, name, genotype, self.settings(), dict(source or {}))
+
+    def random(self, rng: Random, name: str = "msnas-random") -> Card:
+        """A uniformly random architecture, drawn by dynamic programming."""
+        return self.card(random_genotype(self.blocks, rng), name, {"random": True})
+
+    def check(self, card: Card) -> None:
+        """Raise ``ValueError`` unless the card is an architecture of this very space."""
+        check_card(card)
+        if (blocks := len(card.genotype["strides"])) != self.blocks:
+            raise ValueError(f"{card.name}: genotype.strides must be {self.blocks}, one for each block, got {blocks}")
+        if (own := {key: card.settings.get(key) for key in self.settings()}) != self.settings():
+            raise ValueError(f"{card.name}: settings must have {self.settings()}, got {own}")
+
+    def macs(self, card: Card, size: tuple[int, int] = INPUT) -> int:
+        """MACs of encoder and RPN for an image of ``size`` (height, width)."""
+        return macs(card.genotype, self.channels, self.block, size)
+
+    @staticmethod
+    def describe(card: Card) -> list[str]:
+        """The encoder stride by stride, its resolutions, its laterals, and what each head reads."""
+        check_card(card)
+        strides, heads = card.genotype["strides"], card.genotype["heads"]
+        maps = resolutions(strides)
+        reads = zip(heads, head_blocks(strides, heads), strict=True)
+        added = [f"{to} <- {origin} (1/{maps[to - 1]})" for to, origin in card.genotype["laterals"]]
+        return [
+            "strides: " + " ".join("1/2" if stride == 0.5 else str(stride) for stride in strides),
+            "resolutions: " + " ".join(f"1/{resolution}" for resolution in maps),
+            "laterals: " + ", ".join(added),
+            "heads: " + ", ".join(f"1/{head} (block {block})" for head, block in reads),
+        ]
+
+
+def check_card(card: Card) -> None:
+    """Raise ``ValueError`` unless the card is an MSNAS architecture of any size."""
+    if card.method != MSNASSpace.method:
+        raise ValueError(f"{card.name}: method must be 'msnas', got {card.method!r}")
+    try:
+        check_genotype(card.genotype)
+    except ValueError as error:
+        raise ValueError(f"{card.name}: {error}") from error

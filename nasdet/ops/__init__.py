@@ -2,6 +2,7 @@
 
 from nasdet._dispatch import use_backend
 from nasdet.ops.boxes import box_iou, generalized_box_iou
+from nasdet.ops.depthwise_conv2d import depthwise_conv2d
 from nasdet.ops.grouped_dilation_conv2d import grouped_dilation_conv2d
 from nasdet.ops.mix import mix
 from nasdet.ops.mixed_dilation_conv2d import mixed_dilation_conv2d
@@ -14,6 +15,7 @@ from nasdet.ops.soft_nms import soft_nms
 __all__ = [
     "batched_nms",
     "box_iou",
+    "depthwise_conv2d",
     "generalized_box_iou",
     "grouped_dilation_conv2d",
     "mix",

@@ -225,7 +225,7 @@ def checked_operands(x: Tensor, weight: Tensor, weight_axes: str, groups: int) -
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if _autocasts(x) and torch.float64 not in (x.dtype, weight.dtype):
+    if autocasts(x) and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), weight.to(dtype)
     if weight.dtype != x.dtype:
@@ -233,7 +233,7 @@ def _in_one_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     kind = x.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
@@ -256,7 +256,7 @@ def same_conv2d(x: Tensor, weight: Tensor, dilation: Pair, stride: Pair, groups:
         # With both operands channels_last torch 2.13's float64 gradient of the weight is wrong (groups) or raises.
         # Copied, for strides can say channels_last of a tensor that is contiguous too.
         weight = weight.clone(memory_format=torch.contiguous_format)
-    if _autocasts(x):
+    if autocasts(x):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight, None, stride, padding, dilation, groups)
     return F.conv2d(x, weight, None, stride, padding, dilation, groups)

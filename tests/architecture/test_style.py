@@ -124,7 +124,7 @@ def test_public_names() -> None:
     )
     suppression = ["batched_nms", "box_iou", "generalized_box_iou", "nms", "nms_padded", "soft_nms"]
     others = ["mix", "multilevel_roi_align", "norm_act_mix", "roi_align", "sigmoid_focal_loss", "use_backend"]
-    convolutions = ["grouped_dilation_conv2d", "mixed_dilation_conv2d"]
+    convolutions = ["depthwise_conv2d", "grouped_dilation_conv2d", "mixed_dilation_conv2d"]
     assert nasdet.ops.__all__ == sorted(suppression + others + convolutions)
     for name in nasdet.__all__:
         assert getattr(nasdet, name) is not None

@@ -1,4 +1,4 @@
-"""Fuzz of the multi-dilation convolutions: ``mixed_dilation_conv2d`` and ``grouped_dilation_conv2d``."""
+"""Fuzz of the convolutions: ``mixed_dilation_conv2d``, ``grouped_dilation_conv2d`` and ``depthwise_conv2d``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from drawing import DTYPES, Draw, compare
 from torch import Tensor
 
-from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
+from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.testing import tolerance
 
 
@@ -101,6 +101,31 @@ def fuzz_grouped_dilation_conv2d(draw: Draw) -> None:
         draw,
         lambda *v: grouped_dilation_conv2d(*v, dilations, splits, stride, groups, backend=draw.backend, **options),
         lambda *v: grouped_dilation_conv2d(*v, dilations, splits, stride, groups, backend="reference"),
+        leaves,
+        bound,
+        gradient_bound,
+    )
+
+
+def fuzz_depthwise_conv2d(draw: Draw) -> None:
+    dtype, kernel = draw.choice(DTYPES), draw.choice((1, 3, 3, 5, 5, 7, 7, 9))
+    stride, dilation = draw.choice((1, 1, 1, 2, 2, 3, (1, 2), (3, 1))), draw.choice((1, 1, 2, 3, 4, (2, 1), (1, 5), 30))
+    padding = draw.choice(("same", "same", "same", 0, 1, 3, (2, 5)))
+    sides = [max(draw.size(40), 1) for _ in range(2)]
+    if padding != "same":  # large enough for the kernel
+        reaches = [d * (kernel - 1) + 1 for d in (dilation if isinstance(dilation, tuple) else (dilation, dilation))]
+        paddings = padding if isinstance(padding, tuple) else (padding, padding)
+        sides = [max(side, reach - 2 * p) for side, reach, p in zip(sides, reaches, paddings, strict=True)]
+    channels = draw.random.randint(1, 70 if max(sides) < 15 else 20)
+    shape = (draw.random.randint(0 if draw.chance(0.05) else 1, 3), channels, *sides)
+    draw.note(shape=shape, kernel=kernel, stride=stride, padding=padding, dilation=dilation, dtype=dtype)
+    x = draw.laid_out(draw.normal(*shape).to(dtype), expandable=True)
+    leaves = [x, draw.laid_out(draw.normal(channels, 1, kernel, kernel, scale=1 / kernel).to(dtype))]
+    bound, gradient_bound = _bounds(leaves, kernel**2, 1.0, 1.0)
+    compare(
+        draw,
+        lambda *v: depthwise_conv2d(*v, stride, padding, dilation, backend=draw.backend),
+        lambda *v: depthwise_conv2d(*v, stride, padding, dilation, backend="reference"),
         leaves,
         bound,
         gradient_bound,

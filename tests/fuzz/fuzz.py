@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from convolutions import fuzz_grouped_dilation_conv2d, fuzz_mixed_dilation_conv2d
+from convolutions import fuzz_depthwise_conv2d, fuzz_grouped_dilation_conv2d, fuzz_mixed_dilation_conv2d
 from drawing import Draw
 from losses_and_sums import fuzz_mix, fuzz_norm_act_mix, fuzz_sigmoid_focal_loss
 from pooling import fuzz_multilevel_roi_align, fuzz_roi_align
@@ -40,6 +40,7 @@ FUZZERS: dict[str, Callable[[Draw], None]] = {
     "norm_act_mix": fuzz_norm_act_mix,
     "mixed_dilation_conv2d": fuzz_mixed_dilation_conv2d,
     "grouped_dilation_conv2d": fuzz_grouped_dilation_conv2d,
+    "depthwise_conv2d": fuzz_depthwise_conv2d,
 }
 BATCH = 100  # cases of one task
 

@@ -94,6 +94,13 @@ def _other_dilation(real: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
+def _a_row_too_low(real: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(x: Any, *rest: Any, backend: str) -> Any:
+        return real(x.roll(1, 2) if backend == "cpp" else x, *rest, backend=backend)
+
+    return wrong
+
+
 @pytest.mark.parametrize(
     ("module", "op", "bug"),
     [
@@ -109,6 +116,7 @@ def _other_dilation(real: Callable[..., Any]) -> Callable[..., Any]:
         pytest.param(losses_and_sums, "sigmoid_focal_loss", _a_thousandth_off, id="sigmoid_focal_loss-value"),
         pytest.param(convolutions, "mixed_dilation_conv2d", _a_thousandth_off, id="mixed_dilation_conv2d-value"),
         pytest.param(convolutions, "grouped_dilation_conv2d", _other_dilation, id="grouped_dilation_conv2d-dilation"),
+        pytest.param(convolutions, "depthwise_conv2d", _a_row_too_low, id="depthwise_conv2d-padding"),
     ],
 )
 def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch, module: Any, op: str, bug: Callable[..., Any]) -> None:

@@ -1,0 +1,95 @@
+"""A depthwise convolution in the place of a depthwise ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasdet.ops import depthwise_conv2d
+from nasdet.ops._dilation import Pair, pair, positive
+from nasdet.ops.depthwise_conv2d import checked_padding
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """One ``k`` x ``k`` kernel per channel, run by :func:`nasdet.ops.depthwise_conv2d`.
+
+    An ``nn.Conv2d`` with as many groups as channels: the same parameters ``weight [C, 1, k, k]`` and ``bias [C]``, in
+    name, shape and initial distribution, the same attributes. ``padding="same"``, the default, is
+    ``dilation * (k // 2)`` at every stride.
+
+    ``forward(x [N, C, H, W])`` gives ``[N, C, ceil(H / stride), ceil(W / stride)]`` with it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = "same",
+        dilation: int | Pair = 1,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if positive("kernel_size", kernel_size) % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        dilations = pair("dilation", dilation)
+        super().__init__(
+            positive("channels", channels),
+            channels,
+            kernel_size,
+            pair("stride", stride),
+            checked_padding(padding, kernel_size, dilations),
+            dilations,
+            channels,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.backend = backend
+
+    @classmethod
+    def from_conv(cls, conv: nn.Module, name: str = "conv") -> DepthwiseConv2d:
+        """The same convolution: shares the parameters of ``conv``, a plain depthwise ``nn.Conv2d``, padded with zeros.
+
+        Raises TypeError or ValueError, with ``name``, for any other module.
+        """
+        conv = _checked(conv, name)
+        with torch.device("meta"):  # nothing is allocated or drawn that is replaced at once
+            made = cls(
+                conv.in_channels,
+                conv.kernel_size[0],
+                (conv.stride[0], conv.stride[1]),
+                conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+                (conv.dilation[0], conv.dilation[1]),
+                bias=False,
+            )
+        made.weight, made.bias = conv.weight, conv.bias
+        return made.train(conv.training)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        options: tuple[Any, ...] = (self.stride, self.padding, self.dilation)
+        y = depthwise_conv2d(input, weight, *options, backend=self.backend)
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+
+
+def _checked(conv: nn.Module, name: str) -> nn.Conv2d:
+    if type(conv) is not nn.Conv2d:
+        raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise ValueError(
+            f"{name} must have as many groups as input and output channels, got {conv.groups}, {conv.in_channels} and "
+            f"{conv.out_channels}"
+        )
+    height, width = conv.kernel_size
+    if height != width or height % 2 == 0:
+        raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
+    if conv.padding_mode != "zeros" or conv.padding == "valid":
+        raise ValueError(
+            f"{name} must be padded with zeros, 'same' or by a number, got {conv.padding} ({conv.padding_mode})"
+        )
+    return conv

@@ -194,9 +194,20 @@ std::vector<Group> groups_of(const std::vector<Place>& places) {
   return groups;
 }
 
+// What no RoI reaches is written once and read by nobody here: past the caches, whole lines at a time.
+void clear_untouched(char* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const int64_t head = std::min(bytes, int64_t(-reinterpret_cast<uintptr_t>(from) % kLine)), lines = (bytes - head) / kLine;
+  std::memset(from, 0, size_t(head));
+  float* at = reinterpret_cast<float*>(from + head);
+  for (const float* end = at + lines * (kLine / int64_t(sizeof(float))); at < end; at += baseline::kLanes<float>) baseline::store_streaming(at, baseline::vec<float>{});
+  std::memset(at, 0, size_t(bytes - head - lines * kLine));
+}
+
 void clear(const std::vector<std::pair<char*, int64_t>>& pieces) {
   torch::stable::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) std::memset(pieces[i].first, 0, size_t(pieces[i].second));
+    for (int64_t i = first; i < last; ++i) clear_untouched(pieces[i].first, pieces[i].second);
+    baseline::streaming_fence();
   });
 }
 
@@ -235,13 +246,27 @@ template <class T> struct MapGradient {
       }
   }
 
+  // The rows of a task that RoIs reach.
+  std::vector<bool> touched(const GradientTask& task) const {
+    std::vector<bool> rows(size_t(task.bottom - task.top));
+    for (int64_t i = task.group->begin; i < task.group->end; ++i) {
+      const RoiSums& y = plans.works[i].y;
+      for (const int32_t* row = std::lower_bound(y.out, y.out + y.count, int32_t(task.top)); row < y.out + y.count && *row < task.bottom; ++row) rows[size_t(*row - task.top)] = true;
+    }
+    return rows;
+  }
+
   // Rows are cleared when the first RoI reaches them, from above down as the RoIs are ordered: so they are still in the
   // caches when it adds to them.
   void add_rows(const RoiJob& job, const GradientTask& task, int64_t row_bytes, char* map) const {
+    const std::vector<bool> reached = touched(task);
     int64_t cleared = task.top;
     const auto clear_to = [&](int64_t row) {
-      if (row > cleared) std::memset(map + cleared * row_bytes, 0, size_t((row - cleared) * row_bytes));
-      cleared = std::max(cleared, row);
+      for (; cleared < row; ++cleared) {
+        char* at = map + cleared * row_bytes;
+        if (reached[size_t(cleared - task.top)]) std::memset(at, 0, size_t(row_bytes));
+        else clear_untouched(at, row_bytes);
+      }
     };
     for (int64_t i = task.group->begin; i < task.group->end; ++i) {
       RoiWork work = plans.works[i];
@@ -255,6 +280,7 @@ template <class T> struct MapGradient {
       NASDET_KERNEL(roi_align_pixels)(job, &work, 1);
     }
     clear_to(task.bottom);
+    baseline::streaming_fence();
   }
 };
 

@@ -188,16 +188,18 @@ def detector_costs(
     from nasdet.measure import count, total
     from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
 
+    around: dict[str, Any] = {"backbone": backbone}
+    if card is not None:
+        around |= {"fpn_channels": card.settings.get("channels", 256)} | searched_fields(card)
     config = ModelConfig(
         detector=detector,
-        backbone=backbone,
         width=width,
         norm=norm,
         levels=levels,
         num_classes=classes,
         inner_channels=inner_channels,
         cells=cells,
-        **({} if card is None else {"fpn_channels": card.settings.get("channels", 256), **searched_fields(card)}),
+        **around,
     )
     with torch.device("meta"):
         model: Any = build_model(config)
@@ -213,7 +215,7 @@ def detector_costs(
         "card": None if card is None else card.name,
         "method": None if card is None else card.method,
         "detector": detector,
-        "backbone": backbone,
+        "backbone": backbone if isinstance(config.backbone, str) else card.name,
         "width": width,
         "norm": norm,
         "size": [*size],
@@ -235,11 +237,12 @@ def _subnet(card: Any, parts: Any, boxes: dict[str, int], size: tuple[int, int],
         return {}
     belongs = {
         "backbone": lambda name: name == "backbone",
+        "body": lambda name: name == "backbone",
         "mask_trunk": lambda name: name == "masks",
         "towers": lambda name: name not in ("backbone", "neck"),
     }[searched]
     subnet = total(part for part in parts if belongs(part.name))._replace(name="subnet")
-    if searched == "backbone":
+    if searched in ("backbone", "body"):
         return {"subnet": subnet._asdict()}
     pooled = 14 * 14  # pixels of the maps that the mask stage sees
     towers = sum(-(-size[0] // stride) * -(-size[1] // stride) for stride in strides)

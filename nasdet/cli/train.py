@@ -165,7 +165,8 @@ def run(
         plain = "plain towers" if "towers" in parts_of(model.detector) else "plain heads"
         searched = plain if model.card is None else f"{model.card.name} ({model.card.method})"
         size = f"{model.short_side}x{model.long_side} pixels"
-        print(f"{model.detector} {model.backbone} x{model.width:g}, {searched}, {size}")
+        body = model.backbone if isinstance(model.backbone, str) else model.backbone["name"]
+        print(f"{model.detector} {body} x{model.width:g}, {searched}, {size}")
         rate = config.schedule().lr
         print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)
     train(config, folder, model, out, weights=weights, resume=resume, command=["nasdet", *sys.argv[1:]])
@@ -224,8 +225,8 @@ def model_config(
     from nasdet.spaces.assemble import searched_fields
 
     chosen = _chosen(card)
-    # NATS retrains with norms that learn; cards of other parts leave the pretrained backbone's as they are.
-    learning = chosen is not None and part_of(chosen) == "backbone"
+    # A searched backbone is retrained with norms that learn; cards of other parts leave a pretrained one's as they are.
+    learning = chosen is not None and part_of(chosen) in ("backbone", "body")
     norm = ("sync_bn" if learning else "frozen_bn") if weights else "gn"
     settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched_fields(chosen), **settings}
     return replace(_around(card, beside), num_classes=len(folder.categories), categories=folder.categories, **settings)

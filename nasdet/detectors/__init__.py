@@ -28,7 +28,7 @@ from nasdet.detectors.backbone import Backbone
 from nasdet.detectors.cascade_rcnn import CASCADE_IOUS, CascadeStages, cascade_codecs
 from nasdet.detectors.faster_rcnn import HEAD_CODEC, BoxStage, FasterRCNN, FixedRoIs, countable
 from nasdet.detectors.fcos import FCOS
-from nasdet.detectors.fpn import FPN
+from nasdet.detectors.fpn import FPN, Pyramid
 from nasdet.detectors.mask_rcnn import MaskStage
 from nasdet.detectors.mask_scoring_rcnn import MaskIoUHead, MaskScoringStage
 from nasdet.detectors.mobilenet import MobileNetV2
@@ -65,6 +65,7 @@ __all__ = [
     "MaskTrunk",
     "MobileNetV2",
     "PlainTowers",
+    "Pyramid",
     "ResNet",
     "RetinaNet",
     "RoIPooler",
@@ -107,8 +108,12 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 }
 
 
+#: a backbone by name, or what makes one: ``maker(width=, norm=, frozen_stages=, outputs=)``
+BackboneLike = str | Callable[..., nn.Module]
+
+
 def _body(
-    backbone: str,
+    backbone: BackboneLike,
     outputs: Sequence[str],
     *,
     width: float,
@@ -116,21 +121,30 @@ def _body(
     weights: str | Path | None,
     frozen_stages: int | None,
 ) -> Any:
-    """A named backbone that gives ``outputs``, with its weights."""
-    if backbone not in BACKBONES:
+    """A backbone, named or made, that gives ``outputs``, with its weights."""
+    if isinstance(backbone, str) and backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     if norm is None:
         norm = "frozen_bn" if weights else "gn"
     if frozen_stages is None:
         frozen_stages = 2 if weights else 0
-    body = BACKBONES[backbone](width=width, norm=norm, frozen_stages=frozen_stages, outputs=outputs)
+    make = BACKBONES[backbone] if isinstance(backbone, str) else backbone
+    body = make(width=width, norm=norm, frozen_stages=frozen_stages, outputs=outputs)
     if weights:
         load_backbone_weights(body, weights)
     return body
 
 
+def _neck(body: Any, fpn_channels: int, **options: Any) -> tuple[FPN | Pyramid, int]:
+    """The pyramid over a backbone, and its channels; a backbone that is one by itself (``pyramid``) stays as it is."""
+    if getattr(body, "pyramid", False):
+        neck = Pyramid(body.channels, body.strides)
+        return neck, next(iter(neck.channels.values()))
+    return FPN(body.channels, body.strides, fpn_channels, **options), fpn_channels
+
+
 def _one_stage(
-    backbone: str,
+    backbone: BackboneLike,
     *,
     tower_norm: str | None,
     width: float = 1.0,
@@ -148,15 +162,15 @@ def _one_stage(
         raise ValueError(f"levels must be positive, got {levels}")
     outputs = ("c3", "c4", "c5")[:levels]
     body = _body(backbone, outputs, width=width, norm=norm, weights=weights, frozen_stages=frozen_stages)
-    neck = FPN(body.channels, body.strides, fpn_channels, extra_levels=levels - len(outputs))
-    towers = PlainTowers(fpn_channels, tower_convs, tower_norm) if towers is None else towers
+    neck, channels = _neck(body, fpn_channels, extra_levels=levels - len(outputs))
+    towers = PlainTowers(channels, tower_convs, tower_norm) if towers is None else towers
     return (body, neck, towers), options
 
 
 def build_fcos(
-    backbone: str = "resnet50", num_classes: int = 80, *, tower_norm: str | None = "gn", **options: Any
+    backbone: BackboneLike = "resnet50", num_classes: int = 80, *, tower_norm: str | None = "gn", **options: Any
 ) -> FCOS:
-    """FCOS on a named backbone: the published net by default, a small one with small numbers.
+    """FCOS on a backbone (a name or a maker): the published net by default, a small one with small numbers.
 
     Options, the same for every detector: ``width``, a multiplier of the backbone's channels; ``fpn_channels`` (256);
     ``levels`` of the pyramid (5) from stride 8 on (5: P3 to P7; 3: P3 to P5). ``weights`` is a local file with the
@@ -171,7 +185,7 @@ def build_fcos(
 
 
 def build_retinanet(
-    backbone: str = "resnet50", num_classes: int = 80, *, tower_norm: str | None = None, **options: Any
+    backbone: BackboneLike = "resnet50", num_classes: int = 80, *, tower_norm: str | None = None, **options: Any
 ) -> RetinaNet:
     """RetinaNet on a named backbone; options as for :func:`build_fcos`, the others go to :class:`RetinaNet`.
 
@@ -182,7 +196,7 @@ def build_retinanet(
 
 
 def build_faster_rcnn(
-    backbone: str = "resnet50",
+    backbone: BackboneLike = "resnet50",
     num_classes: int = 80,
     *,
     width: float = 1.0,
@@ -215,14 +229,13 @@ def build_faster_rcnn(
         raise ValueError("towers must be None, got a module: a two-stage detector has none")
     outputs = ("c2", "c3", "c4", "c5")[:levels]
     body = _body(backbone, outputs, width=width, norm=norm, weights=weights, frozen_stages=frozen_stages)
-    extra = levels - len(outputs)
-    neck = FPN(body.channels, body.strides, fpn_channels, extra_levels=extra, extra_source="pool")
+    neck, channels = _neck(body, fpn_channels, extra_levels=levels - len(outputs), extra_source="pool")
     strides = tuple(neck.strides.values())
     pooler = RoIPooler(strides[: len(outputs)], size=7)
     stages = [
         BoxStage(
             BoxHead(
-                BoxTrunk(fpn_channels, box_head, norm=head_norm, hidden=hidden),
+                BoxTrunk(channels, box_head, norm=head_norm, hidden=hidden),
                 num_classes,
                 class_agnostic=class_agnostic,
             ),
@@ -234,17 +247,17 @@ def build_faster_rcnn(
         for iou, codec in zip(ious, codecs, strict=True)
     ]
     boxes = stages[0] if len(stages) == 1 else CascadeStages(stages)
-    return FasterRCNN(body, neck, RPN(fpn_channels, strides, **(rpn or {})), boxes)
+    return FasterRCNN(body, neck, RPN(channels, strides, **(rpn or {})), boxes)
 
 
-def build_cascade_rcnn(backbone: str = "resnet50", num_classes: int = 80, **options: Any) -> FasterRCNN:
+def build_cascade_rcnn(backbone: BackboneLike = "resnet50", num_classes: int = 80, **options: Any) -> FasterRCNN:
     """Cascade R-CNN: :func:`build_faster_rcnn` with three class-agnostic stages for IoU 0.5, 0.6 and 0.7."""
     stages: dict[str, Any] = {"class_agnostic": True, "ious": CASCADE_IOUS, "codecs": cascade_codecs()}
     return build_faster_rcnn(backbone, num_classes, **stages | options)
 
 
 def build_mask_rcnn(
-    backbone: str = "resnet50",
+    backbone: BackboneLike = "resnet50",
     num_classes: int = 80,
     *,
     mask_trunk: nn.Module | None = None,
@@ -271,7 +284,7 @@ def build_mask_rcnn(
     return FasterRCNN(model.backbone, model.neck, model.rpn, model.boxes, masks)
 
 
-def build_mask_scoring_rcnn(backbone: str = "resnet50", num_classes: int = 80, **options: Any) -> FasterRCNN:
+def build_mask_scoring_rcnn(backbone: BackboneLike = "resnet50", num_classes: int = 80, **options: Any) -> FasterRCNN:
     """Mask Scoring R-CNN: :func:`build_mask_rcnn` with a head that predicts the masks' IoU."""
     return build_mask_rcnn(backbone, num_classes, scoring=True, **options)
 
@@ -324,9 +337,10 @@ TWO_STAGE = ("faster_rcnn", "cascade_rcnn", "mask_rcnn", "mask_scoring_rcnn")
 
 
 def parts_of(detector: str) -> tuple[str, ...]:
-    """The parts of a named detector that can be searched: ``"backbone"``, and ``"towers"`` or ``"mask_trunk"``."""
+    """The parts of a named detector that can be searched: ``"backbone"`` (transformed), ``"body"`` (the backbone as a
+    whole), and ``"towers"`` or ``"mask_trunk"``."""
     towers = () if detector in TWO_STAGE else ("towers",)
-    return ("backbone", *towers, *(("mask_trunk",) if detector in WITH_MASKS else ()))
+    return ("backbone", "body", *towers, *(("mask_trunk",) if detector in WITH_MASKS else ()))
 
 
 #: name -> maker of a detector: ``maker(backbone, num_classes, ...)``

@@ -1,4 +1,4 @@
-"""Feature pyramid (Lin et al., 2017) with the extra levels of R-CNN, RetinaNet and FCOS."""
+"""Feature pyramid (Lin et al., 2017) with the extra levels of R-CNN, RetinaNet and FCOS; or a backbone's own."""
 
 from __future__ import annotations
 
@@ -71,3 +71,19 @@ class FPN(nn.Module):
             levels.append(coarser(F.relu(source) if index and self.extra_source != "pool" else source))
             source = levels[-1]
         return dict(zip(self.strides, levels, strict=True))
+
+
+class Pyramid(nn.Module):
+    """The neck of a backbone whose maps are a pyramid already: one number of channels, finest first; passed on."""
+
+    def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
+        super().__init__()
+        if not channels or set(channels) != set(strides) or len(set(channels.values())) > 1:
+            raise ValueError(f"channels must be one number for all of {[*strides]}, got {dict(channels)}")
+        if list(strides.values()) != sorted(strides.values()):
+            raise ValueError(f"strides must not fall, got {dict(strides)}")
+        self.channels, self.strides = dict(channels), dict(strides)
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The maps, in the order of the strides."""
+        return {name: features[name] for name in self.strides}

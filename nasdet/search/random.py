@@ -31,6 +31,7 @@ class RandomSearch:
         self.space = space
         self._rng = random.Random(seed)
         self._asked: set[str] = set()
+        self._told: set[str] = set()
         self._history: list[tuple[Card, float]] = []
 
     def ask(self) -> Card:
@@ -46,10 +47,11 @@ class RandomSearch:
         """Record the score of an architecture that ``ask`` gave."""
         if card.key not in self._asked:
             raise ValueError(f"card must come from ask, got {card.name!r} with another genotype")
-        if any(told.key == card.key for told, _ in self._history):
+        if card.key in self._told:
             raise ValueError(f"card must be told once, got {card.name!r} again")
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise ValueError(f"score must be a finite number, got {score!r}")
+        self._told.add(card.key)
         self._history.append((card, float(score)))
 
     @property
@@ -78,3 +80,4 @@ class RandomSearch:
         self._rng.setstate((version, tuple(internal), gauss))
         self._asked = set(state["asked"])
         self._history = [(Card.from_json(card), float(score)) for card, score in state["history"]]
+        self._told = {card.key for card, _ in self._history}

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 # Loaded on demand: a card of one method needs no other method's modules.
 SPACES: dict[str, str] = {
+    "detnas": "nasdet.spaces.detnas:DetNASSpace",
     "fad": "nasdet.spaces.fad:FADSpace",
+    "msnas": "nasdet.spaces.msnas:MSNASSpace",
     "nats": "nasdet.spaces.nats:NATSSpace",
 }
 
@@ -27,9 +29,10 @@ def space_class(method: str) -> Any:
 
 
 def part_of(card: Card) -> str:
-    """The part of a detector that a card stands for: ``"towers"`` (the default), ``"mask_trunk"`` or ``"backbone"``.
+    """The part of a detector that a card stands for.
 
-    A space says it as ``part``: one name for all its cards, or a function of the card.
+    ``"towers"`` (the default), ``"mask_trunk"``, ``"backbone"`` (which it transforms) or ``"body"`` (it is the
+    backbone). A space says it as ``part``: one name for all its cards, or a function of the card.
     """
     part = getattr(space_class(card.method), "part", "towers")
     return str(part(card) if callable(part) else part)

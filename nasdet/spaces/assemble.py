@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from nasdet.spaces import part_of, space_class
 
 PLAIN = "plain"
 #: part -> the field of a ModelConfig that holds its card
-_FIELDS = {"towers": "towers", "mask_trunk": "mask_trunk", "backbone": "backbone_card"}
+_FIELDS = {"towers": "towers", "mask_trunk": "mask_trunk", "backbone": "backbone_card", "body": "backbone"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What a run's ``model.json`` holds: enough to build the model again and to load its weights.
 
-    ``backbone`` and ``width`` (a multiplier of its channels), ``fpn_channels`` and ``levels`` of the pyramid;
+    ``backbone``, a name or the JSON of a card that is one, and ``width`` (a multiplier of its channels);
+    ``fpn_channels`` and ``levels`` of the pyramid;
     ``norm`` of the backbone and ``frozen_stages``; ``categories``, the class names in the order of the labels, and
     their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
     ``inner_channels`` and ``cells`` in the place of the card's own where given; ``mask_trunk``, the JSON of a card for
@@ -34,7 +36,7 @@ class ModelConfig:
     """
 
     detector: str = "fcos"
-    backbone: str = "resnet50"
+    backbone: str | dict[str, Any] = "resnet50"
     width: float = 1.0
     fpn_channels: int = 256
     levels: int = 5
@@ -54,8 +56,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, names in (("detector", tuple(DETECTORS)), ("backbone", tuple(BACKBONES)), ("norm", NORMS)):
-            if getattr(self, name) not in names:
-                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (name == "backbone" and isinstance(value, Mapping)) and value not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
         for name in ("fpn_channels", "levels", "num_classes", "tower_convs", "short_side", "long_side"):
             _positive(name, getattr(self, name))
         if isinstance(self.frozen_stages, bool) or not isinstance(self.frozen_stages, int) or self.frozen_stages < 0:
@@ -74,7 +77,8 @@ class ModelConfig:
         if not isinstance(self.towers, Mapping) and self.towers != PLAIN:
             raise ValueError(f"towers must be {PLAIN!r} or a card's JSON, got {self.towers!r}")
         for part, name in _FIELDS.items():
-            if getattr(self, name) not in (PLAIN, None):
+            named = part in ("towers", "body") and isinstance(getattr(self, name), str)
+            if not named and getattr(self, name) is not None:
                 object.__setattr__(self, name, self._own_card(part, name).to_json())
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be an object, got {type(self.options).__name__}")
@@ -145,11 +149,20 @@ def build_part(config: ModelConfig, part: str, *, backend: str | None = None) ->
     return made
 
 
+def backbone_maker(backbone: str | Mapping[str, Any]) -> str | Callable[..., nn.Module]:
+    """What makes a configured backbone: its name, or the space of its card."""
+    if isinstance(backbone, str):
+        return backbone
+    card = Card.from_json(backbone)
+    return partial(space_class(card.method).backbone, card)
+
+
 def build_model(
     config: ModelConfig,
     *,
     towers: nn.Module | None = None,
     mask_trunk: nn.Module | None = None,
+    backbone: Callable[..., nn.Module] | None = None,
     weights: str | Path | None = None,
     backend: str | None = None,
 ) -> nn.Module:
@@ -157,12 +170,13 @@ def build_model(
 
     ``towers`` and ``mask_trunk`` stand in the place of the configured ones (a supernet); ``weights`` is a local file
     with the backbone's pretrained weights; ``backend`` chooses the searched parts' backend. Weights are drawn from
-    torch's global generator. A card of the backbone takes it over with its weights.
+    torch's global generator. A card of the backbone takes it over with its weights. ``backbone`` makes one in the place
+    of the configured one, called as the makers in :data:`nasdet.detectors.BACKBONES`.
     """
     towers = build_part(config, "towers", backend=backend) if towers is None else towers
     trunk = build_part(config, "mask_trunk", backend=backend) if mask_trunk is None else mask_trunk
     model = DETECTORS[config.detector](
-        config.backbone,
+        backbone or backbone_maker(config.backbone),
         config.num_classes,
         width=config.width,
         fpn_channels=config.fpn_channels,

@@ -37,7 +37,21 @@ MAY: dict[str, set[str]] = {
     "cli": {*PARTS, "report", "engine", "detectors", "nn", "ops", "_dispatch", "_library", "_C"},
 }
 # part or module -> what it must not import in any way
-NO_TORCH = ("nasdet.arch", "nasdet.search.random", "nasdet._files", "nasdet._version", "nasdet.cli.__init__")
+NO_TORCH = (
+    "nasdet.arch",
+    "nasdet.search.random",
+    "nasdet.search.evolution",
+    "nasdet.search.constraints",
+    "nasdet.spaces.detnas.costs",
+    "nasdet.spaces.detnas.genotype",
+    "nasdet.spaces.msnas.costs",
+    "nasdet.spaces.msnas.genotype",
+    "nasdet.spaces.msnas.sampling",
+    "nasdet.spaces.msnas.variation",
+    "nasdet._files",
+    "nasdet._version",
+    "nasdet.cli.__init__",
+)
 LAZY_ONLY = {"triton", "matplotlib", "tensorboard", "sklearn", "PIL", "pycocotools", "faster_coco_eval", "safetensors"}
 KERNELS_MAY = {"torch", "triton", "__future__", "nasdet"} | set(sys.stdlib_module_names)
 

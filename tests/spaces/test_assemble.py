@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from nasdet.arch import Card, load_card
+from nasdet.detectors import Pyramid
 from nasdet.detectors.towers import PlainTowers
 from nasdet.spaces import SPACES, space_class
 from nasdet.spaces.assemble import ModelConfig, build_model, build_part, searched_fields
@@ -178,5 +180,47 @@ def test_a_searchable_mask_trunk_learns_and_stands_pictures_without_objects(dete
 def test_spaces_by_name() -> None:
     assert space_class("fad") is FADSpace
     assert all(space_class(method).method == method for method in SPACES)
-    with pytest.raises(ValueError, match="method must be one of fad.*, got 'nope'"):
+    with pytest.raises(ValueError, match="method must be one of detnas, fad, .*, got 'nope'"):
         space_class("nope")
+
+
+class Rungs(nn.Module):
+    """A backbone that is a pyramid by itself, with two maps of one stride."""
+
+    pyramid = True
+
+    def __init__(self, **made_with: Any) -> None:
+        super().__init__()
+        self.made_with = made_with
+        self.strides = {"a": 8, "b": 16, "c": 16}
+        self.channels = dict.fromkeys(self.strides, 6)
+        self.conv = nn.Conv2d(3, 6, 1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.conv(images)
+        return {name: x[:, :, ::stride, ::stride] for name, stride in self.strides.items()}
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet"])
+def test_a_maker_takes_the_backbones_place_and_its_pyramid_gets_no_other(detector: str) -> None:
+    model: Any = build_model(ModelConfig(**SMALL, detector=detector), backbone=Rungs)
+    assert isinstance(model.backbone, Rungs) and model.backbone.made_with["norm"] == "gn"
+    assert not list(model.neck.parameters()) and model.strides == (8, 16, 16)
+    outputs = model(torch.randn(1, 3, 64, 64))
+    assert [tuple(level.shape[-2:]) for level in next(iter(outputs.values()))] == [(8, 8), (4, 4), (4, 4)]
+
+
+def test_a_pyramid_has_one_number_of_channels_and_strides_that_do_not_fall() -> None:
+    with pytest.raises(ValueError, match="channels must be one number for all of .*, got"):
+        Pyramid({"a": 4, "b": 8}, {"a": 8, "b": 16})
+    with pytest.raises(ValueError, match="strides must not fall, got"):
+        Pyramid({"a": 4, "b": 4}, {"a": 16, "b": 8})
+
+
+def test_a_card_of_another_part_is_no_backbone() -> None:
+    with pytest.raises(ValueError, match=r"backbone must be a card of body, got 'fad-paper' \(fad\), one of towers"):
+        ModelConfig(backbone=CARD)
+    card = load_card("detnasnet")
+    assert searched_fields(card)["backbone"] == card.to_json()
+    config = ModelConfig(backbone=card.to_json())
+    assert config.card == card and ModelConfig.from_json(config.to_json()) == config

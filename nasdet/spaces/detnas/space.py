@@ -25,6 +25,7 @@ class DetNASSpace:
     """
 
     method = "detnas"
+    part = "body"
 
     def __init__(self, sizes: str | Sizes = "small", *, mutation: float = 0.1) -> None:
         if isinstance(sizes, str):

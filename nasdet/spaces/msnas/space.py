@@ -26,6 +26,7 @@ class MSNASSpace:
     """
 
     method = "msnas"
+    part = "body"
 
     def __init__(
         self, variant: str = "r18", *, blocks: int | None = None, channels: int | None = None, block: str | None = None

@@ -16,6 +16,7 @@ constexpr int64_t kPlanRois = 64;     // RoIs that one task plans
 constexpr int64_t kPoolRois = 16;     // RoIs of one pooling task
 constexpr int64_t kPlaneChannels = 16, kPixelChannels = 64;  // channels of one task
 constexpr int64_t kClearBytes = 1 << 20;
+constexpr int64_t kReachBytes = 1 << 12;  // maps are cleared in pieces of so many bytes, by whether RoIs reach them
 constexpr int64_t kRowParts = 8;      // pieces of a map per thread
 constexpr int32_t kBand = 16;         // RoIs are walked in bands of so many rows
 
@@ -246,27 +247,44 @@ template <class T> struct MapGradient {
       }
   }
 
-  // The rows of a task that RoIs reach.
-  std::vector<bool> touched(const GradientTask& task) const {
-    std::vector<bool> rows(size_t(task.bottom - task.top));
+  // Which pieces of a task's rows RoIs reach, each so many pixels.
+  struct Reach {
+    int64_t pixels, pieces;
+    std::vector<bool> rows;
+  };
+
+  Reach reach(const GradientTask& task, const Level& level) const {
+    const int64_t pixels = std::max<int64_t>(1, kReachBytes / std::max<int64_t>(1, channels * int64_t(sizeof(T)))), pieces = (level.width + pixels - 1) / pixels;
+    Reach found{pixels, pieces, std::vector<bool>(size_t((task.bottom - task.top) * pieces))};
     for (int64_t i = task.group->begin; i < task.group->end; ++i) {
-      const RoiSums& y = plans.works[i].y;
-      for (const int32_t* row = std::lower_bound(y.out, y.out + y.count, int32_t(task.top)); row < y.out + y.count && *row < task.bottom; ++row) rows[size_t(*row - task.top)] = true;
+      const RoiSums &y = plans.works[i].y, &x = plans.works[i].x;
+      if (x.count == 0) continue;
+      const int64_t left = x.out[0] / pixels, right = x.out[x.count - 1] / pixels;
+      for (const int32_t* row = std::lower_bound(y.out, y.out + y.count, int32_t(task.top)); row < y.out + y.count && *row < task.bottom; ++row)
+        std::fill_n(found.rows.begin() + (*row - task.top) * pieces + left, right - left + 1, true);
     }
-    return rows;
+    return found;
+  }
+
+  static void clear_row(const Reach& reach, int64_t row, char* at, int64_t bytes, int64_t pixel_bytes) {
+    const auto first = reach.rows.begin() + row * reach.pieces, last = first + reach.pieces;
+    for (auto from = first; from < last;) {
+      const auto to = std::find(from, last, !*from);
+      const int64_t begin = (from - first) * reach.pixels * pixel_bytes, end = std::min(bytes, (to - first) * reach.pixels * pixel_bytes);
+      if (*from) std::memset(at + begin, 0, size_t(end - begin));
+      else clear_untouched(at + begin, end - begin);
+      from = to;
+    }
   }
 
   // Rows are cleared when the first RoI reaches them, from above down as the RoIs are ordered: so they are still in the
   // caches when it adds to them.
   void add_rows(const RoiJob& job, const GradientTask& task, int64_t row_bytes, char* map) const {
-    const std::vector<bool> reached = touched(task);
+    const Level& level = levels[task.group->level];
+    const Reach reached = reach(task, level);
     int64_t cleared = task.top;
     const auto clear_to = [&](int64_t row) {
-      for (; cleared < row; ++cleared) {
-        char* at = map + cleared * row_bytes;
-        if (reached[size_t(cleared - task.top)]) std::memset(at, 0, size_t(row_bytes));
-        else clear_untouched(at, row_bytes);
-      }
+      for (; cleared < row; ++cleared) clear_row(reached, cleared - task.top, map + cleared * row_bytes, row_bytes, channels * int64_t(sizeof(T)));
     };
     for (int64_t i = task.group->begin; i < task.group->end; ++i) {
       RoiWork work = plans.works[i];

@@ -48,6 +48,15 @@ def test_one_more_algorithm(tree: Any) -> None:
     assert tree.check("algorithm").split() == ["same"]
 
 
+def test_one_more_backbone(tree: Any) -> None:
+    tree.add("pooled.py", "nasdet/detectors/pooled.py")
+    line = "from nasdet.detectors.pooled import Pooled"
+    tree.insert("nasdet/detectors/__init__.py", "from nasdet.detectors.parts.codec import BoxCodec", line)
+    entry = '"mobilenet_v2": MobileNetV2,'
+    tree.edit("nasdet/detectors/__init__.py", entry, f'{entry} "pooled": Pooled,')
+    assert tree.check("backbone").split()[-1] == "learns"
+
+
 def test_one_more_detector(tree: Any) -> None:
     pytest.importorskip("sklearn", reason="the digits data set is made from scikit-learn's")
     pytest.importorskip("pycocotools")

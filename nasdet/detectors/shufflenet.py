@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class ShuffleNetV2(Backbone):
     four follow the stem itself, and the stem has a bias (DetNAS, Table 1). ``choices`` has DetNAS's choice for each
     block in turn (by default ``"sh3"`` everywhere); ``shuffle`` as for :class:`ShuffleBlock`, with which
     ``"output"`` makes the branches of a stage's first block equally wide, as in torchvision. Names are torchvision's:
-    ``stage2`` has stride 8, and a fourth stage before it is ``stage1``.
+    ``stage2`` has stride 8, and a fourth stage before it is ``stage1``. ``block`` makes the blocks, with the arguments
+    of :class:`ShuffleBlock`.
 
     ``width`` multiplies all channels, rounded to a multiple of 8, and at least 8 more from stage to stage. Weights
     begin as in DetNAS: normal, the stem's with standard deviation 0.01, any other's with one over its input channels
@@ -129,6 +130,7 @@ class ShuffleNetV2(Backbone):
         choices: Sequence[str] | None = None,
         *,
         shuffle: str = "output",
+        block: Callable[..., nn.Module] = ShuffleBlock,
         width: float = 1.0,
         norm: str = "bn",
         frozen_stages: int = 0,
@@ -156,8 +158,8 @@ class ShuffleNetV2(Backbone):
             if level not in self.built:
                 continue
             left = out // 2 if shuffle == "output" else None
-            first = ShuffleBlock(inp, out, 2, choice=stage[0], norm=norm, shuffle=shuffle, left=left)
-            rest = [ShuffleBlock(out, out, 1, choice=choice, norm=norm, shuffle=shuffle) for choice in stage[1:]]
+            first = block(inp, out, 2, choice=stage[0], norm=norm, shuffle=shuffle, left=left)
+            rest = [block(out, out, 1, choice=choice, norm=norm, shuffle=shuffle) for choice in stage[1:]]
             name = f"stage{LEVELS.index(level) + 1}"
             self.add_module(name, nn.Sequential(first, *rest))
             parts[level], widths[level], inp = [name], out, out

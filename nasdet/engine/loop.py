@@ -166,7 +166,9 @@ class Loop:
     def _load(self) -> None:
         payload = load_checkpoint(self.path)
         here: dict[str, Any] = {"version": _VERSION, "seed": self.seed, "steps": self.steps}
-        here["processes"] = distributed.world_size()
+        alike = payload.get("processes") == distributed.world_size()
+        if payload.get("step") != self.steps:  # a finished training may be read by any number of processes
+            here["processes"] = distributed.world_size()
         there = {key: payload.get(key) for key in here} | dict(payload.get("config", {}))
         here = {**here, **self.config}
         there["state"], here["state"] = sorted(payload.get("state", {})), sorted(self.state)
@@ -180,8 +182,11 @@ class Loop:
         for name, target in self.state.items():
             load_into(name, target, payload["state"][name], self.path)
         self.start = self._saved_step = payload["step"]
-        self._window.load_state_dict(payload["window"][distributed.rank()])
-        set_rng_state(payload["rng"][distributed.rank()])
+        if alike:
+            self._window.load_state_dict(payload["window"][distributed.rank()])
+            set_rng_state(payload["rng"][distributed.rank()])
+        else:
+            seed_everything(self.seed + distributed.rank())
 
     def _save(self, done: int) -> None:
         rng, window = distributed.gather_objects(rng_state()), distributed.gather_objects(self._window.state_dict())

@@ -172,8 +172,8 @@ class _NATSRun(BilevelRun):
         settings = {"backbone": config.backbone, "width": config.width}
         return self.space.derive(self.supernet, name, settings=settings, source=source)
 
-    def finish(self, out: Path) -> Card:
-        card = super().finish(out)
+    def finish(self, out: Path, *, resume: bool = False, progress: bool = True) -> Card:
+        card = super().finish(out, resume=resume, progress=progress)
         self._record_fields(card, out)
         return card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -27,6 +28,7 @@ from nasdet.data import (
     require_selectable,
 )
 from nasdet.detectors import WITH_MASKS
+from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, seed_everything
 from nasdet.engine.distributed import local_device
 from nasdet.engine.layout import training_layout
@@ -39,7 +41,7 @@ from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, searched_fields
 
 # What may differ between a run and its resumption.
-_FREE = ("workers", "log_every", "checkpoint_every", "name")
+_FREE = ("workers", "log_every", "checkpoint_every", "name", "generations", "top")
 
 
 class SearchOptions(TypedDict, total=False):
@@ -67,6 +69,8 @@ class SupernetRun(ABC):
     """
 
     verb: ClassVar[str]
+    #: whether several processes may share the run
+    parallel: ClassVar[bool] = False
     #: made by ``build``: the search space, its supernet, and the detector that holds it
     space: Any
     supernet: nn.Module
@@ -125,36 +129,74 @@ class SupernetRun(ABC):
     def derive(self, source: Mapping[str, Any]) -> Card:
         """The architecture found; ``source`` goes into the card."""
 
-    def finish(self, out: Path) -> Card:
-        """Write ``cost.json``, ``model.json`` (the derived detector) and ``card.json``; returns the card."""
-        card = self.derive(
-            {
-                "search": f"nasdet {self.verb}",
-                "data": self.data.path.resolve().name,
-                "split": self.data.split.sha256,
-                "steps": self.steps,
-                "batch": self.config.batch,
-                "seed": self.config.seed,
-            }
+    def source(self) -> dict[str, Any]:
+        """Where the card comes from, in its own words."""
+        return {
+            "search": f"nasdet {self.verb}",
+            "data": self.data.path.resolve().name,
+            "split": self.data.split.sha256,
+            "steps": self.steps,
+            "batch": self.config.batch,
+            "seed": self.config.seed,
+        }
+
+    def ready(self, out: Path, resume: bool) -> bool:
+        """Whether nothing is to be learnt, as the weights came ready-made; raises for an ``out`` that must not be."""
+        return False
+
+    def loop(self, out: Path, settings: Mapping[str, Any], resume: bool, progress: bool) -> Loop:
+        """The loop of the training, at its start or where its checkpoint is; ``settings`` are fixed."""
+        config = self.config
+        return Loop(
+            out,
+            steps=self.steps,
+            state=self.state(),
+            seed=config.seed,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            resume=resume,
+            title=self.verb,
+            progress=progress,
+            config=settings,
         )
+
+    def learn(self, loop: Loop) -> None:
+        """Train to the end, with a line of ``alphas.jsonl`` for each of ``metrics.jsonl``, and one before the first."""
+
+        def note(done: int, line: Mapping[str, float] | None = None) -> None:
+            if alphas := self.alphas():
+                append_line(loop.out / "alphas.jsonl", {"step": done, "alphas": alphas})
+
+        if loop.start == 0:
+            note(0)
+        loop.run(self.stepper(loop.start), on_log=note)
+
+    def finish(self, out: Path, *, resume: bool = False, progress: bool = True) -> Card:
+        """Write ``cost.json``, ``model.json`` (the derived detector) and ``card.json``; returns the card."""
+        card = self.derive(self.source())
         derived = replace(self.model_config, **searched_fields(card))
         write_cost(out, derived)
         derived.save(out / "model.json")
         save_card(card, out / "card.json")
         return card
 
-    def batches(self, dataset: DetectionDataset, *, seed: int, start: int, steps: int) -> Iterator[Batch]:
-        """The batches of steps ``start .. steps - 1``."""
-        config = self.config
+    def batches(
+        self, dataset: DetectionDataset, *, seed: int, start: int, steps: int, batch: int | None = None
+    ) -> Iterator[Batch]:
+        """The batches of steps ``start .. steps - 1``, of ``batch`` images (the configured number) over all processes;
+        each has its share."""
+        config, ranks = self.config, distributed.world_size()
         size = Resize(config.short_side, config.long_side)
         loader = make_loader(
             dataset,
-            config.batch,
+            (batch or config.batch) // ranks,
             Compose([size, *([HorizontalFlip()] if config.flip else [])]),
             seed=seed,
             start_step=start,
             steps=steps,
             workers=config.workers,
+            rank=distributed.rank(),
+            world_size=ranks,
             pin_memory=self.device.type == "cuda",
         )
         # The iterator, and with it the workers, is made in the first step: after the loop has taken over the signals.
@@ -233,47 +275,38 @@ def run_search(
     split; ``TestSplitError`` for data that includes test images; ``NonFiniteLoss`` when the search diverges.
     """
     out, where = Path(out), local_device(device)
-    check_search(kind.verb, data, out, resume)
-    run = kind(config, data, where, backend, weights, started=resume and (out / LAST).exists())
-    loop = Loop(
-        out,
-        steps=run.steps,
-        state=run.state(),
-        seed=config.seed,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        resume=resume,
-        title=kind.verb,
-        progress=progress,
-        config=fixed(config) | {"split": data.split.sha256, "pretrained": weights is not None},
-    )
-    facts = {
-        "data": str(data.path.resolve()),
-        "skipped": data.skipped or None,
-        "weights": weights and str(weights),
-        **run.facts(),
-        "deviations": run.deviations(),
-    }
-
-    def note(done: int, line: Mapping[str, float] | None = None) -> None:
-        if alphas := run.alphas():
-            append_line(out / "alphas.jsonl", {"step": done, "alphas": alphas})
-
-    named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
-    with recorded(out, kind.verb, asdict(config), **named, **facts):
-        data.split.save(out / "split.json")
-        if loop.start == 0:
-            note(0)
-        loop.run(run.stepper(loop.start), on_log=note)
-        return run.finish(out)
+    check_search(kind, data, out, resume)
+    with contextlib.ExitStack() as together:
+        if kind.parallel:
+            together.enter_context(distributed.process_group(where))
+        run = kind(config, data, where, backend, weights, started=resume and (out / LAST).exists())
+        named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
+        settings = fixed(config) | {"split": data.split.sha256, "pretrained": weights is not None}
+        loop = None if run.ready(out, resume) else run.loop(out, settings, resume, progress)
+        facts = {
+            "data": str(data.path.resolve()),
+            "skipped": data.skipped or None,
+            "weights": weights and str(weights),
+            **run.facts(),
+            "deviations": run.deviations(),
+        }
+        with recorded(out, kind.verb, asdict(config), **named, **facts):
+            if distributed.is_main():
+                data.split.save(out / "split.json")
+            if loop is not None:
+                run.learn(loop)
+            together.close()  # what follows the training each process does by itself
+            return run.finish(out, resume=resume, progress=progress)
 
 
-def check_search(verb: str, data: DataFolder, out: Path, resume: bool) -> None:
-    """Refuse what must not start, before anything is written: several processes, test images, another split."""
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"{verb} must run in one process, got {processes}")
+def check_search(kind: type[SupernetRun], data: DataFolder, out: Path, resume: bool) -> None:
+    """Refuse what must not start, before anything is written: too many processes, test images, none, another split."""
+    if not kind.parallel and (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"{kind.verb} must run in one process, got {processes}")
     for dataset in (data.search_val(), data.search_train()):
         require_selectable(dataset, data.split)
+        if not len(dataset):
+            raise ValueError(f"{dataset.role} must hold at least one image, got none of {data.path}")
     path = out / "split.json"
     if resume and (out / LAST).exists() and path.is_file() and (old := Split.load(path)).sha256 != data.split.sha256:
         raise ValueError(f"{path}: split must be the run's own, {old.sha256[:12]}, got {data.split.sha256[:12]}")
@@ -304,13 +337,9 @@ def check_settings(method: str, config: Any, whole: Sequence[str], positive: Seq
 def model_around(config: Any, categories: tuple[str, ...], pretrained: bool, **own: Any) -> ModelConfig:
     """The detector of a search's settings; with pretrained weights the stem and the first stage are frozen."""
     names = ("detector", "backbone", "width", "fpn_channels", "levels", "short_side", "long_side")
-    return ModelConfig(
-        **{name: getattr(config, name) for name in names},
-        frozen_stages=2 if pretrained else 0,
-        num_classes=len(categories),
-        categories=categories,
-        **own,
-    )
+    around = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    around |= {"frozen_stages": 2 if pretrained else 0, "num_classes": len(categories), "categories": categories}
+    return ModelConfig(**around | own)
 
 
 def differences(config: Any, paper: Any, words: Mapping[str, str]) -> list[str]:

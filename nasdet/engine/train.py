@@ -24,9 +24,10 @@ from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.layout import training_layout
 from nasdet.engine.loop import Loop
-from nasdet.engine.optim import OPTIMIZERS, Schedule, clip_gradients, make_optimizer, scaled_lr, set_lr
+from nasdet.engine.optim import OPTIMIZERS, Schedule, make_optimizer, scaled_lr
 from nasdet.engine.records import append_line, read_lines
 from nasdet.engine.runs import recorded
+from nasdet.engine.step import train_step
 from nasdet.measure import count
 from nasdet.spaces.assemble import ModelConfig, build_model
 
@@ -214,21 +215,13 @@ class _Training:
         return itertools.chain.from_iterable(iter(loader) for _ in range(1))
 
     def stepper(self, batches: Iterator[Batch]) -> Callable[[int], Mapping[str, Tensor]]:
-        schedule, module = self.config.schedule(), distributed.wrap(self.model, self.device)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        config, module = self.config, distributed.wrap(self.model, self.device)
+        schedule = config.schedule()
 
         def step(index: int) -> Mapping[str, Tensor]:
             module.train()
-            set_lr(self.optimizer, schedule.at(index))
             batch = next(batches).to(self.device, self.layout, non_blocking=True)
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-                terms = module(batch.images, batch.targets)
-            loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
-            norm = clip_gradients(parameters, self.config.clip)
-            self.optimizer.step()
-            return {"loss": loss, **terms, "grad_norm": norm}
+            return train_step(module, self.optimizer, batch, schedule.at(index), clip=config.clip, amp=config.amp)
 
         return step
 

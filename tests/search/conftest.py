@@ -16,6 +16,7 @@ from nasdet.data import DataFolder, open_data, write_digits
 from nasdet.engine import receptive_field
 from nasdet.engine.records import read_lines
 from nasdet.engine.search import FADSearchConfig, search_fad
+from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
 from nasdet.engine.search_nats import NATSSearchConfig, search_nats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for landscapes
@@ -72,11 +73,36 @@ NATS = NATSSearchConfig(
     checkpoint_every=2,
     seed=3,
 )
+DETNAS = DetNASSearchConfig(
+    steps=24,
+    batch=2,
+    short_side=64,
+    long_side=64,
+    optimizer="adamw",
+    lr=0.01,
+    warmup_steps=None,
+    clip=20.0,
+    space="tiny",
+    detector="retinanet",
+    fpn_channels=12,
+    levels=3,
+    tower_convs=1,
+    population=4,
+    parents=2,
+    generations=2,
+    top=2,
+    recalibration_images=4,
+    workers=0,
+    log_every=8,
+    checkpoint_every=8,
+    seed=3,
+)
 FAD_CHANGE: dict[str, Any] = {"another": {"arch_lr": 0.1}, "differs": "arch_lr: 0.05 -> 0.1"}
 NATS_CHANGE: dict[str, Any] = {"another": {"channel_groups": 4}, "differs": "channel_groups: 2 -> 4"}
 CASES = {
     "fad": Case(search_fad, FAD, **FAD_CHANGE),
     "nats": Case(search_nats, NATS, **NATS_CHANGE),
+    "detnas": Case(search_detnas, DETNAS, another={"lr": 0.02}, differs="lr: 0.01 -> 0.02"),
     "fad in a mask head": Case(
         search_fad, replace(FAD, detector="mask_scoring_rcnn", levels=4), **FAD_CHANGE, masks=True
     ),

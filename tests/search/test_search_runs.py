@@ -90,7 +90,7 @@ def test_resume_equals_never_stopped(
     assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
 
 
-@pytest.mark.parametrize("name", ["fad", "nats"], indirect=True)
+@pytest.mark.parametrize("name", ["fad", "nats", "detnas"], indirect=True)
 def test_a_run_is_not_overwritten(
     name: str, run: Callable[..., Any], finished: Callable[[str], Path], cases: dict[str, Any], folder: Path
 ) -> None:

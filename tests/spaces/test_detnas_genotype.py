@@ -146,7 +146,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "bool": (lambda: from_genes([True]), "genes must be integers in 0..3, got True for block 1"),
     "macs": (lambda: SMALL.macs(["sh3"] * 40), "genotype must have 20 choices"),
     "picture": (lambda: macs_table(TINY, (0, 5)), r"size must be a positive \(height, width\), got \(0, 5\)"),
-    "space": (lambda: DetNASSpace("medium"), "sizes must be one of small, large, 3.8g, or Sizes, got 'medium'"),
+    "space": (lambda: DetNASSpace("medium"), "sizes must be one of small, large, 3.8g, tiny, or Sizes, got 'medium'"),
     "mutation": (lambda: DetNASSpace(mutation=0), r"mutation must be in \(0, 1\], got 0"),
     "probability": (lambda: mutate(["sh3"], Random(0), 2), r"probability must be in \(0, 1\], got 2"),
     "stages": (lambda: Sizes(4, (8, 16), (1, 1), 8), "channels must be four positive integers, got .8, 16."),
@@ -175,5 +175,5 @@ def test_bad_genes_and_arguments(call: Any, words: str) -> None:
 
 
 def test_a_wrong_type_of_sizes() -> None:
-    with pytest.raises(TypeError, match="sizes must be one of small, large, 3.8g, or Sizes, got int"):
+    with pytest.raises(TypeError, match="sizes must be one of small, large, 3.8g, tiny, or Sizes, got int"):
         DetNASSpace(20)  # type: ignore[arg-type]  # wrong on purpose

@@ -1,0 +1,496 @@
+"""A DetNAS search on a real, small data folder: its supernet, its population, killed and resumed, and its records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nasdet.arch import Card, load_card
+from nasdet.data import DataFolder, Split
+from nasdet.engine import one_shot
+from nasdet.engine.checkpoint import load_checkpoint
+from nasdet.engine.evaluate import evaluate
+from nasdet.engine.evolve import Scores, evolve
+from nasdet.engine.one_shot import OneShotRun, digest
+from nasdet.engine.search_detnas import (
+    DetNASSearchConfig,
+    _DetNASRun,
+    deviations,
+    offspring,
+    recalibrate,
+    search_detnas,
+)
+from nasdet.search.evolution import PRESETS, Evolution
+from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
+from nasdet.spaces.detnas import DetNASSpace
+
+Finished = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def config(cases: dict[str, Any]) -> DetNASSearchConfig:
+    found: DetNASSearchConfig = cases["detnas"].config
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Finished) -> Path:
+    return finished("detnas")
+
+
+def state(out: Path) -> Any:
+    return json.loads((out / "evolution.json").read_text())["state"]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    names = ["evolution.json", "card.json", "model.json", "cost.json", "cards/1.json", "cards/2.json"]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def run_of(config: DetNASSearchConfig, data: DataFolder, source: Path | None = None) -> _DetNASRun:
+    """The moving parts of a search, with the supernet of a finished one."""
+    run = _DetNASRun(config, data, torch.device("cpu"))
+    if source is not None:
+        run.model.load_state_dict(load_checkpoint(source / "checkpoints" / "last.pt")["state"]["model"])
+    return run
+
+
+def test_the_papers_settings() -> None:
+    paper = DetNASSearchConfig()
+    schedule = paper.schedule(90_000)
+    rates = [schedule.at(step) for step in (0, 500, 59_999, 60_000, 80_000)]
+    assert rates == pytest.approx([0.02 / 3, 0.02, 0.02, 0.002, 0.0002])
+    assert dataclasses.replace(paper, detector="retinanet").schedule(90_000).lr == 0.01
+    evaluations = paper.population * paper.generations
+    assert (evaluations, paper.parents, paper.val_images) == (1000, 10, 5000)
+    assert offspring("paper", 50) == PRESETS["detnas"]["offspring"]
+    assert offspring("released", 50) == PRESETS["detnas-released"]["offspring"]
+    head: Any = build_meta(paper).boxes.head.trunk
+    assert len([m for m in head.convs if isinstance(m, nn.Conv2d)]) == 4 and len(head.fcs) == 1
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in head.modules())
+
+
+def build_meta(config: DetNASSearchConfig) -> Any:
+    with torch.device("meta"):
+        return build_model(config.model(("thing",)))
+
+
+def test_population(whole: Path, config: DetNASSearchConfig, data: DataFolder) -> None:
+    space = config.search_space()
+    generations = state(whole)["generations"]
+    assert [len(generation) for generation in generations] == [4, 4]
+    everyone = [candidate for generation in generations for candidate in generation]
+    keys = {Card.from_json(candidate["card"]).key for candidate in everyone}
+    assert len(keys) == 8, "none twice"
+    for candidate in everyone:
+        card = Card.from_json(candidate["card"])
+        space.check(card)
+        assert candidate["costs"] == {
+            "macs": space.macs(card.genotype),
+            "parameters": space.parameters(card.genotype),
+        }
+        assert 0 < candidate["score"] <= 1
+    assert len({candidate["score"] for candidate in everyone}) == 8, "and no two alike, so that a wrong one shows"
+    stored = json.loads((whole / "scores" / "rank0.json").read_text())
+    assert stored == {Card.from_json(c["card"]).key: c["score"] for c in everyone}
+    run = json.loads((whole / "run.json").read_text())
+    assert run["space"] == space.settings() and run["limits"]["macs"] == [None, None]
+    assert run["images"] == {"learnt": 4, "scored": 4}
+
+
+def test_cards(whole: Path, config: DetNASSearchConfig) -> None:
+    card = load_card(whole / "card.json")
+    everyone = [c for generation in state(whole)["generations"] for c in generation]
+    best = max(everyone, key=lambda c: c["score"])
+    assert card.genotype == best["card"]["genotype"] and card.source["score"] == best["score"]
+    assert (card.name, card.source["evaluations"]) == ("detnas-tiny-retinanet-seed3", 8)
+    places = [load_card(whole / "cards" / f"{place}.json") for place in (1, 2)]
+    assert places[0].genotype == card.genotype and places[0].name == "detnas-tiny-retinanet-seed3-1"
+    assert places[0].source["score"] >= places[1].source["score"] and places[0].key != places[1].key
+    assert not (whole / "cards" / "3.json").exists()
+    model = ModelConfig.load(whole / "model.json")
+    assert model.card == card and isinstance(model.backbone, dict) and model.norm == "sync_bn"
+
+
+@pytest.mark.parametrize("at", [3, 8, 20])
+def test_killed_in_the_training(
+    at: int, run: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = one_shot.train_step
+    count = 0
+
+    def killed(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > at:
+            raise RuntimeError("killed")
+        return step(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_shot, "train_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run("detnas", tmp_path)
+    torch.manual_seed(99)
+    run("detnas", tmp_path, resume=True)
+    assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3, 4, 7])
+def test_killed_in_the_search(
+    at: int, run: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of an evaluation: after the norms' statistics were changed, before the score was known."""
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/last.pt", "split.json", "metrics.jsonl", "run.json"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    count = 0
+
+    def killed(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > at:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one_shot, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("detnas", tmp_path, resume=True)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+    told = [c for generation in state(tmp_path)["generations"] for c in generation if c["score"] is not None]
+    assert len(told) == at and not (tmp_path / "card.json").exists()
+    calls = 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(one_shot, "evaluate", counted)
+    run("detnas", tmp_path, resume=True)
+    assert calls == 8 - at, "what is known is not evaluated again"
+    assert files(tmp_path) == files(whole)
+    run("detnas", tmp_path, resume=True)
+    assert calls == 8 - at and files(tmp_path) == files(whole), "nothing is left to do"
+
+
+def test_a_score_that_was_stored_and_not_told(run: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+    """Killed between the two files: the search begins anew, and takes what is stored."""
+    for path in [*whole.rglob("*.json"), *whole.rglob("*.pt"), *whole.rglob("*.jsonl")]:
+        target = tmp_path / path.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (tmp_path / "evolution.json").unlink()
+    run("detnas", tmp_path, resume=True)
+    assert files(tmp_path) == files(whole)
+
+
+def test_fitness_depends_on_the_card_alone(whole: Path, config: DetNASSearchConfig, data: DataFolder) -> None:
+    """Not on what was scored before, nor on any generator; and the supernet stays as it is."""
+    search = run_of(config, data, whole)
+    before = digest(search.model.state_dict())
+    generations = state(whole)["generations"]
+    candidates = [c for generation in generations for c in generation]
+    for candidate in (candidates[5], candidates[0], candidates[5], candidates[2]):
+        torch.rand(3)
+        assert search.fitness(Card.from_json(candidate["card"])) == candidate["score"]
+        assert digest(search.model.state_dict()) == before
+    assert all(parameter.grad is None for parameter in search.model.parameters())
+
+
+def test_fitness_is_that_of_the_cards_own_detector(whole: Path, config: DetNASSearchConfig, data: DataFolder) -> None:
+    """With the path's weights, and statistics that it gets by itself on the same images."""
+    candidate = state(whole)["generations"][1][0]
+    card, search = Card.from_json(candidate["card"]), run_of(config, data, whole)
+    net: Any = build_model(dataclasses.replace(search.model_config, **searched_fields(card)))
+    shared = {k: v for k, v in search.model.state_dict().items() if not k.startswith("backbone.")}
+    net.load_state_dict(net.state_dict() | shared)
+    search.space.inherit(net.backbone, search.supernet, card)
+    batches = search.batches(search.learnt, seed=config.seed, start=0, steps=1, batch=4)
+    net.to(memory_format=search.format).train()
+    recalibrate(net, lambda: net(next(batches).images.to(memory_format=search.format)), 1, None)
+    size = {"short": 64, "long": 64, "batch": config.eval_batch}
+    found = evaluate(net, search.scored, **size, channels_last=search.format is torch.channels_last, progress=False)
+    assert found["AP"] == candidate["score"]
+
+
+def test_paths_are_uniform_and_the_same_for_all(config: DetNASSearchConfig, data: DataFolder) -> None:
+    one, same, other = (run_of(dataclasses.replace(config, seed=seed), data) for seed in (3, 3, 4))
+    drawn = [one.draw(step).genotype for step in range(400)]
+    assert drawn == list(reversed([same.draw(step).genotype for step in reversed(range(400))]))
+    assert drawn[:3] != [other.draw(step).genotype for step in range(3)]
+    for block in range(8):
+        for choice in ("sh3", "sh5", "sh7", "xcep"):
+            share = sum(path[block] == choice for path in drawn)
+            assert abs(share - 100) < 4 * (400 * 3 / 16) ** 0.5
+
+
+@pytest.mark.parametrize(("momentum", "weights"), [(None, (1 / 3, 1 / 3, 1 / 3)), (0.1, (0.081, 0.09, 0.1))])
+def test_recalibration(momentum: float | None, weights: tuple[float, ...]) -> None:
+    """The mean of the batches' means, or the running one from 0; affine terms and frozen norms stay."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    net[0](torch.randn(2, 2, 3, 3) + 5)
+    net[1].eval()
+    frozen = {key: value.clone() for key, value in net[1].state_dict().items()}
+    batches = [torch.randn(4, 2, 5, 5) + index for index in range(3)]
+    left = iter(batches)
+    recalibrate(net, lambda: net[0](next(left)), 3, momentum)
+    expected = sum(weight * batch.mean((0, 2, 3)) for weight, batch in zip(weights, batches, strict=True))
+    torch.testing.assert_close(net[0].running_mean, expected)
+    assert net[0].momentum == 0.1 and net[0].num_batches_tracked == 3
+    assert all(torch.equal(value, frozen[key]) for key, value in net[1].state_dict().items())
+
+
+@pytest.mark.parametrize("recalibration", ["none", "released"])
+def test_other_statistics(recalibration: str, config: DetNASSearchConfig, data: DataFolder, whole: Path) -> None:
+    changed = dataclasses.replace(config, recalibration=recalibration, recalibration_images=12)
+    search = run_of(changed, data, whole)
+    norm: Any = search.supernet.conv1[1]
+    before = norm.running_mean.clone()
+    search.activate(card := search.draw(0))
+    search.adapt(card)
+    assert torch.equal(norm.running_mean, before) == (recalibration == "none")
+    assert recalibration == "none" or int(norm.num_batches_tracked) == 2, "12 images in steps of 8"
+
+
+def test_search_val_images(config: DetNASSearchConfig, data: DataFolder) -> None:
+    """What is not needed to score learns; nothing does both, and no test image does either."""
+    split = data.split
+    few, fewer = (run_of(dataclasses.replace(config, val_images=n, seed=n), data) for n in (3, 2))
+    for search, count in ((few, 3), (fewer, 2)):
+        assert len(search.scored) == count and set(search.scored.image_ids) <= set(split.search_val)
+        assert sorted([*search.learnt.image_ids, *search.scored.image_ids]) == list(split.train)
+    assert set(fewer.scored.image_ids) < set(few.scored.image_ids), "whatever the seed"
+    assert run_of(dataclasses.replace(config, val_images=9), data).learnt.image_ids == list(split.search_train)
+
+
+def test_random_search_is_a_baseline(config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path) -> None:
+    """As many, under the same limits, with the same supernet; without parents."""
+    other = dataclasses.replace(config, algorithm="random", supernet=str(whole), seed=5, max_parameters=70_000.0)
+    card = search_detnas(other, data, tmp_path, progress=False)
+    everyone = [c for generation in state(tmp_path)["generations"] for c in generation]
+    assert len(everyone) == 8 and {c["operator"] for c in everyone} <= {"random", "walk"}
+    assert all(c["costs"]["parameters"] <= 70_000 for c in everyone)
+    assert card.source["supernet"] == "whole" and not (tmp_path / "checkpoints").exists()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert any("the supernet is that of whole" in line for line in run["deviations"])
+    with pytest.raises(ValueError, match="already holds a run: add --resume"):
+        search_detnas(other, data, tmp_path, progress=False)
+    assert search_detnas(other, data, tmp_path, resume=True, progress=False) == card
+    with pytest.raises(ValueError, match=r"evolution.json was written by another search \(seed: 5 -> 6\)"):
+        search_detnas(dataclasses.replace(other, seed=6), data, tmp_path, resume=True, progress=False)
+
+
+def test_more_generations(config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path) -> None:
+    """A finished search goes on; its candidates so far are those of the longer one."""
+    shorter = dataclasses.replace(config, supernet=str(whole), generations=1)
+    search_detnas(shorter, data, tmp_path, progress=False)
+    assert state(tmp_path)["generations"] == state(whole)["generations"][:1]
+    longer = dataclasses.replace(shorter, generations=2)
+    search_detnas(longer, data, tmp_path, resume=True, progress=False)
+    assert state(tmp_path)["generations"] == state(whole)["generations"]
+
+
+SUPERNETS: dict[str, tuple[dict[str, Any], str]] = {
+    "space": ({"space": "small"}, "its supernet must have space small, got tiny"),
+    "shuffle": ({"shuffle": "halves"}, "its supernet must have shuffle halves, got even_odd"),
+    "detector": (
+        {"detector": "faster_rcnn", "levels": 4},
+        "its supernet must have detector faster_rcnn, got retinanet",
+    ),
+    "norm": ({"norm": "bn"}, "its supernet must have norm bn, got sync_bn"),
+    "images": ({"val_images": 5001}, "val_images must be at most the 5000 that the supernet of .* kept, got 5001"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), SUPERNETS.values(), ids=SUPERNETS)
+def test_another_supernet_is_refused(
+    changes: dict[str, Any], words: str, config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        search_detnas(
+            dataclasses.replace(config, supernet=str(whole), **changes), data, tmp_path / "run", progress=False
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_trained_supernet_is_refused(
+    config: DetNASSearchConfig, data: DataFolder, whole: Path, finished: Finished, tmp_path: Path
+) -> None:
+    def take(folder: Path) -> None:
+        search_detnas(dataclasses.replace(config, supernet=str(folder)), data, tmp_path / "run", progress=False)
+
+    for folder, verb in ((finished("fad"), "search fad"), (tmp_path, "None")):
+        with pytest.raises(ValueError, match=f"supernet must be the folder of a run of search detnas, got .*: {verb}"):
+            take(folder)
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+    payload = load_checkpoint(whole / "checkpoints" / "last.pt") | {"step": 16}
+    torch.save(payload, tmp_path / "half" / "checkpoints" / "last.pt")
+    (tmp_path / "half" / "run.json").write_bytes((whole / "run.json").read_bytes())
+    with pytest.raises(ValueError, match="half: its supernet must be trained, got 16 of 24 steps"):
+        take(tmp_path / "half")
+    payload["state"]["model"].popitem()
+    torch.save(payload | {"step": 24}, tmp_path / "half" / "checkpoints" / "last.pt")
+    with pytest.raises(ValueError, match="last.pt: its 'model' does not fit this configuration"):
+        take(tmp_path / "half")
+    assert not (tmp_path / "run").exists()
+
+
+def test_from_scratch(config: DetNASSearchConfig, data: DataFolder) -> None:
+    scratch = dataclasses.replace(config, scratch=True)
+    assert run_of(scratch, data).steps == 48
+    assert any("DetNAS-scratch" in line for line in deviations(scratch, data, False))
+    with pytest.raises(ValueError, match="weights must be None for a search from scratch, got net.pth"):
+        _DetNASRun(scratch, data, torch.device("cpu"), None, "net.pth")
+
+
+def test_pretrained_weights(config: DetNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+    """A supernet's own, by name, the classifier passed over; all of it learns."""
+    torch.manual_seed(7)
+    net = config.search_space().supernet(norm="bn")
+    torch.save(net.state_dict() | {"fc.weight": torch.ones(2)}, tmp_path / "net.pth")
+    search = _DetNASRun(config, data, torch.device("cpu"), None, tmp_path / "net.pth")
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in search.supernet.state_dict().items())
+    assert all(parameter.requires_grad for parameter in search.supernet.parameters())
+    assert not any("random supernet" in line for line in search.deviations())
+
+
+def test_two_stages(config: DetNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+    """Faster R-CNN with the paper's head: its norms get statistics of their own too."""
+    two = dataclasses.replace(config, detector="faster_rcnn", levels=4, steps=1, population=1, parents=1, generations=1)
+    card = search_detnas(two, data, tmp_path, progress=False)
+    model: Any = build_model(ModelConfig.load(tmp_path / "model.json"))
+    assert len(model.boxes.head.trunk.fcs) == 1 and isinstance(model.boxes.head.trunk.convs[1], nn.SyncBatchNorm)
+    search = run_of(two, data, tmp_path)
+    norm: Any = search.model.boxes.head.trunk.convs[1]  # type: ignore[union-attr, index]  # a detector's parts
+    before = norm.running_mean.clone()
+    search.activate(card)
+    search.adapt(card)
+    assert not torch.equal(norm.running_mean, before)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"steps": 0}, "steps must be at least 1, got 0"),
+    "space": ({"space": "huge"}, "sizes must be one of small, large, 3.8g, tiny, or Sizes, got 'huge'"),
+    "parents": ({"parents": 5}, "parents must not exceed the population of 4, got 5"),
+    "algorithm": ({"algorithm": "luck"}, "algorithm must be one of evolution, random, got 'luck'"),
+    "offspring": ({"offspring": "many"}, "offspring must be 'paper' or 'released', got 'many'"),
+    "recalibration": ({"recalibration": "all"}, "recalibration must be one of paper, released, none, got 'all'"),
+    "recalibration-images": ({"recalibration_images": 0}, "recalibration_images must be at least 1, got 0"),
+    "val-images": ({"val_images": 0}, "val_images must be at least 1, got 0"),
+    "macs": ({"max_macs": 1000.0}, "macs must be at most 1000, reachable are 8963472 to 14732928"),
+    "small-macs": ({"space": "small", "max_macs": 2e8}, "macs must be at most 200000000, reachable are 2[0-9]{8} to 3"),
+    "parameters": ({"max_parameters": 10.0}, "parameters must be at most 10, reachable are"),
+    "detector": ({"detector": "yolo"}, "detector must be one of"),
+    "norm": ({"norm": "ln"}, "norm must be one of"),
+    "name": ({"name": "a/b"}, "name must be letters"),
+    "top": ({"top": 0}, "top must be at least 1, got 0"),
+    "optimizer-rate": ({"lr": -1.0}, "lr must be a positive number or None, got -1.0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)
+def test_bad_settings(changes: dict[str, Any], words: str, config: DetNASSearchConfig) -> None:
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("part", ["search_val", "search_train"])
+def test_no_images(part: str, config: DetNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+    split = data.split
+    empty = dataclasses.replace(data, split=Split(**{**dataclasses.asdict(split), part: (), "sha256": ""}))
+    role = part.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{role} must hold at least one image, got none of .*digits"):
+        search_detnas(config, empty, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_objects_to_score_by(
+    config: DetNASSearchConfig, data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(data.trainval)
+    truth = kind.ground_truth
+    monkeypatch.setattr(kind, "ground_truth", lambda self: truth(self) | {"annotations": []})
+    with pytest.raises(ValueError, match="search-val must hold an object to score by, got none in 4 images"):
+        search_detnas(config, data, tmp_path / "run", progress=False)
+
+
+def test_deviations_tell_everything_that_differs(data: DataFolder, config: DetNASSearchConfig) -> None:
+    paper = deviations(DetNASSearchConfig(), data, True)
+    assert len(paper) == 5 and any("the paper: COCO" in line for line in paper), "ours by design, and the data"
+    assert len(deviations(DetNASSearchConfig(detector="retinanet", space="large"), data, True)) == 5
+    changes: dict[str, Any] = {"amp": True, "shuffle": "halves", "offspring": "released", "recalibration": "none"}
+    ours = deviations(dataclasses.replace(config, **changes), data, False)
+    for words in (
+        "steps of the supernet: 24; the paper: 90000",
+        "population: 4; the paper: 50",
+        "optimiser: adamw; the paper: sgd",
+        "space: tiny; the paper: small",
+        "shuffled by halves",
+        "20 % random",
+        "statistics of batch norms: none",
+        "random supernet",
+        "bfloat16",
+    ):
+        assert any(words in line for line in ours), words
+
+
+def toy(seed: int = 0) -> Evolution:
+    return Evolution(DetNASSpace("tiny"), population=6, parents=2, generations=3, seed=seed)
+
+
+def score(card: Card) -> float:
+    return Random(card.key).random()
+
+
+def test_files_of_several_processes(tmp_path: Path) -> None:
+    """Scores of all files count, also of more processes than there are now; the population is that of one."""
+    evolve(alone := toy(), score, tmp_path / "alone", {}, progress=False)
+    asked: list[str] = []
+
+    def counted(card: Card) -> float:
+        asked.append(card.key)
+        return score(card)
+
+    first = [candidate.card for candidate in toy().candidates[0]]
+    for rank in (1, 3):
+        scores = Scores(tmp_path / "four" / "scores", rank)
+        scores.add(first[rank], score(first[rank]))
+    evolve(found := toy(), counted, tmp_path / "four", {}, progress=False)
+    assert found.state_dict() == alone.state_dict()
+    assert len(asked) == 16 and not {first[1].key, first[3].key} & set(asked)
+
+
+def test_a_process_that_is_gone_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its candidates are taken over, whoever it is."""
+    monkeypatch.setattr("nasdet.engine.evolve._POLL", 0.001)
+    evolve(alone := toy(), score, tmp_path / "alone", {}, progress=False)
+    evolve(found := toy(), score, tmp_path / "pair", {}, rank=1, ranks=2, progress=False)
+    assert found.state_dict() == alone.state_dict()
+    assert not (tmp_path / "pair" / "evolution.json").exists(), "process 0 alone keeps it"
+
+
+def test_another_search_is_not_resumed(tmp_path: Path) -> None:
+    evolve(toy(), score, tmp_path, {"supernet": "a"}, progress=False)
+    with pytest.raises(ValueError, match=r"written by another search \(supernet: 'a' -> 'b'\)"):
+        evolve(toy(), score, tmp_path, {"supernet": "b"}, resume=True, progress=False)
+    with pytest.raises(ValueError, match="evolution.json: state must be of a search with population"):
+        other = Evolution(DetNASSpace("tiny"), population=5, parents=2, generations=3)
+        evolve(other, score, tmp_path, {"supernet": "a"}, resume=True, progress=False)
+
+
+def test_a_search_must_say_what_it_does() -> None:
+    class Half(OneShotRun):
+        verb = "search half"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half(None, None, None)  # type: ignore[abstract, arg-type]  # wrong on purpose

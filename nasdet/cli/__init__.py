@@ -13,6 +13,7 @@ VERBS = {
     "info": "info",
     "data": "data",
     "search": "search",
+    "pretrain": "pretrain",
     "train": "train",
     "eval": "evaluate",
     "detect": "detect",

@@ -17,6 +17,7 @@ HELP = "make the built-in digits data set, or check a data folder"
 _EPILOG = """\
 examples:
   nasdet data digits --out data/digits      a small detection set, made on the spot, no download
+  nasdet data digits --classification --out data/digit_classes       one digit to a picture, for nasdet pretrain
   nasdet data check data/digits             is this folder fit for training? what is in it?
   nasdet data check data/coco --skip-bad    count what is broken instead of stopping at it
 
@@ -28,14 +29,16 @@ or in PASCAL VOC's
 
 _DIGITS = """\
 Real handwritten digits from scikit-learn, in random ink over crops of its two photographs: 10 classes, 1 to 8 objects
-of 10 to 100 pixels per image, some images with none, boxes and masks. Written as a COCO folder. The same arguments give
-the same files; a folder that already holds exactly this set is left alone, one that holds anything else is refused.
+of 10 to 100 pixels per image, some images with none, boxes and masks. Written as a COCO folder; with --classification
+one large digit to a picture, in folders train/CLASS and val/CLASS. The same arguments give the same files; a folder
+that already holds exactly this set is left alone, one that holds anything else is refused.
 """
 
 _DIGITS_EPILOG = """\
 examples:
   nasdet data digits --out data/digits
   nasdet data digits --out data/large --train 2000 --val 500 --size 320x480 --seed 1
+  nasdet data digits --classification --out data/digit_classes
 """
 
 _CHECK = """\
@@ -64,10 +67,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "digits", help="make the digits data set", description=_DIGITS, epilog=_DIGITS_EPILOG, formatter_class=raw
     )
     digits.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    digits.add_argument("--train", type=int, default=400, metavar="N", help="training images (default: %(default)s)")
-    digits.add_argument("--val", type=int, default=200, metavar="N", help="validation images (default: %(default)s)")
     digits.add_argument(
-        "--size", type=_size, default=(192, 256), metavar="HxW", help="height x width in pixels (default: 192x256)"
+        "--classification", action="store_true", help="pictures of one digit, in a folder for each class"
+    )
+    digits.add_argument("--train", type=int, metavar="N", help="training images (400; for classification 2000)")
+    digits.add_argument("--val", type=int, metavar="N", help="validation images (200; for classification 500)")
+    digits.add_argument(
+        "--size", type=_size, metavar="HxW", help="height x width in pixels (192x256; for classification 32x32)"
     )
     digits.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: %(default)s)")
 
@@ -97,13 +103,28 @@ def run(*, action: str, **arguments: Any) -> int:
         return 1
 
 
-def digits(*, out: Path, train: int = 400, val: int = 200, size: tuple[int, int] = (192, 256), seed: int = 0) -> int:
-    """Make the digits data set at ``out`` and say what is there."""
-    from nasdet.data import open_data, write_digits
+def digits(
+    *,
+    out: Path,
+    train: int | None = None,
+    val: int | None = None,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    classification: bool = False,
+) -> int:
+    """Make the digits data set at ``out`` and say what is there; None: the defaults of the set's kind."""
+    from nasdet.data import ClassificationFolder, open_data, write_digit_classes, write_digits
 
-    write_digits(out, seed=seed, train=train, val=val, size=size)
-    folder = open_data(out)
-    for name, dataset in _annotated(folder).items():
+    given = {name: value for name, value in (("train", train), ("val", val), ("size", size)) if value is not None}
+    settings: dict[str, Any] = {"seed": seed, **given}
+    if classification:
+        folder = ClassificationFolder(write_digit_classes(out, **settings))
+        print(f"train: {len(folder.train())} images, test: {len(folder.test())}, {len(folder.categories)} classes")
+        print(f"next: nasdet pretrain --backbone resnet18 --data {out} --out RUN --preset tiny --no-flip")
+        return 0
+    write_digits(out, **settings)
+    folder_of_boxes = open_data(out)
+    for name, dataset in _annotated(folder_of_boxes).items():
         print(f"{name}: {len(dataset)} images, {_count(dataset)['objects']} objects, {dataset.annotation}")
     print(f"next: nasdet data check {out}")
     return 0

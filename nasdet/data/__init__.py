@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from nasdet.data.base import DetectionDataset
+from nasdet.data.classification import ClassificationDataset, ClassificationFolder
 from nasdet.data.coco import CocoDetection
+from nasdet.data.digit_classes import write_digit_classes
 from nasdet.data.digits import write_digits
 from nasdet.data.errors import DataError, TestSplitError
 from nasdet.data.folder import DataFolder, open_data
@@ -17,6 +19,8 @@ __all__ = [
     "PAPER_SIZES",
     "Batch",
     "Box",
+    "ClassificationDataset",
+    "ClassificationFolder",
     "CocoDetection",
     "Compose",
     "DataError",
@@ -35,5 +39,6 @@ __all__ = [
     "open_data",
     "read_image",
     "require_selectable",
+    "write_digit_classes",
     "write_digits",
 ]

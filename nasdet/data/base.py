@@ -1,11 +1,12 @@
-"""What every detection data set is. A new format is one small file: parse it into pictures, hand them to this class."""
+"""What every data set is, and every detection data set. A new detection format is one small file: parse it into
+pictures, hand them to :class:`DetectionDataset`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -14,12 +15,79 @@ from nasdet.data.errors import ROLES, DataError, Problems, TestSplitError, forma
 from nasdet.data.pictures import Picture, existing, read_picture, readable
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from nasdet.data.split import Split
 
 Item = tuple[torch.Tensor, dict[str, Any]]
 
 
-class DetectionDataset(Dataset[Item]):
+class _Identified(Protocol):
+    @property
+    def image_id(self) -> int: ...
+
+
+class PictureDataset(Dataset[Item]):
+    """Pictures with a role: what loaders, splits and searches need of any data set. ``dataset[i]`` is
+    ``(image, target)``, image uint8 ``[3, H, W]``.
+
+    Attributes:
+        annotation: the file or folder that says what the pictures show.
+        source: SHA-256 of its content; with an image id it says which picture is meant.
+        role: ``"train"``, ``"search-train"``, ``"search-val"`` or ``"test"``.
+        categories: class names by label.
+        pictures, image_ids: by place.
+        skipped: reason -> number of dropped records (empty unless bad records are skipped).
+        skipped_examples: reason -> the first message.
+        split: the :class:`~nasdet.data.split.Split` that this data set is a part of, or None.
+    """
+
+    annotation: Path
+    source: str
+    role: str
+    categories: tuple[str, ...]
+    pictures: Sequence[Any]
+    image_ids: list[int]
+    skipped: dict[str, int]
+    skipped_examples: dict[str, str]
+    split: Split | None = None
+
+    def _set_pictures(self, pictures: Sequence[_Identified]) -> None:
+        self.pictures = pictures
+        self.image_ids = [picture.image_id for picture in pictures]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def subset(self, image_ids: Collection[int], role: str | None = None, split: Split | None = None) -> Self:
+        """The same data set with only ``image_ids`` (in the file's order), sharing everything else.
+
+        ``role`` and ``split`` are kept unless given.
+
+        Raises:
+            DataError: an id is not there.
+            TestSplitError: another role is asked for a part of test data.
+        """
+        wanted = set(image_ids)
+        _require_known(wanted, set(self.image_ids), self.annotation, Problems())
+        if role is not None:
+            check_role(role)
+        if self.role == "test" and role not in (None, "test"):
+            raise TestSplitError(f"a part of the test data stays test data, got role {role!r}")
+        part = copy.copy(self)
+        part._set_pictures([picture for picture in self.pictures if picture.image_id in wanted])
+        part.role = self.role if role is None else role
+        part.split = self.split if split is None else split
+        return part
+
+
+def check_role(role: str) -> None:
+    """Raise ``ValueError`` unless ``role`` is a data set's role."""
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+
+
+class DetectionDataset(PictureDataset):
     """Pictures with boxes; ``dataset[i]`` is ``(image, target)``.
 
     ``image`` is uint8 ``[3, H, W]`` RGB. ``target`` holds ``boxes`` float32 ``[N, 4]`` (x1, y1, x2, y2 in pixels,
@@ -39,11 +107,6 @@ class DetectionDataset(Dataset[Item]):
         problems: collector used while parsing. When it skips bad records, every image is decoded once here, so that a
             truncated one cannot stop a training run later.
 
-    Attributes:
-        skipped: reason -> number of dropped records (empty unless bad records are skipped).
-        skipped_examples: reason -> the first message.
-        split: the :class:`~nasdet.data.split.Split` that this data set is a part of, or None.
-
     Raises:
         DataError: duplicate image ids, a missing image, no image or no object at all.
     """
@@ -61,12 +124,10 @@ class DetectionDataset(Dataset[Item]):
         image_ids: Collection[int] | None = None,
         problems: Problems | None = None,
     ) -> None:
-        if role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        check_role(role)
         problems = Problems() if problems is None else problems
         self.annotation, self.source, self.role, self.masks = annotation, source, role, masks
         self.categories, self.category_ids = tuple(categories), tuple(category_ids)
-        self.split: Split | None = None
         kept = _unique(pictures, problems)
         if image_ids is not None:
             _require_known(set(image_ids), {picture.image_id for picture in kept}, annotation, problems)
@@ -78,39 +139,9 @@ class DetectionDataset(Dataset[Item]):
         self.skipped, self.skipped_examples = dict(problems.counts), dict(problems.examples)
         self._set_pictures(kept)
 
-    def _set_pictures(self, pictures: list[Picture]) -> None:
-        self.pictures = pictures
-        self.image_ids = [picture.image_id for picture in pictures]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
     def __getitem__(self, index: int) -> Item:
         picture = self.pictures[index]
         return read_picture(picture), picture.target(self.masks)
-
-    def subset(
-        self, image_ids: Collection[int], role: str | None = None, split: Split | None = None
-    ) -> DetectionDataset:
-        """The same data set with only ``image_ids`` (in the file's order), sharing everything else.
-
-        ``role`` and ``split`` are kept unless given.
-
-        Raises:
-            DataError: an id is not there.
-            TestSplitError: another role is asked for a part of test data.
-        """
-        wanted = set(image_ids)
-        _require_known(wanted, set(self.image_ids), self.annotation, Problems())
-        if role is not None and role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
-        if self.role == "test" and role not in (None, "test"):
-            raise TestSplitError(f"a part of the test data stays test data, got role {role!r}")
-        part = copy.copy(self)
-        part._set_pictures([picture for picture in self.pictures if picture.image_id in wanted])
-        part.role = self.role if role is None else role
-        part.split = self.split if split is None else split
-        return part
 
     def verify_images(self, problems: Problems | None = None) -> None:
         """Decode every image (and mask) once: the first bad one raises :class:`DataError`, or ``problems`` counts."""

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,20 +50,32 @@ def write_digits(
         FileExistsError: ``out`` holds something else.
         ValueError: an argument out of range.
     """
-    out = Path(out)
+    settings = check_settings(seed, train, val, size, least=64)
+    return write_whole(Path(out), settings, _write)
+
+
+def check_settings(seed: int, train: int, val: int, size: tuple[int, int], least: int) -> dict[str, Any]:
+    """The arguments of a set as plain data, or ``ValueError``; ``size`` is of ``least`` pixels or more."""
     if min(train, val) < 1:
         raise ValueError(f"train and val must be at least 1, got {train} and {val}")
-    if not all(64 <= length <= 2048 for length in size):
-        raise ValueError(f"size must be (height, width), each from 64 to 2048, got {tuple(size)}")
+    if not all(least <= length <= 2048 for length in size):
+        raise ValueError(f"size must be (height, width), each from {least} to 2048, got {tuple(size)}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    settings = {"seed": seed, "train": train, "val": val, "size": list(size)}
+    return {"seed": seed, "train": train, "val": val, "size": list(size)}
+
+
+def write_whole(out: Path, settings: Mapping[str, Any], write: Callable[[Path, Mapping[str, Any]], Any]) -> Path:
+    """Have ``write(folder, settings)`` make a set beside ``out``, add its recipe, and give it the name ``out``."""
     if _already_there(out, settings):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        _write(partial, settings)
+        write(partial, settings)
+        recipe = {"recipe": "nasdet digits", "version": RECIPE_VERSION, "settings": settings}
+        text = json.dumps(recipe | {"sha256": _digest(partial)}, indent=1) + "\n"
+        (partial / RECIPE).write_text(text, encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)  # mkdtemp made it private
@@ -104,8 +116,9 @@ def _digest(folder: Path) -> str:
     """SHA-256 over the names and contents of all files of the set, its recipe aside."""
     digest = hashlib.sha256()
     for part in ("annotations", "train", "val"):
-        for file in sorted((folder / part).glob("*")):
-            digest.update(f"{part}/{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        for file in sorted(path for path in (folder / part).rglob("*") if path.is_file()):
+            name = file.relative_to(folder).as_posix()
+            digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -114,7 +127,7 @@ def _write(folder: Path, settings: Mapping[str, Any]) -> None:
     from tqdm import tqdm
 
     height, width = settings["size"]
-    source = _Source.load(settings["seed"])
+    source = Source.load(settings["seed"])
     (folder / "annotations").mkdir()
     first_id = 1
     with tqdm(total=settings["train"] + settings["val"], desc="digits", unit="image", disable=None) as progress:
@@ -137,19 +150,17 @@ def _write(folder: Path, settings: Mapping[str, Any]) -> None:
             document = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
             path = folder / "annotations" / f"instances_{part}.json"
             path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
-    recipe = {"recipe": "nasdet digits", "version": RECIPE_VERSION, "settings": settings, "sha256": _digest(folder)}
-    (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What pictures are made of: ``scans[part][digit]`` float32 ``[n, 8, 8]`` in 0..1, photographs uint8 [H, W, 3]."""
 
     scans: dict[str, list[np.ndarray]]
     photographs: list[np.ndarray]
 
     @classmethod
-    def load(cls, seed: int) -> _Source:
+    def load(cls, seed: int) -> Source:
         try:
             from sklearn.datasets import load_digits, load_sample_images
         except ImportError as error:
@@ -166,10 +177,10 @@ class _Source:
 
 
 def draw_picture(
-    source: _Source, part: str, size: tuple[int, int], rng: np.random.Generator, empty_share: float = 0.0
+    source: Source, part: str, size: tuple[int, int], rng: np.random.Generator, empty_share: float = 0.0
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One picture uint8 ``[H, W, 3]`` and its objects as COCO annotations without ids."""
-    canvas = _background(source, part, size, rng)
+    canvas = background(source, part, size, rng)
     wanted = 0 if rng.random() < empty_share else int(rng.integers(1, 9))
     owner = np.zeros(size, dtype=np.uint8)  # 1 + number of the digit whose ink is on top
     labels: list[int] = []
@@ -177,13 +188,13 @@ def draw_picture(
     for _ in range(wanted):
         digit = int(rng.integers(10))
         pool = source.scans[part][digit]
-        alpha = _glyph(pool[rng.integers(len(pool))], _side(size, rng), rng.uniform(-15, 15))
+        alpha = glyph(pool[rng.integers(len(pool))], _side(size, rng), rng.uniform(-15, 15))
         place = _place(alpha > 0.5, owner, inks, rng)
         if place is None:
             continue
         y, x = place
         window = (slice(y, y + alpha.shape[0]), slice(x, x + alpha.shape[1]))
-        _paint(canvas[window], alpha, rng)
+        paint(canvas[window], alpha, rng)
         labels.append(digit)
         inks.append(int((alpha > 0.5).sum()))
         owner[window][alpha > 0.5] = len(labels)
@@ -191,7 +202,7 @@ def draw_picture(
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), objects
 
 
-def _background(source: _Source, part: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def background(source: Source, part: str, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A crop of a photograph, scaled to ``size``, mirrored and with other light at random; float32."""
     from PIL import Image
 
@@ -216,7 +227,7 @@ def _side(size: tuple[int, int], rng: np.random.Generator) -> int:
     return round(float(np.exp(rng.uniform(np.log(MIN_SIDE), np.log(largest)))))
 
 
-def _glyph(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
+def glyph(scan: np.ndarray, side: int, angle: float) -> np.ndarray:
     """Opacity of a digit's ink, float32 ``[h, w]`` with max(h, w) = ``side``, cut tight to opacity > 0.5."""
     from PIL import Image
 
@@ -251,7 +262,7 @@ def _place(ink: np.ndarray, owner: np.ndarray, inks: list[int], rng: np.random.G
     return None
 
 
-def _paint(window: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> None:
+def paint(window: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> None:
     """Blend ink of a random colour that stands out from what it covers into ``window``, in place."""
     under = float((window[alpha > 0.5] @ _LUMA).mean())
     for _ in range(20):

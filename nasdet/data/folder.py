@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from nasdet.data.base import DetectionDataset
+from nasdet.data.base import DetectionDataset, PictureDataset
 from nasdet.data.coco import CocoDetection
 from nasdet.data.errors import DataError
 from nasdet.data.split import Split
@@ -16,14 +17,16 @@ EXPECTED = (
     "or a VOC folder (JPEGImages/, Annotations/, ImageSets/Main/; inside a VOCdevkit pass VOCdevkit/VOC2012)"
 )
 
+D = TypeVar("D", bound=PictureDataset)
+
 
 @dataclass(frozen=True)
-class DataFolder:
-    """An opened data folder; made by :func:`open_data`.
+class Folder(Generic[D]):
+    """An opened data folder: its data sets, and their parts by role.
 
     Attributes:
         path: the folder.
-        layout: ``"coco"`` or ``"voc"``.
+        layout: ``"coco"`` or ``"voc"``, or ``"classes"`` for classification.
         trainval: everything annotated for training.
         testset: the folder's own validation or test annotations, or None: then a part of ``trainval`` is held out.
         split: the division in use.
@@ -31,8 +34,8 @@ class DataFolder:
 
     path: Path
     layout: str
-    trainval: DetectionDataset
-    testset: DetectionDataset | None
+    trainval: D
+    testset: D | None
     split: Split
 
     @property
@@ -48,22 +51,26 @@ class DataFolder:
             counts[reason] = counts.get(reason, 0) + number
         return counts
 
-    def train(self) -> DetectionDataset:
+    def train(self) -> D:
         """All that may be trained on: to train a chosen architecture (role ``"train"``)."""
         return self.trainval.subset(self.split.train, "train", self.split)
 
-    def search_train(self) -> DetectionDataset:
+    def search_train(self) -> D:
         """The half that trains a supernet's weights (role ``"search-train"``)."""
         return self.trainval.subset(self.split.search_train, "search-train", self.split)
 
-    def search_val(self) -> DetectionDataset:
+    def search_val(self) -> D:
         """The half that chooses the architecture (role ``"search-val"``)."""
         return self.trainval.subset(self.split.search_val, "search-val", self.split)
 
-    def test(self) -> DetectionDataset:
+    def test(self) -> D:
         """The part for the final number (role ``"test"``); searches refuse it."""
         source = self.trainval if self.testset is None else self.testset
         return source.subset(self.split.test, "test", self.split)
+
+
+class DataFolder(Folder[DetectionDataset]):
+    """An opened folder of detection data; made by :func:`open_data`."""
 
 
 def open_data(

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nasdet.data.base import DetectionDataset
+from nasdet.data.base import PictureDataset
 from nasdet.data.errors import DataError
 from nasdet.data.transforms import Batch, Transform, collate
 
@@ -41,7 +41,7 @@ class Loader:
 
 
 def make_loader(
-    dataset: DetectionDataset,
+    dataset: PictureDataset,
     batch_size: int,
     transform: Transform | None = None,
     *,
@@ -86,7 +86,7 @@ def make_loader(
 
 
 def make_eval_loader(
-    dataset: DetectionDataset,
+    dataset: PictureDataset,
     batch_size: int,
     transform: Transform | None = None,
     *,
@@ -160,7 +160,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 class _Samples(Dataset[Any]):
     """Transformed items by (epoch, index); a bad item is returned as its error, to cross processes unharmed."""
 
-    def __init__(self, dataset: DetectionDataset, transform: Transform | None, seed: int) -> None:
+    def __init__(self, dataset: PictureDataset, transform: Transform | None, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: Key) -> Any:
@@ -197,7 +197,7 @@ def _to_parent(batch: Batch) -> Batch:
     Masks go as bits: fifty at 800 x 1333 are 53 MB of bool, and shared memory is often limited to 64 MB.
     """
     for target in batch.targets:
-        target.update({key: target[key].numpy() for key in _SMALL})
+        target.update({key: target[key].numpy() for key in _SMALL if key in target})
         if "masks" in target:
             masks = target["masks"].numpy()
             target["masks"] = (numpy.packbits(masks), masks.shape)
@@ -206,7 +206,7 @@ def _to_parent(batch: Batch) -> Batch:
 
 def _from_worker(batch: Batch) -> Batch:
     for target in batch.targets:
-        target.update({key: torch.as_tensor(target[key]) for key in _SMALL})
+        target.update({key: torch.as_tensor(target[key]) for key in _SMALL if key in target})
         if isinstance(packed := target.get("masks"), tuple):
             bits, shape = packed
             masks = numpy.unpackbits(bits, count=math.prod(shape)).view(bool).reshape(shape)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count, listdir
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from nasdet.data.errors import DataError, Problems
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+"""Endings of image files, in lower case, where a folder has to be searched for them."""
 
 MIN_SHARE_INSIDE = 0.5
 """A box that sticks out of its picture is clipped when at least this share of its area is inside, else refused."""
@@ -274,13 +277,25 @@ def existing(pictures: Sequence[Picture], problems: Problems) -> list[Picture]:
 
 def readable(pictures: Sequence[Picture], problems: Problems, masks: bool = False) -> list[Picture]:
     """Decode every picture (and its masks when ``masks``), in threads, and return those that decode."""
+
+    def decode(picture: Picture) -> None:
+        read_picture(picture)
+        if masks:
+            picture.target(masks=True)
+
+    return those_that(decode, pictures, problems)
+
+
+P = TypeVar("P")
+
+
+def those_that(decode: Callable[[P], Any], pictures: Sequence[P], problems: Problems) -> list[P]:
+    """The pictures that ``decode`` raises no :class:`DataError` for, tried in threads; errors go to ``problems``."""
     from tqdm import tqdm
 
-    def attempt(picture: Picture) -> DataError | None:
+    def attempt(picture: P) -> DataError | None:
         try:
-            read_picture(picture)
-            if masks:
-                picture.target(masks=True)
+            decode(picture)
         except DataError as error:
             return error
         return None

@@ -13,8 +13,8 @@ from nasdet._files import write_json
 from nasdet.data.errors import ROLES, DataError, TestSplitError
 
 if TYPE_CHECKING:
-    from nasdet.data.base import DetectionDataset
-    from nasdet.data.folder import DataFolder
+    from nasdet.data.base import PictureDataset
+    from nasdet.data.folder import Folder
 
 VERSION = 1
 TEST_SHARE = 0.2
@@ -58,7 +58,7 @@ class Split:
         return tuple(sorted(self.search_train + self.search_val))
 
     @classmethod
-    def make(cls, trainval: DetectionDataset, test: DetectionDataset | None = None, *, seed: int = 0) -> Split:
+    def make(cls, trainval: PictureDataset, test: PictureDataset | None = None, *, seed: int = 0) -> Split:
         """Divide ``trainval`` 50 / 50; the test part is ``test``, or a fifth of ``trainval`` where there is none.
 
         A pure function of image ids and seed: ids are ranked by SHA-256 of ``seed:id``, so no random generator's
@@ -124,7 +124,7 @@ class Split:
                     shared = min(parts[first] & parts[second])
                     raise DataError("split parts overlap", path, f"image {shared}", f"in both {first} and {second}")
 
-    def check(self, folder: DataFolder) -> None:
+    def check(self, folder: Folder[Any]) -> None:
         """Refuse a folder whose annotations are not those that were divided.
 
         Raises:
@@ -144,7 +144,7 @@ class Split:
             raise DataError("split tests on other data", folder.path, "split", "its test ids are of another file")
 
 
-def fingerprint(trainval: DetectionDataset, test: DetectionDataset | None) -> str:
+def fingerprint(trainval: PictureDataset, test: PictureDataset | None) -> str:
     """SHA-256 that stands for the annotations of both data sets; that of ``trainval`` alone when there is no other."""
     if test is None:
         return trainval.source

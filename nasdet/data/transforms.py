@@ -78,6 +78,8 @@ def resize(image: torch.Tensor, target: Target, size: tuple[int, int]) -> tuple[
     scaled = functional.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
     sy, sx = size[0] / height, size[1] / width
     target = dict(target)
+    if "boxes" not in target:
+        return scaled, target
     target["boxes"] = target["boxes"] * target["boxes"].new_tensor([sx, sy, sx, sy])
     target["area"] = target["area"] * (sy * sx)
     if "masks" in target:
@@ -103,8 +105,9 @@ class HorizontalFlip:
             return image, dict(target)
         width = image.shape[-1]
         target = dict(target)
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+        if "boxes" in target:
+            x1, y1, x2, y2 = target["boxes"].unbind(1)
+            target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], dim=1)
         if "masks" in target:
             target["masks"] = target["masks"].flip(-1)
         return image.flip(-1), target

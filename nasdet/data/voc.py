@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from nasdet.data.base import DetectionDataset
 from nasdet.data.errors import DataError, Problems
-from nasdet.data.pictures import Box, Picture, check_box, check_size
+from nasdet.data.pictures import SUFFIXES, Box, Picture, check_box, check_size
 
 VOC_CATEGORIES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -54,7 +54,7 @@ class VocDetection(DetectionDataset):
         names = tuple(categories) if categories is not None else _class_names(root)
         label_of = {name: label for label, name in enumerate(names)}
         images = sorted((root / "JPEGImages").glob("*"))
-        files = {path.stem: path for path in images if path.suffix.lower() in _SUFFIXES}
+        files = {path.stem: path for path in images if path.suffix.lower() in SUFFIXES}
         digest = hashlib.sha256("\n".join(names).encode())
         pictures = []
         for stem in _stems(root, sets):
@@ -76,9 +76,6 @@ class VocDetection(DetectionDataset):
             image_ids=image_ids,
             problems=problems,
         )
-
-
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
 
 
 def voc_image_id(stem: str) -> int:

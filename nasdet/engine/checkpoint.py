@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import random
 from collections.abc import Mapping
@@ -83,6 +84,15 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: a weights file must hold tensors by name only")
     return state
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A fingerprint of weights: SHA-256 over names and values."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_into(name: str, target: Any, state: Any, source: str | Path) -> None:

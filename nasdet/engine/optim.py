@@ -14,6 +14,7 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 OPTIMIZERS = ("sgd", "adamw")
+DECAYS = ("step", "cosine", "linear", "constant")
 
 
 def make_optimizer(
@@ -79,7 +80,8 @@ class Schedule:
     """The learning rate as a pure function of the step (from 0): ``lr * warm-up(step) * decay(step)``.
 
     ``decay``: ``"step"`` multiplies by ``gamma`` at each of ``milestones``, fractions of ``steps`` (2/3 and 8/9 are 60k
-    and 80k of 90k); ``"cosine"`` falls from 1 to ``final``, half a cosine over the ``steps``; ``"constant"`` is 1.
+    and 80k of 90k); ``"cosine"`` falls from 1 to ``final``, half a cosine over the ``steps``, ``"linear"`` along a
+    straight line; ``"constant"`` is 1.
     ``warmup``: ``"linear"`` rises from ``warmup_factor`` to 1 over ``warmup_steps``; ``"constant"`` stays at
     ``warmup_factor`` for as long; ``"none"``. ``warmup_steps=None`` means 500, or a tenth of a run shorter than 5,000.
     """
@@ -99,8 +101,8 @@ class Schedule:
             raise ValueError(f"lr must be a finite number >= 0, got {self.lr}")
         if self.steps < 1:
             raise ValueError(f"steps must be positive, got {self.steps}")
-        if self.decay not in ("step", "cosine", "constant"):
-            raise ValueError(f"decay must be 'step', 'cosine' or 'constant', got {self.decay!r}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
         if self.warmup not in ("linear", "constant", "none"):
             raise ValueError(f"warmup must be 'linear', 'constant' or 'none', got {self.warmup!r}")
         if not all(0 < milestone <= 1 for milestone in self.milestones):
@@ -127,6 +129,8 @@ class Schedule:
     def _decay(self, step: int) -> float:
         if self.decay == "constant":
             return 1.0
+        if self.decay == "linear":
+            return 1.0 + (self.final - 1.0) * min(step, self.steps) / self.steps
         if self.decay == "cosine":
             cosine = 0.5 * (1.0 + math.cos(math.pi * min(step, self.steps) / self.steps))
             return self.final + (1.0 - self.final) * cosine

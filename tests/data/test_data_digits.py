@@ -60,27 +60,27 @@ def test_boxes_and_areas_are_exactly_the_visible_ink(digits_folder):
 
 
 def test_the_ink_can_be_seen():
-    source = digits_module._Source.load(0)
+    source = digits_module.Source.load(0)
     rng = np.random.default_rng(0)
     for _ in range(20):
         window = rng.uniform(0, 255, 3).astype(np.float32) * np.ones((8, 8, 1), np.float32)
         before = window.copy()
-        digits_module._paint(window, np.ones((8, 8), np.float32), rng)
+        digits_module.paint(window, np.ones((8, 8), np.float32), rng)
         assert abs(float(((window - before) @ digits_module._LUMA).mean())) > 0.75 * digits_module.MIN_CONTRAST
     assert sum(len(scans) for part in source.scans.values() for scans in part) == 1797
 
 
 def test_train_and_val_share_no_scan():
-    scans = digits_module._Source.load(0).scans
+    scans = digits_module.Source.load(0).scans
     train, val = ({scan.tobytes() for digit in scans[part] for scan in digit} for part in ("train", "val"))
     assert len(train) > 2 * len(val) > 900
     assert not train & val
 
 
 def test_train_and_val_backgrounds_come_from_different_parts():
-    source = digits_module._Source.load(0)
+    source = digits_module.Source.load(0)
     columns = np.broadcast_to(np.arange(640, dtype=np.float32)[None, :, None] * 255 / 640, (427, 640, 3))
-    marked = digits_module._Source(source.scans, [columns.astype(np.uint8)])
+    marked = digits_module.Source(source.scans, [columns.astype(np.uint8)])
     edge = 255 * digits_module.TRAIN_COLUMNS
 
     class Plain:
@@ -96,12 +96,12 @@ def test_train_and_val_backgrounds_come_from_different_parts():
             return {(0.6, 1.1): 1.0, (-20, 30): 0.0}.get((low, high), self.rng.uniform(low, high))
 
     for seed in range(10):
-        assert digits_module._background(marked, "train", (96, 128), Plain(seed)).max() <= edge + 1
-        assert digits_module._background(marked, "val", (96, 128), Plain(seed)).min() >= edge - 2
+        assert digits_module.background(marked, "train", (96, 128), Plain(seed)).max() <= edge + 1
+        assert digits_module.background(marked, "val", (96, 128), Plain(seed)).min() >= edge - 2
 
 
 def test_every_size_and_class_turns_up(tmp_path):
-    source = digits_module._Source.load(0)
+    source = digits_module.Source.load(0)
     labels, sides, counts = set(), [], []
     for index in range(60):
         rng = np.random.default_rng([5, index])

@@ -1,0 +1,200 @@
+"""``nasdet pretrain``: train a backbone, or a supernet, as a classifier."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nasdet.cli import names
+
+if TYPE_CHECKING:
+    from nasdet.engine.trunks import Trunk
+
+HELP = "pretrain a backbone or a supernet by classification"
+
+# What --preset stands for; an option given on the command line wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "tiny": {
+        "steps": 400,
+        "batch": 64,
+        "optimizer": "adamw",
+        "lr": 0.004,
+        "weight_decay": 0.01,
+        "warmup_steps": 20,
+        "label_smoothing": 0.0,
+        "size": 32,
+        "short": 32,
+        "least_area": 0.7,
+        "jitter": 0.2,
+        "width": 0.25,
+        "recalibration_images": 256,
+        "log_every": 10,
+        "checkpoint_every": 50,
+    },
+}
+
+_DESCRIPTION = """\
+Train a backbone as a classifier on a folder of pictures in classes, in ImageNet's layout, and write its weights for
+the detectors: nasdet train --weights RUN/weights.pt. Or train the supernet of a search space, one random path in each
+step: DetNAS's first step. The accuracy is reported on the folder's val/ part, which takes no part in training. Of
+train/, a supernet keeps 50 images of each class (at most a fifth) back, to choose an architecture by.
+
+The defaults are DetNAS's for ImageNet (8 GPUs): 1,024 images a step, 300,000 steps, SGD from 0.5 down to 0 along a
+straight line, weight decay 0.00004 but not for norms and biases, label smoothing 0.1, pictures of 224 pixels, cut at
+random, mirrored, with colours jittered by 0.4. --preset tiny learns the digits in minutes on a CPU.
+"""
+
+_EPILOG = """\
+examples:
+  nasdet data digits --classification --out digit_classes             make a small real data set
+  nasdet pretrain --backbone resnet18 --data digit_classes --out runs/backbone --preset tiny --no-flip
+  nasdet train --weights runs/backbone/weights.pt --data digits --out runs/net --preset tiny --no-flip
+  nasdet pretrain --backbone resnet18 --data digit_classes --out runs/backbone --preset tiny --no-flip --resume
+  torchrun --nproc-per-node 8 -m nasdet pretrain --space detnas-small --data imagenet --out runs/supernet
+  nasdet pretrain --space detnas-small --data imagenet --out runs/supernet --bins 290 360 10    as the released code
+  nasdet pretrain --card detnas-coco-fpn-300m --data imagenet --out runs/found                  retrain what was found
+
+A data folder holds train/CLASS/*.jpg (or jpeg, png, bmp) and val/CLASS/*.jpg; without val/ a fifth of each class is
+held out in its place. Broken images stop the run with their names, or with --skip-bad are left out and counted.
+
+RUN holds run.json, classifier.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.pt and
+eval.json. A run that was killed goes on with the same command and --resume, and ends with the same weights as one never
+killed, bit for bit on the CPU. With --preset tiny, --width is 0.25: give nasdet train the same.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb to its parser."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--backbone", metavar="NAME", help=names.BACKBONES)
+    what.add_argument("--space", metavar="NAME", help="a supernet of paths: detnas-{small,large,3.8g,tiny}")
+    what.add_argument("--card", metavar="CARD", help="a searched backbone: a published name or a card file")
+    add("--data", required=True, type=Path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    add("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
+    add("--preset", choices=tuple(PRESETS), help="where the other options start from (default: paper)")
+    add("--resume", action="store_true", help="go on with the run in RUN")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read, and report how many")
+    _add_network(parser.add_argument_group("network").add_argument)
+    _add_pictures(parser.add_argument_group("pictures").add_argument)
+    _add_training(parser.add_argument_group("training").add_argument)
+
+
+def _add_network(add: Any) -> None:
+    add("--width", type=float, metavar="X", help="multiplier of the channels (paper: 1; tiny: 0.25)")
+    add(
+        "--last",
+        type=int,
+        metavar="N",
+        help="channels of a 1x1 convolution before the classifier (the space's, or none)",
+    )
+    add(
+        "--bins",
+        nargs=3,
+        type=float,
+        metavar=("LOW", "HIGH", "WIDTH"),
+        help="of a space: draw the MACs of a step's path first, uniformly by bins, in millions (default: any path)",
+    )
+
+
+def _add_pictures(add: Any) -> None:
+    add("--size", type=int, metavar="N", help="height and width in pixels (paper: 224; tiny: 32)")
+    add(
+        "--short",
+        type=int,
+        metavar="N",
+        help="shorter side before the centre is cut out to evaluate (8/7 of --size; tiny: 32)",
+    )
+    add("--least-area", type=float, metavar="X", help="least share of a picture to cut out (paper: 0.08; tiny: 0.7)")
+    add("--jitter", type=float, metavar="X", help="of brightness, contrast, saturation (paper: 0.4; tiny: 0.2)")
+    add("--no-flip", action="store_false", dest="flip", default=None, help="do not mirror pictures (for digits, text)")
+    add("--part", choices=("train", "search-train"), help="what learns (train; of a supernet search-train)")
+
+
+def _add_training(add: Any) -> None:
+    add("--steps", type=int, metavar="N", help="training steps (paper: 300000; tiny: 400)")
+    add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 1024; tiny: 64)")
+    add("--lr", type=float, metavar="X", help="learning rate (paper: 0.5; tiny: 0.004)")
+    add("--optimizer", choices=("sgd", "adamw"), help="sgd, or adamw, quicker from random weights (sgd; tiny: adamw)")
+    add("--decay", choices=("linear", "cosine", "step", "constant"), help="of the learning rate (linear)")
+    add("--warmup-steps", type=int, metavar="N", help="steps in which the rate rises from a third (paper: 0; tiny: 20)")
+    add("--weight-decay", type=float, metavar="X", help="but for norms and biases (paper: 0.00004; tiny: 0.01)")
+    add("--label-smoothing", type=float, metavar="X", help="(paper: 0.1; tiny: 0)")
+    add("--clip", type=float, metavar="X", help="largest norm of the gradient (none)")
+    add("--amp", action="store_const", const=True, help="compute the model in bfloat16")
+    add("--seed", type=int, metavar="N", help="of everything random (0)")
+    add("--workers", type=int, metavar="N", help="processes that read pictures (2)")
+    add("--device", metavar="DEVICE", help="such as cuda:0 or cpu (default: a GPU when there is one)")
+    add("--eval-every", type=int, metavar="N", help="steps between evaluations for the curve (0: only at the end)")
+    add("--log-every", type=int, metavar="N", help="steps between two lines of metrics.jsonl (paper: 20; tiny: 10)")
+    add("--checkpoint-every", type=int, metavar="N", help="steps between two checkpoints (paper: 1000; tiny: 50)")
+
+
+def run(
+    *,
+    data: Path,
+    out: Path,
+    preset: str | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    **options: Any,
+) -> int:
+    """Pretrain, and print the accuracy and where everything lies."""
+    from nasdet.data import ClassificationFolder, Split
+    from nasdet.data.errors import format_counts
+    from nasdet.engine.distributed import is_main
+    from nasdet.engine.pretrain import WEIGHTS, PretrainConfig, pretrain
+
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {**PRESETS[preset or "paper"], **given}
+    seed, stored = settings.get("seed", 0), out / "split.json"
+    split = Split.load(stored) if resume and stored.is_file() else None
+    folder = ClassificationFolder(data, split=split, seed=seed, skip_bad=skip_bad)
+    network = _network(settings, len(folder.categories))
+    settings.setdefault("last", network.last)
+    known = {field.name for field in fields(PretrainConfig)}
+    config = PretrainConfig(**{name: value for name, value in settings.items() if name in known})
+    if is_main():
+        skipped = f", skipped {format_counts(folder.skipped)}" if folder.skipped else ""
+        images = f"{len(folder.train())} images to train on, {len(folder.test())} to test"
+        print(f"{data}: {images}, {len(folder.categories)} classes{skipped}")
+        print(f"{config.steps} steps of {config.batch} images, learning rate {config.lr:g} -> {out}", flush=True)
+    rest: dict[str, Any] = {"paths": network.paths, "named": network.named, "resume": resume}
+    pretrain(config, folder, out, network.make, **rest, command=["nasdet", *sys.argv[1:]])
+    if is_main():
+        _report(out, network)
+        detector = f"nasdet train --backbone {network.named.get('backbone')} --width {settings.get('width', 1.0):g}"
+        if "backbone" in network.named:
+            print(f"next: {detector} --weights {out / WEIGHTS} --data DIR --out RUN")
+    return 0
+
+
+def _network(settings: dict[str, Any], classes: int) -> Trunk:
+    from nasdet.arch import load_card
+    from nasdet.engine.trunks import trunk
+
+    card, bins = settings.get("card"), settings.get("bins")
+    return trunk(
+        backbone=settings.get("backbone"),
+        space=settings.get("space"),
+        card=None if card is None else load_card(card),
+        width=settings.get("width", 1.0),
+        classes=classes,
+        bins=None if bins is None else (bins[0] * 1e6, bins[1] * 1e6, bins[2] * 1e6),
+        seed=settings.get("seed", 0),
+    )
+
+
+def _report(out: Path, network: Trunk) -> None:
+    from nasdet._files import read_json
+
+    supernet = network.paths is not None
+    found = read_json(out / ("eval-search-val.json" if supernet else "eval.json"))
+    what = "one path on search-val" if supernet else "test"
+    print(f"{what}: top-1 {found['top1']:.4f}, top-5 {found['top5']:.4f} of {found['images']} images")

@@ -1,0 +1,89 @@
+"""What is pretrained, by name: a backbone, a search space's supernet, or the backbone of a card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from nasdet.arch import Card
+from nasdet.detectors import BACKBONES
+from nasdet.engine.paths import Paths, binned_draw, uniform_draw
+from nasdet.spaces import SPACES, part_of, space_class
+from nasdet.spaces.detnas import DetNASSpace, macs_table
+
+Bins = tuple[float, float, float]
+_ONE_OF = "one of backbone, space and card must be given"
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What :func:`nasdet.engine.pretrain.pretrain` needs of a network.
+
+    ``make`` makes it, up to its last map and with batch norm; ``paths`` are those of a supernet. ``named`` is plain
+    data that says what it is, ``last`` the channels of the 1x1 convolution that a space puts before the classifier.
+    """
+
+    make: Callable[[], nn.Module]
+    named: dict[str, Any]
+    paths: Paths | None = None
+    last: int | None = None
+    space: Any = field(default=None, compare=False)
+
+
+def trunk(
+    *,
+    backbone: str | None = None,
+    space: str | None = None,
+    card: Card | None = None,
+    width: float = 1.0,
+    classes: int = 1000,
+    bins: Bins | None = None,
+    seed: int = 0,
+) -> Trunk:
+    """The network of one of: ``backbone``, a name of :data:`nasdet.detectors.BACKBONES`; ``space``, the supernet of a
+    method and its size, such as ``"detnas-small"``; ``card``, an architecture whose space makes backbones.
+
+    A supernet learns uniformly random paths, drawn with ``seed``; with ``bins = (low, high, width)``, in MACs with the
+    last convolution and a classifier for ``classes`` classes, those of :func:`~nasdet.engine.paths.binned_draw`.
+
+    Raises ``ValueError`` for an unknown name, a card of another part, or more or fewer than one of the three.
+    """
+    given = [name for name, value in (("backbone", backbone), ("space", space), ("card", card)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"{_ONE_OF}, got {' and '.join(given) or 'none'}")
+    if bins is not None and space is None:
+        raise ValueError(f"bins must be of a space, got them with a {given[0]}")
+    options: dict[str, Any] = {"width": width, "norm": "bn", "outputs": ("c5",)}
+    if backbone is not None:
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}")
+        return Trunk(partial(BACKBONES[backbone], **options), {"backbone": backbone, "width": width})
+    if card is not None:
+        if part_of(card) != "body":
+            raise ValueError(f"card must be a whole backbone, got {card.name!r}, one of {part_of(card)}")
+        maker, named = space_class(card.method).backbone, {"card": card.to_json(), "width": width}
+        return Trunk(partial(maker, card, **options), named, last=card.settings.get("last"))
+    assert space is not None  # the only one left of the three
+    return _supernet(space, options, classes, bins, seed)
+
+
+def _supernet(name: str, options: dict[str, Any], classes: int, bins: Bins | None, seed: int) -> Trunk:
+    method, _, sizes = name.partition("-")
+    if method not in SPACES or not hasattr(space_class(method), "activate"):
+        known = ", ".join(f"{one}-SIZE" for one in SPACES if hasattr(space_class(one), "activate"))
+        raise ValueError(f"space must be the name of a supernet of paths ({known}), got {name!r}")
+    space = space_class(method)(sizes) if sizes else space_class(method)()
+    draw = uniform_draw(space, seed)
+    named: dict[str, Any] = {"space": name, "width": options["width"], "bins": None if bins is None else list(bins)}
+    if bins is not None:
+        if method != DetNASSpace.method:
+            raise ValueError(f"bins must be of a {DetNASSpace.method} space, got them with {name!r}")
+        cost = macs_table(space.sizes, classes=classes)
+        low, high, step = bins
+        draw = binned_draw(space, lambda one: cost(one.genotype), seed, low=low, high=high, width=step)
+    paths = Paths(draw, space.activate)
+    return Trunk(partial(space.supernet, **options), named, paths, space.sizes.last, space)

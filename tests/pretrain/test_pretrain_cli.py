@@ -1,0 +1,138 @@
+"""``nasdet data digits --classification``, ``nasdet pretrain``, and a detector that begins with its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nasdet.cli import main
+from nasdet.detectors import BACKBONES, load_backbone_weights
+from nasdet.detectors.classifier import Classifier
+from nasdet.engine.checkpoint import load_weights
+from nasdet.engine.trunks import trunk
+from nasdet.measure import count
+from nasdet.spaces.detnas import SPACES, DetNASSpace, macs_table
+
+TINY = ["--preset", "tiny", "--no-flip", "--steps", "2", "--batch", "4", "--workers", "0", "--device", "cpu"]
+TINY += ["--width", "0.125"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("cli")
+    small = ["--classification", "--train", "30", "--val", "10", "--size", "24x24"]
+    assert main(["data", "digits", "--out", str(folder / "classes"), *small]) == 0
+    arguments = ["--backbone", "resnet18", "--data", str(folder / "classes"), "--out", str(folder / "run"), *TINY]
+    assert main(["pretrain", *arguments]) == 0
+    return folder
+
+
+def test_the_run_says_what_it_did(pretrained, capsys):
+    arguments = ["--backbone", "resnet18", "--data", str(pretrained / "classes"), "--out", str(pretrained / "run")]
+    assert main(["pretrain", *arguments, *TINY]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["pretrain", *arguments, *TINY, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "30 images to train on, 10 to test" in said and "test: top-1 0." in said
+    assert f"nasdet train --backbone resnet18 --width 0.125 --weights {pretrained / 'run' / 'weights.pt'}" in said
+    info = json.loads((pretrained / "run" / "run.json").read_text())
+    assert (info["backbone"], info["width"], info["status"]) == ("resnet18", 0.125, "done")
+    assert info["arguments"]["optimizer"] == "adamw" and info["arguments"]["steps"] == 2
+
+
+def test_a_detector_begins_with_the_weights(pretrained, tmp_path):
+    from nasdet.data import write_digits
+
+    weights = pretrained / "run" / "weights.pt"
+    write_digits(tmp_path / "digits", train=4, val=2, size=(64, 64))
+    arguments = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "net"), "--weights", str(weights)]
+    small = ["--size", "64x64", "--fpn-channels", "8", "--levels", "3", "--tower-convs", "1"]
+    assert main(["train", *arguments, *TINY, "--backbone", "resnet18", *small]) == 0
+    given, learnt = load_weights(weights), load_weights(next((tmp_path / "net").glob("weights.*")))
+    for name in ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.1.bn2.running_var"):
+        assert torch.equal(learnt[f"backbone.{name}"], given[name]), f"{name} is frozen"
+    assert not torch.equal(learnt["backbone.layer4.1.conv2.weight"], given["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "shufflenet_v2_20"])
+def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
+    made = trunk(backbone=name, width=0.25)
+    assert made.named == {"backbone": name, "width": 0.25} and made.paths is None
+    net = made.make().eval()
+    assert list(net.channels) == ["c5"] and net(torch.randn(1, 3, 32, 32))["c5"].shape[-1] == 1
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    load_backbone_weights(BACKBONES[name](width=0.25, norm="frozen_bn", outputs=("c3", "c4")), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "one of backbone, space and card must be given, got none"),
+        ({"backbone": "resnet18", "space": "detnas-small"}, "got backbone and space"),
+        ({"backbone": "resnet19"}, "backbone must be one of .*got 'resnet19'"),
+        ({"space": "fad-small"}, "space must be the name of a supernet of paths .*got 'fad-small'"),
+        ({"backbone": "resnet18", "bins": (1.0, 2.0, 1.0)}, "bins must be of a space, got them with a backbone"),
+    ],
+    ids=["none", "two", "backbone", "space", "bins"],
+)
+def test_bad_names(given, message):
+    with pytest.raises(ValueError, match=message):
+        trunk(**given)
+
+
+def test_a_card_of_towers_is_no_backbone():
+    from nasdet.arch import load_card
+
+    with pytest.raises(ValueError, match="card must be a whole backbone, got 'fad-paper', one of towers"):
+        trunk(card=load_card("fad-paper"))
+
+
+@pytest.mark.parametrize("bins", [None, (1e6, 8e6, 1e6)], ids=["uniform", "bins"])
+def test_the_supernet_of_a_space_learns_its_paths(bins):
+    made = trunk(space="detnas-tiny", width=0.5, bins=bins, classes=10, seed=3)
+    assert made.last == 128 and made.named["space"] == "detnas-tiny" and made.paths is not None
+    net = made.make().eval()
+    card = made.paths.draw(7)
+    made.paths.activate(net, card)
+    assert [block.chosen for _, block in net.blocks()] == card.genotype
+    assert made.paths.draw(7) == card and trunk(space="detnas-tiny", bins=bins, seed=3).paths.draw(7) == card
+    assert net(torch.randn(1, 3, 32, 32))["c5"].shape == (1, *net.channels.values(), 1, 1)
+
+
+def test_a_published_card_is_retrained():
+    from nasdet.arch import load_card
+
+    card = load_card("detnas-coco-fpn-300m")
+    made = trunk(card=card)
+    assert made.last == 1024 and made.named["card"]["genotype"] == card.genotype
+    classifier = Classifier(made.make(), 640, 1000, made.last)
+    macs = sum(cost.macs for cost in count(classifier, torch.empty(1, 3, 224, 224, device="meta")))
+    assert macs == macs_table(SPACES["small"], classes=1000)(card.genotype)
+
+
+def test_a_supernet_from_the_command_line(pretrained, capsys):
+    arguments = ["--space", "detnas-tiny", "--data", str(pretrained / "classes"), "--out", str(pretrained / "super")]
+    assert main(["pretrain", *arguments, *TINY, "--last", "16"]) == 0
+    assert "one path on search-val: top-1" in capsys.readouterr().out
+    net = DetNASSpace("tiny").supernet(width=0.125, outputs=("c3", "c4", "c5"))
+    load_backbone_weights(net, pretrained / "super" / "weights.pt")
+
+
+def test_bad_folders_are_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for folder, message in ((tmp_path, "train/ is missing"), (tmp_path / "set", "no class")):
+        arguments = ["--data", str(folder), "--out", str(tmp_path / "run"), "--backbone", "resnet18"]
+        assert main(["pretrain", *arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("nasdet pretrain: ") and message in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_network_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path)])
+    assert "one of the arguments --backbone --space --card is required" in capsys.readouterr().err

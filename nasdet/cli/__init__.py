@@ -19,6 +19,7 @@ VERBS = {
     "detect": "detect",
     "report": "report",
     "arch": "arch",
+    "measure": "measure",
     "demo": "demo",
 }
 

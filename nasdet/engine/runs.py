@@ -17,14 +17,7 @@ import torch
 
 from nasdet._files import read_json, write_json
 from nasdet.engine import distributed
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    from nasdet._version import __version__
-
-    found = {"nasdet": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+from nasdet.measure.machine import versions
 
 
 def machine(device: torch.device) -> str:

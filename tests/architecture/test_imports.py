@@ -48,6 +48,8 @@ NO_TORCH = (
     "nasdet.spaces.msnas.genotype",
     "nasdet.spaces.msnas.sampling",
     "nasdet.spaces.msnas.variation",
+    "nasdet.measure.tau",
+    "nasdet.measure.latency_table",
     "nasdet._files",
     "nasdet._version",
     "nasdet.cli.__init__",

@@ -1,0 +1,27 @@
+"""What decides a measurement besides what is measured: the device, and the versions of the software."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    from nasdet._version import __version__
+
+    found = {"nasdet": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or of this machine's CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

@@ -104,7 +104,7 @@ def _of_runs(search: Path, nets: Path) -> tuple[list[float], list[float]]:
 
     state = read_json(search / "evolution.json")
     try:
-        told = [one for generation in state["generations"] for one in generation if one["score"] is not None]
+        told = [one for generation in state["state"]["generations"] for one in generation if one["score"] is not None]
         one_shot = {Card.from_json(one["card"]).key: float(one["score"]) for one in told}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{search / 'evolution.json'}: not the state of a search: {error!r}") from error

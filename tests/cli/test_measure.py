@@ -108,7 +108,7 @@ def runs(folder: Path) -> tuple[Path, Path, list[Card]]:
     told = [{"card": card.to_json(), "operator": "random", "costs": {}, "score": None} for card in cards[:6]]
     for one, (_, score, _) in zip(told, ROWS, strict=False):
         one["score"] = score
-    (search / "evolution.json").write_text(json.dumps({"generations": [told[:4], told[4:]]}))
+    (search / "evolution.json").write_text(json.dumps({"of": {}, "state": {"generations": [told[:4], told[4:]]}}))
     for place, card in enumerate(cards):  # also one that was not told, and one of no search
         save_card(card, nets / f"net{place}" / "card.json")
         evaluation: dict[str, Any] = {"AP": ROWS[place][2] if place < 5 else 40.0}
@@ -158,6 +158,6 @@ def test_what_has_no_tau(
 
 def test_a_broken_state_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search, nets, _ = runs(tmp_path)
-    (search / "evolution.json").write_text(json.dumps({"generations": [[{"score": 1.0}]]}))
+    (search / "evolution.json").write_text(json.dumps({"state": {"generations": [[{"score": 1.0}]]}}))
     assert main(["measure", "tau", str(search), "--nets", str(nets)]) == 2
     assert "not the state of a search" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from nasdet._files import read_json
 from nasdet.arch import Card, save_card
 from nasdet.data import DetectionDataset, require_selectable
 from nasdet.engine import distributed
-from nasdet.engine.checkpoint import LAST, load_checkpoint, load_into, seed_everything
+from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, load_into, seed_everything
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.evolve import STATE, evolve
 from nasdet.engine.loop import Stateful
@@ -277,12 +277,3 @@ class OneShotRun(SupernetRun):
     @abstractmethod
     def name(self) -> str:
         """The name of the card found."""
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """A fingerprint of weights: SHA-256 of names and values."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import TYPE_CHECKING
 
 from nasdet.arch import Card
 from nasdet.data import DataFolder
 from nasdet.detectors import TWO_STAGE
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
+from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Offspring
@@ -165,7 +162,8 @@ class _DetNASRun(OneShotRun):
         batch = min(how.batch, images)
         steps = -(-images // batch)
         batches = self.batches(self.learnt, seed=config.seed, start=0, steps=steps, batch=batch)
-        recalibrate(self.model.train(), lambda: self.loss(next(batches), {}), steps, how.momentum)
+        mode, momentum = ("cumulative", 0.1) if how.momentum is None else ("momentum", how.momentum)
+        recalibrate(self.model, batches, mode=mode, momentum=momentum, forward=lambda images: self.loss(images, {}))
 
     def deviations(self) -> list[str]:
         return deviations(self.config, self.data, self.weights is not None)
@@ -173,27 +171,6 @@ class _DetNASRun(OneShotRun):
     def name(self) -> str:
         config = self.config
         return config.name or f"detnas-{config.space}-{config.detector}-seed{config.seed}"
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, forward: Any, steps: int, momentum: float | None) -> None:
-    """Begin the statistics of all batch norms that train anew, and call ``forward`` for each of ``steps`` batches.
-
-    ``momentum`` as in :class:`torch.nn.BatchNorm2d`; None: the mean over the batches. Weights stay as they are.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    before = [module.momentum for module in norms]
-    if not norms:
-        return
-    try:
-        for module in norms:
-            module.reset_running_stats()
-            module.momentum = momentum
-        for _ in range(steps):
-            forward()
-    finally:
-        for module, own in zip(norms, before, strict=True):
-            module.momentum = own
 
 
 _COMPARED = {

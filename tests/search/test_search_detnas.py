@@ -16,16 +16,16 @@ from torch import nn
 from nasdet.arch import Card, load_card
 from nasdet.data import DataFolder, Split
 from nasdet.engine import one_shot
-from nasdet.engine.checkpoint import load_checkpoint
+from nasdet.engine.checkpoint import digest, load_checkpoint
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.evolve import Scores, evolve
-from nasdet.engine.one_shot import OneShotRun, digest
+from nasdet.engine.one_shot import OneShotRun
+from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.search_detnas import (
     DetNASSearchConfig,
     _DetNASRun,
     deviations,
     offspring,
-    recalibrate,
     search_detnas,
 )
 from nasdet.search.evolution import PRESETS, Evolution
@@ -215,8 +215,8 @@ def test_fitness_is_that_of_the_cards_own_detector(whole: Path, config: DetNASSe
     net.load_state_dict(net.state_dict() | shared)
     search.space.inherit(net.backbone, search.supernet, card)
     batches = search.batches(search.learnt, seed=config.seed, start=0, steps=1, batch=4)
-    net.to(memory_format=search.format).train()
-    recalibrate(net, lambda: net(next(batches).images.to(memory_format=search.format)), 1, None)
+    net.to(memory_format=search.format)
+    recalibrate(net, batches, forward=lambda batch: net(batch.images.to(memory_format=search.format)))
     size = {"short": 64, "long": 64, "batch": config.eval_batch}
     found = evaluate(net, search.scored, **size, channels_last=search.format is torch.channels_last, progress=False)
     assert found["AP"] == candidate["score"]
@@ -231,23 +231,6 @@ def test_paths_are_uniform_and_the_same_for_all(config: DetNASSearchConfig, data
         for choice in ("sh3", "sh5", "sh7", "xcep"):
             share = sum(path[block] == choice for path in drawn)
             assert abs(share - 100) < 4 * (400 * 3 / 16) ** 0.5
-
-
-@pytest.mark.parametrize(("momentum", "weights"), [(None, (1 / 3, 1 / 3, 1 / 3)), (0.1, (0.081, 0.09, 0.1))])
-def test_recalibration(momentum: float | None, weights: tuple[float, ...]) -> None:
-    """The mean of the batches' means, or the running one from 0; affine terms and frozen norms stay."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
-    net[0](torch.randn(2, 2, 3, 3) + 5)
-    net[1].eval()
-    frozen = {key: value.clone() for key, value in net[1].state_dict().items()}
-    batches = [torch.randn(4, 2, 5, 5) + index for index in range(3)]
-    left = iter(batches)
-    recalibrate(net, lambda: net[0](next(left)), 3, momentum)
-    expected = sum(weight * batch.mean((0, 2, 3)) for weight, batch in zip(weights, batches, strict=True))
-    torch.testing.assert_close(net[0].running_mean, expected)
-    assert net[0].momentum == 0.1 and net[0].num_batches_tracked == 3
-    assert all(torch.equal(value, frozen[key]) for key, value in net[1].state_dict().items())
 
 
 @pytest.mark.parametrize("recalibration", ["none", "released"])

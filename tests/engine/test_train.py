@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nasdet.data import DataError, open_data, write_digits
-from nasdet.engine import train as train_module
+from nasdet.engine import step as step_module
 from nasdet.engine.checkpoint import LAST, load_weights
 from nasdet.engine.evaluate import coco_ap, detect_all, load_run
 from nasdet.engine.records import read_lines
@@ -72,7 +72,7 @@ def test_the_saved_weights_are_those_of_the_checkpoint_and_load(run):
 @pytest.mark.parametrize("crash_at", [1, 4, 6], ids=lambda at: f"crash_at_{at}")
 def test_resumed_equals_never_killed(run, digits, tmp_path, monkeypatch, crash_at):
     calls = iter(range(1, 100))
-    clip = train_module.clip_gradients
+    clip = step_module.clip_gradients
 
     def crash(*arguments):
         if next(calls) == crash_at:
@@ -80,11 +80,11 @@ def test_resumed_equals_never_killed(run, digits, tmp_path, monkeypatch, crash_a
         return clip(*arguments)
 
     config = replace(CONFIG, eval_every=4)
-    monkeypatch.setattr(train_module, "clip_gradients", crash)
+    monkeypatch.setattr(step_module, "clip_gradients", crash)
     with pytest.raises(RuntimeError, match="killed"):
         train(config, digits, model_config(digits), tmp_path, progress=False)
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
-    monkeypatch.setattr(train_module, "clip_gradients", clip)
+    monkeypatch.setattr(step_module, "clip_gradients", clip)
     train(replace(config, workers=1), digits, model_config(digits), tmp_path, progress=False, resume=True)
     expected, result = load_weights(run / LAST), load_weights(tmp_path / LAST)
     assert all(torch.equal(result[name], value) for name, value in expected.items())

@@ -32,14 +32,22 @@ DETECTION = [
     ("sigmoid_focal_loss", ("2x76725x80 sum", "fp32", "forward+backward")),
 ]
 RIVALS = ("nms", "roi_align", "sigmoid_focal_loss")
+DEPTHWISE = [
+    (f"c256-50x84-k5{dilation}-{layout}", "fp32", phase)
+    for dilation in ("", "-dilation-4")
+    for layout in ("nchw", "nhwc")
+    for phase in ("forward", "forward+backward")
+]
 # Whom a convolution is compared with: the fastest of its rivals.
 CONVOLUTIONS = {
     "mixed_dilation_conv2d": ("eager", "eager, folded kernels"),
     "grouped_dilation_conv2d": ("one convolution",),
+    "depthwise_conv2d": ("eager",),
 }
 HEADLINE_CONVOLUTIONS = [
     *((f"c{c}-n1", "fp32", phase) for c in (128, 256, 512) for phase in ("forward", "forward+backward")),
     *((f"plain-c{c}", "fp32", "forward") for c in (128, 256, 512)),
+    *DEPTHWISE,
 ]
 
 
@@ -70,8 +78,9 @@ def headline(results: Path) -> str:
 
 def convolutions(results: Path) -> str:
     """Every race of the multi-dilation convolutions, per machine; says so where none was measured yet."""
+    machines = [result_files(path) for path in sorted(results.glob("*")) if path.is_dir()]
     sections = [
-        _convolutions(result_files(machine)) for machine in sorted(path for path in results.glob("*") if path.is_dir())
+        _convolutions({name: rows for name, rows in files.items() if name != "depthwise_conv2d"}) for files in machines
     ]
     return "\n\n".join(section for section in sections if section) or "No results yet."
 

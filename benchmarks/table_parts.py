@@ -12,6 +12,7 @@ Race = dict[str, Row]  # by contestant
 ORDER = (
     "mixed_dilation_conv2d",
     "grouped_dilation_conv2d",
+    "depthwise_conv2d",
     "mix",
     "norm_act_mix",
     "nms",

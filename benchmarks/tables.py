@@ -37,6 +37,7 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "mixed_dilation_conv2d": "`mixed_dilation_conv2d`: NATS's set C (five dilations; nine at 512 channels)",
     "grouped_dilation_conv2d": "`grouped_dilation_conv2d`: a dilation per slice of the output channels",
+    "depthwise_conv2d": "`depthwise_conv2d`: a kernel per channel, against PyTorch's grouped convolution",
     "mix": "`mix`: 12 maps into one",
     "norm_act_mix": "`norm_act_mix`: group norm, ReLU and sum of 12 maps",
     "nms": "NMS of clustered boxes, IoU threshold 0.5; `batched_nms` and `nms_padded` with 80 classes",
@@ -57,6 +58,7 @@ RESIDENT = (
     "paste_masks",
     "mixed_dilation_conv2d",
     "grouped_dilation_conv2d",
+    "depthwise_conv2d",
 )
 
 

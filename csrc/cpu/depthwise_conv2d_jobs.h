@@ -19,11 +19,11 @@ struct DepthwiseAxis {
   const int32_t *begin, *end;     // [count] the taps of j whose source exists
 };
 
-// Rows first + r * spacing, r < rows (7, 4 or 1), of a lattice. Shared: neighbours read the same source rows, each a tap apart.
+// Rows first + r * spacing, r < rows (7, 4 or 1), of a lattice. With step 1 or 2 they share source rows, `unit` apart: row r + 1
+// reads those of r from tap `step` on. With step 0 they do not.
 struct DepthwiseTile {
   const DepthwiseAxis* axis;
-  int64_t first, rows, spacing;
-  bool shared;
+  int64_t first, rows, spacing, step, unit;
 };
 
 struct DepthwiseMap { int64_t channels, height, width; };

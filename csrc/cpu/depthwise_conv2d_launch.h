@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -81,12 +82,21 @@ inline DepthwiseAxes axes_of(const DepthwiseSide& side, int64_t kernel, bool gra
   return axes;
 }
 
+// Which rows read the same source rows, `step` taps on: those `spacing` apart. Step 0: none, or too few.
+struct DepthwiseSharing {
+  int64_t spacing = 1, step = 0;
+  DepthwiseSharing(const DepthwiseSide& side, bool gradient) {
+    if (gradient && side.stride > 1) return;  // a phase has half of the taps, in falling order
+    const int64_t common = std::gcd(side.stride, side.dilation);
+    if (side.stride / common <= 2) spacing = side.dilation / common, step = side.stride / common;
+  }
+};
+
 // Rows of a lattice in tiles; those of a group, of at most 7 x spacing rows, come together.
-inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side) {
+inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side, const DepthwiseSharing& sharing) {
   std::vector<DepthwiseTile> tiles;
-  const bool shared = side.stride == 1;
   for (const DepthwiseAxis& a : axes.lattices) {
-    const int64_t spacing = shared ? std::min(side.dilation, a.count) : 1;
+    const int64_t spacing = std::min(sharing.spacing, a.count);
     for (int64_t group = 0, rows; group < a.count; group += rows * spacing) {
       const int64_t left = (a.count - group + spacing - 1) / spacing;
       rows = left == 8 || left == 9 ? 4 : std::min<int64_t>(left, kDepthwiseRows);
@@ -94,7 +104,7 @@ inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const Dept
         int64_t first = group + q, count = std::min((a.count - first + spacing - 1) / spacing, rows);
         for (int64_t size; count > 0; count -= size, first += size * spacing) {
           size = count >= 7 ? 7 : count >= 4 ? 4 : 1;
-          tiles.push_back({&a, first, size, shared ? side.dilation : 1, shared});
+          tiles.push_back({&a, first, size, sharing.spacing, sharing.step, side.dilation});
         }
       }
     }
@@ -131,8 +141,6 @@ template <class F> void over_threads(int64_t units, size_t bytes, Scratch& scrat
 }
 inline int64_t workers_for(int64_t units) { return std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads())); }
 
-inline int64_t spacing_of(const DepthwiseSide& side) { return side.stride == 1 ? side.dilation : 1; }
-
 // Channels of a unit: all of them, or even parts of whole vectors, if that takes more units or less room.
 inline int64_t channels_of_unit(int64_t channels, int64_t units, int64_t most) {
   const int64_t wanted = std::max((channels + most - 1) / most, std::min((8 + units - 1) / units, channels / 64));
@@ -145,7 +153,8 @@ inline int64_t units_of(int64_t channels, int64_t each) { return std::max<int64_
 // source -> target: the forward, or the gradient of the input.
 inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tensor& weight, const Tensor& target, bool gradient) {
   const DepthwiseAxes rows = axes_of(p.rows, p.kernel, gradient, false), columns = axes_of(p.columns, p.kernel, gradient, true);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows);
+  const DepthwiseSharing sharing(p.rows, gradient);
+  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing);
   const DepthwiseMap x{p.channels, p.rows.in, p.columns.in}, y{p.channels, p.rows.out, p.columns.out};
   const DepthwiseMap &from = gradient ? y : x, &to = gradient ? x : y;
   const size_t weight_bytes = Scratch::padded(size_t(p.channels * p.kernel * p.kernel * p.arithmetic()));
@@ -170,7 +179,7 @@ inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tens
     });
     return;
   }
-  const DepthwiseCopies copies(rows, columns, spacing_of(p.rows));
+  const DepthwiseCopies copies(rows, columns, sharing.spacing);
   const int64_t planes = p.images * p.channels, workers = workers_for(planes);
   const size_t bytes = Scratch::padded(size_t(((copies.ring + 1) * copies.row + kDepthwiseRows * (to.width + 2 * kMostLanes)) * p.arithmetic()));
   Scratch scratch(weight_bytes + bytes * size_t(workers));
@@ -185,7 +194,8 @@ inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tens
 // The gradient of the weights.
 inline void correlate(const DepthwiseProblem& p, const Tensor& x, const Tensor& grad, const Tensor& dweight) {
   const DepthwiseAxes rows = axes_of(p.rows, p.kernel, false, false), columns = axes_of(p.columns, p.kernel, false, true);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows);
+  const DepthwiseSharing sharing(p.rows, false);
+  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing);
   const int64_t taps = p.kernel * p.kernel, count = int64_t(tiles.size());
   DepthwiseGrad job{p.storage, x.const_data_ptr(), grad.const_data_ptr(), nullptr, {p.channels, p.rows.in, p.columns.in}, {p.channels, p.rows.out, p.columns.out},
                     p.kernel, columns.lattices.data(), tiles.data(), count, 0, 0, 0};
@@ -213,7 +223,7 @@ inline void correlate(const DepthwiseProblem& p, const Tensor& x, const Tensor& 
     unpack(p.storage, sums.data(), parts, p.channels * taps, out);
     return;
   }
-  const DepthwiseCopies copies(rows, columns, spacing_of(p.rows));
+  const DepthwiseCopies copies(rows, columns, sharing.spacing);
   job.margin = copies.margin, job.ring = copies.ring, job.row = copies.row;
   const int64_t workers = workers_for(p.channels);
   const size_t floats = Scratch::padded(size_t(((copies.ring + 1) * copies.row + kDepthwiseRows * (p.columns.out + kMostLanes) + taps * kMostLanes) * p.arithmetic()));

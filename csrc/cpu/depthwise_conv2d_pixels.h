@@ -26,8 +26,8 @@ template <class S> void convolve_pixels(const DepthwisePixels& p, const Depthwis
     targets[r] = static_cast<S*>(p.target) + (image * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width * C;
   const T* const weights = static_cast<const T*>(p.weights);
   const bool streaming = p.streaming;
-  with_tile<S>(tile, [&](auto taps_, auto rows_) __attribute__((always_inline)) {
-    constexpr int kTaps = decltype(taps_)::value, R = decltype(rows_)::value;
+  with_tile<S>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
+    constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
     const int64_t passes = kTaps > 1 ? 1 : rows.taps;
     for (int64_t lattice = 0; lattice < p.column_lattices; ++lattice) {
       const DepthwiseAxis a = p.columns[lattice];
@@ -39,7 +39,7 @@ template <class S> void convolve_pixels(const DepthwisePixels& p, const Depthwis
           for (int64_t m = 0; m < passes; ++m) {
             const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
             for (int64_t l = first; l < last; ++l)
-              add_products<kTaps, R, V, true>(sum, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c, weights + (down * K + a.tap[l]) * C + c, K * C);
+              add_products<kTaps, kStep, R, V, true>(sum, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c, weights + (down * K + a.tap[l]) * C + c, K * C);
           }
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
@@ -63,9 +63,9 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
   const DepthwiseAxis rows = *tile.axis, a = *p.columns;
   const S* grads[kDepthwiseRows];
   for (int64_t r = 0; r < tile.rows; ++r) grads[r] = static_cast<const S*>(p.grad) + (image * p.to.height + tile.first + r * tile.spacing) * p.to.width * C;
-  with_tile<S>(tile, [&](auto taps_, auto rows_) __attribute__((always_inline)) {
-    constexpr int kTaps = decltype(taps_)::value, R = decltype(rows_)::value;
-    constexpr int kStep = kVectors * L;
+  with_tile<S>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
+    constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
+    constexpr int kBlock = kVectors * L;
     const int64_t passes = kTaps > 1 ? 1 : rows.taps;
     for (int64_t j = 0; j < a.count; ++j) {
       const int64_t first = a.begin[j], last = a.end[j];
@@ -76,11 +76,11 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v) grad[r][v] = load(grads[r] + j * C + c + v * L);
-        T* const own = sums + block * K * K * kStep;
+        T* const own = sums + block * K * K * kBlock;
         for (int64_t m = 0; m < passes; ++m) {
           const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
           for (int64_t l = first; l < last; ++l)
-            add_correlations<kTaps, R, V, true>(own + (down * K + a.tap[l]) * kStep, K * kStep, grad, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c);
+            add_correlations<kTaps, kStep, R, V, true>(own + (down * K + a.tap[l]) * kBlock, K * kBlock, grad, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c);
         }
       });
     }
@@ -89,15 +89,15 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
 
 // Moves a chunk's sums to double, [channels of the chunk][kernel * kernel], and clears them.
 template <class T> void flush_pixels(int64_t kernel, int64_t begin, int64_t end, T* sums, double* total) {
-  constexpr int L = kLanes<T>, kStep = kVectors * L;
+  constexpr int L = kLanes<T>, kBlock = kVectors * L;
   const int64_t taps = kernel * kernel;
   int64_t done = begin;
   for_channels<L>(begin, end, [&](auto vectors_, int64_t c, int64_t block) {
-    T* const own = sums + block * taps * kStep;
+    T* const own = sums + block * taps * kBlock;
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t i = 0; i < decltype(vectors_)::value * L; ++i) {
-        if (c + i >= done) total[(c + i - begin) * taps + t] += double(own[t * kStep + i]);
-        own[t * kStep + i] = 0;
+        if (c + i >= done) total[(c + i - begin) * taps + t] += double(own[t * kBlock + i]);
+        own[t * kBlock + i] = 0;
       }
     done = c + decltype(vectors_)::value * L;
   });

@@ -118,8 +118,8 @@ template <class S> void convolve_plane(const DepthwisePlanes& p, int64_t plane, 
         targets[r] = static_cast<S*>(p.target) + (plane * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width + a.first;
         outs[r] = direct ? reinterpret_cast<T*>(targets[r]) : results + r * pitch;
       }
-      with_tile<T>(tile, [&](auto taps_, auto rows_) __attribute__((always_inline)) {
-        constexpr int kTaps = decltype(taps_)::value, R = decltype(rows_)::value;
+      with_tile<T>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
+        constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
         const int64_t passes = kTaps > 1 ? 1 : rows.taps;
         const auto block = [&](auto vectors_, int64_t w) __attribute__((always_inline)) {
           constexpr int V = decltype(vectors_)::value;
@@ -129,7 +129,7 @@ template <class S> void convolve_plane(const DepthwisePlanes& p, int64_t plane, 
             for (int64_t l = 0; l < a.taps; ++l) {
               const int64_t place = a.base[l] + p.margin;
               const int64_t offset = a.advance == 1 ? place : place % a.advance * ring.length + place / a.advance;
-              add_products<kTaps, R, V, false>(sum, sources.rows + m * R, offset + w, weights + down * K + a.tap[l], K);
+              add_products<kTaps, kStep, R, V, false>(sum, sources.rows + m * R, offset + w, weights + down * K + a.tap[l], K);
             }
           }
 #pragma GCC unroll 8
@@ -187,8 +187,8 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
         widen_row(static_cast<const S*>(p.grad) + (plane * p.to.height + tile.first + r * tile.spacing) * p.to.width, p.to.width, grads + r * pitch);
       terms += tile.rows * pitch / L;
       if (terms > kTerms) flush(), terms = tile.rows * pitch / L;
-      with_tile<T>(tile, [&](auto taps_, auto rows_) __attribute__((always_inline)) {
-        constexpr int kTaps = decltype(taps_)::value, R = decltype(rows_)::value;
+      with_tile<T>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
+        constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
         const int64_t passes = kTaps > 1 ? 1 : rows.taps;
         for (int64_t w = 0; w < a.count; w += L) {
           vec<T> grad[R][1];
@@ -199,7 +199,7 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
             for (int64_t l = 0; l < a.taps; ++l) {
               const int64_t place = a.base[l] + p.margin;
               const int64_t offset = a.advance == 1 ? place : place % a.advance * ring.length + place / a.advance;
-              add_correlations<kTaps, R, 1, false>(sums + (down * K + a.tap[l]) * L, K * L, grad, sources.rows + m * R, offset + w);
+              add_correlations<kTaps, kStep, R, 1, false>(sums + (down * K + a.tap[l]) * L, K * L, grad, sources.rows + m * R, offset + w);
             }
           }
         }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone
-from nasdet.detectors.norm import norm_layer
+from nasdet.detectors.norm import FoldingSequential, norm_layer
 
 # expansion, channels, blocks, stride of the first (Table 2), by the level that they end in
 STAGES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
@@ -26,7 +26,7 @@ def divisible(channels: float) -> int:
 
 def _conv(inp: int, out: int, kernel: int, stride: int, groups: int, norm: str) -> nn.Sequential:
     conv = nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, norm_layer(norm, out), nn.ReLU6(inplace=True))
+    return FoldingSequential(conv, norm_layer(norm, out), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
@@ -40,7 +40,7 @@ class InvertedResidual(nn.Module):
         inner = inp * expansion
         first = [_conv(inp, inner, 1, 1, 1, norm)] if expansion != 1 else []
         last = [nn.Conv2d(inner, out, 1, bias=False), norm_layer(norm, out)]
-        self.conv = nn.Sequential(*first, _conv(inner, inner, 3, stride, inner, norm), *last)
+        self.conv = FoldingSequential(*first, _conv(inner, inner, 3, stride, inner, norm), *last)
         self.shortcut = stride == 1 and inp == out
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasdet.detectors.parts.losses import at_least_float32
-from nasdet.nn import AcceleratedConv2d, GroupedDilationConv2d
+from nasdet.nn import AcceleratedConv2d, DepthwiseConv2d, GroupedDilationConv2d
 
 NORMS = ("bn", "frozen_bn", "sync_bn", "gn")
 
@@ -89,7 +89,10 @@ def _folded(conv: Any, norm: Any, x: Tensor) -> Tensor:
 
 
 def _folds(conv: nn.Module, norm: nn.Module) -> bool:
-    if type(conv) not in (nn.Conv2d, AcceleratedConv2d, GroupedDilationConv2d) or conv.bias is not None:
+    if (
+        type(conv) not in (nn.Conv2d, AcceleratedConv2d, DepthwiseConv2d, GroupedDilationConv2d)
+        or conv.bias is not None
+    ):
         return False
     evaluated = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None and norm.affine
     if not evaluated and type(norm) is not FrozenBatchNorm2d:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone, scaled
-from nasdet.detectors.norm import norm_layer
+from nasdet.detectors.norm import FoldingSequential, norm_layer
 
 CHOICES = {"sh3": 3, "sh5": 5, "sh7": 7, "xcep": 3}
 """DetNAS's choices for a block, in the order of its genes, with the kernel of their depthwise convolutions."""
@@ -33,7 +33,7 @@ def _right_branch(choice: str, inp: int, out: int, mid: int, stride: int, norm: 
         layers += _depthwise(mid, kernel, 1, norm) + _pointwise(mid, out, norm)
     else:
         layers = _pointwise(inp, mid, norm) + _depthwise(mid, kernel, stride, norm) + _pointwise(mid, out, norm)
-    return nn.Sequential(*layers)
+    return FoldingSequential(*layers)
 
 
 def interleave(left: Tensor, right: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class ShuffleBlock(nn.Module):
         self.inp, self.out, self.stride = inp, out, stride
         self.choice, self.shuffle = choice, shuffle
         if stride == 2:
-            self.branch1 = nn.Sequential(*_depthwise(inp, CHOICES[choice], 2, norm), *_pointwise(inp, left, norm))
+            self.branch1 = FoldingSequential(*_depthwise(inp, CHOICES[choice], 2, norm), *_pointwise(inp, left, norm))
         self.branch2 = _right_branch(choice, inp if stride == 2 else inp // 2, out - left, out // 2, stride, norm)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class ShuffleNetV2(Backbone):
         pooled = len(channels) == 3
         inp = scaled(stem, width)
         conv = nn.Conv2d(3, inp, 3, stride=2, padding=1, bias=not pooled)
-        self.conv1 = nn.Sequential(conv, norm_layer(norm, inp), nn.ReLU(inplace=True))
+        self.conv1 = FoldingSequential(conv, norm_layer(norm, inp), nn.ReLU(inplace=True))
         parts, widths = {"stem": ["conv1"]}, {}
         if pooled:
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)

@@ -39,12 +39,12 @@ def depthwise_conv2d(
         padding: integer >= 0 or (vertical, horizontal), in pixels, or ``"same"``: ``dilation * (k // 2)``, which keeps
             the size at stride 1 and divides it by the stride, rounded up, at others.
         dilation: integer >= 1 or (vertical, horizontal).
-        backend: ``"cpp"`` or ``"reference"``; the best that can run when None.
+        backend: ``"cpp"``, ``"cuda"`` or ``"reference"``; the best that can run when None.
 
     Returns:
         ``y [N, C, (H + 2 ph - dh (k - 1) - 1) // sh + 1, ...]``, dtype of ``x``, channels_last when ``x`` is (and is
         not also contiguous), else contiguous. Sums are kept in float32 (float64), long ones of the weight's gradient in
-        float64; they depend neither on threads nor on the run.
+        float64 on top; they depend neither on threads nor on the run.
 
     Gradients for ``x`` and ``weight``; there is no second derivative but in the reference.
 
@@ -194,6 +194,7 @@ _LARGE = (  # ShuffleNetV2's stages at 800 x 1333, FAD's units, and 224 x 224
     ("c256-50x84-k5-dilation-4", (1, 256, 50, 84), 5, 1, 4),
     ("c64-100x167-k3", (1, 64, 100, 167), 3, 1, 1),
     ("c232-25x42-k7", (1, 232, 25, 42), 7, 1, 1),
+    ("c116-50x84-k3", (1, 116, 50, 84), 3, 1, 1),
     ("c116-50x84-k3-stride-2", (1, 116, 50, 84), 3, 2, 1),
     ("n8-c116-14x14-k5", (8, 116, 14, 14), 5, 1, 1),
     ("n8-c232-7x7-k3", (8, 232, 7, 7), 3, 1, 1),
@@ -206,6 +207,7 @@ OP = _dispatch.register(
         reference=_reference,
         backends=(
             _dispatch.compiled_backend("cpp", "depthwise_conv2d", _run_compiled, _map),
+            _dispatch.compiled_backend("cuda", "depthwise_conv2d", _run_compiled, _map),
             _dispatch.reference_backend(_reference),
         ),
         reduce_len=lambda x, weight, *_: weight[0].numel(),
@@ -220,6 +222,8 @@ OP = _dispatch.register(
             _case("dilated-5x5", (1, 2, 17, 19), 5, 1, (4, 3)),
             _case("stride-2", (2, 3, 9, 12), 3, 2),
             _case("stride-2-5x5", (1, 3, 12, 37), 5, 2),
+            _case("stride-2-dilated", (1, 3, 13, 26), 3, 2, 2),
+            _case("stride-2-7x7-dilated", (1, 2, 31, 24), 7, 2, 3),
             _case("stride-3-dilated", (1, 3, 11, 13), 3, 3, 2),
             _case("uneven-stride", (1, 3, 8, 9), 7, (2, 1)),
             _case("stride-beyond-the-kernel", (1, 2, 9, 8), 1, (2, 3)),
@@ -236,6 +240,8 @@ OP = _dispatch.register(
             _case("channels-last-9x9", (1, 20, 6, 7), 9, layout="channels_last"),
             _case("channels-last-dilated", (1, 32, 10, 9), 3, 1, (2, 3), layout="channels_last"),
             _case("channels-last-stride-2", (2, 18, 9, 8), 3, 2, layout="channels_last"),
+            _case("channels-last-stride-2-dilated", (1, 34, 21, 12), 5, 2, 2, layout="channels_last"),
+            _case("channels-last-stride-2-7x7", (1, 33, 33, 8), 7, (2, 1), (3, 1), layout="channels_last"),
             _case("channels-last-stride-3-dilated", (1, 24, 9, 11), 5, (3, 2), 2, layout="channels_last"),
             _case("channels-last-no-padding", (1, 17, 8, 7), 5, padding=0, layout="channels_last"),
             _case("channels-last-wide-padding", (1, 17, 4, 3), 3, padding=5, layout="channels_last"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nasdet
-from nasdet.detectors import ResNet
+from nasdet.detectors import MobileNetV2, ResNet, ShuffleNetV2
 from nasdet.detectors.norm import FoldingSequential, FrozenBatchNorm2d, conv_norm
 from nasdet.nn import GroupedDilationConv2d
 
@@ -135,12 +136,33 @@ def test_in_sequence() -> None:
         torch.testing.assert_close(FoldingSequential(*layers)(image()), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
+BACKBONES: dict[str, Callable[[str], Any]] = {
+    "resnet18": lambda norm: ResNet(18, width=0.25, norm=norm),
+    "resnet50": lambda norm: ResNet(50, width=0.25, norm=norm),
+    "mobilenet": lambda norm: MobileNetV2(width=0.25, norm=norm),
+    "shufflenet": lambda norm: ShuffleNetV2(
+        8, (16, 32, 64), (1, 2, 2), ["xcep", "sh5", "sh7", "sh3", "xcep"], norm=norm
+    ),
+}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+def test_a_backbone_calls_no_fixed_norm(backbone: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    net = backbone("frozen_bn")
+
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("a norm was called")
+
+    monkeypatch.setattr(FrozenBatchNorm2d, "forward", refuse)
+    net(torch.randn(1, 3, 64, 96))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
-def test_a_backbone_computes_what_it_did(depth: int, norm: str) -> None:
+def test_a_backbone_computes_what_it_did(backbone: Callable[[str], Any], norm: str) -> None:
     """Against the same net in float64 with its norms heard, and so called."""
     torch.manual_seed(0)
-    net = ResNet(depth, width=0.25, norm=norm)
+    net = backbone(norm)
     x = torch.randn(1, 3, 64, 96)
     net.train()(x)
     net.eval()

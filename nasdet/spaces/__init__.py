@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SPACES: dict[str, str] = {
     "detnas": "nasdet.spaces.detnas:DetNASSpace",
     "fad": "nasdet.spaces.fad:FADSpace",
+    "hit": "nasdet.spaces.hit:HitSpace",
     "msnas": "nasdet.spaces.msnas:MSNASSpace",
     "nats": "nasdet.spaces.nats:NATSSpace",
 }

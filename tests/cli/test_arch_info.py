@@ -104,7 +104,7 @@ def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "text"),
     [
         ([], "there must be something to count: a card, --detector or --backbone"),
-        (["resnet51"], "fad-alternative, fad-paper, msnas-r18-1, "),
+        (["resnet51"], "fad-alternative, fad-paper, hit-detector, msnas-r18-1, "),
         (["none.json"], "name must be a card's JSON file or one of"),
         (["--backbone", "resnet51"], "backbone must be one of resnet18"),
         (["--detector", "fcos", "--backbone", "resnet51"], "backbone must be one of resnet18"),

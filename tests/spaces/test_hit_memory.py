@@ -14,7 +14,7 @@ from nasdet.spaces.hit.costs import activations_table
 from nasdet.spaces.hit.steps import part_step
 
 STAGES = ((16, 1, 2), (24, 1, 2), (32, 1, 2), (48, 1, 2))
-SIZES = Sizes(stem=8, stages=STAGES, tail=(64, 96), channels=24, inputs=("c4", "c5"), blocks=1, hidden=32)
+SIZES = Sizes(stem=8, stages=STAGES, tail=(64, 96), channels=24, inputs=("c3", "c4", "c5"), blocks=1, hidden=32)
 NAMES = ("ir_k3_d1_e1", "ir_k5_d2_e6", "ir_k3_d1_e3", "sep_k3_d3", "conv_k5_d1", "conv_k3_d2")
 SPACE, ALL = HitSpace(SIZES, NAMES), HitSpace(SIZES, "full")
 RETINA = HitSpace(Sizes(channels=16, inputs=("c3", "c4", "c5"), extra="convs", blocks=1), NAMES, parts=("towers",))
@@ -35,23 +35,29 @@ def measured(step: Any) -> int:
 @pytest.mark.parametrize(("part", "memory", "learns"), CASES.values(), ids=CASES)
 def test_the_forecast_is_what_is_held(part: str, memory: str, learns: str) -> None:
     options = OPTIONS | {"memory": memory, "learns": learns}
+    if part == "neck":  # larger maps: on the smallest the weights' gradients are most of all
+        options["size"] = (192, 256)
     forecast = forecast_memory(lambda: part_step(SPACE, part, **options))
     assert forecast == pytest.approx(measured(part_step(SPACE, part, **options)), rel=0.15)
 
 
 def test_the_forecast_of_towers_on_five_levels() -> None:
-    options: dict[str, Any] = {"size": (64, 128), "batch": 2, "memory": "recompute"}
+    options: dict[str, Any] = {"size": (96, 160), "batch": 2, "memory": "recompute"}
     forecast = forecast_memory(lambda: part_step(RETINA, "towers", **options))
     assert forecast == pytest.approx(measured(part_step(RETINA, "towers", **options)), rel=0.15)
 
 
 def test_the_modes_in_their_order() -> None:
-    """Of 32 operations one at a time is held, and it is less than a tenth of all.
+    """Of 32 operations in two layers one at a time is held, and it is less than a tenth of all.
 
-    In the alphas' half of a step: the weights' gradients, which are the same in all modes, are not there.
+    In the alphas' half of a step: the weights' gradients, which are the same in all modes, are not there. The largest
+    operation keeps 26 of the 344 maps of a layer, and needs some more while its gradient is computed.
     """
+    space = HitSpace(Sizes(channels=24, blocks=2, hidden=32), "full")
     peaks = {
-        memory: forecast_memory(lambda memory=memory: part_step(ALL, "head", **OPTIONS, memory=memory, learns="alphas"))
+        memory: forecast_memory(
+            lambda memory=memory: part_step(space, "head", **OPTIONS, memory=memory, learns="alphas")
+        )
         for memory in ("full", "recompute", "sampled")
     }
     assert peaks["recompute"] < 0.1 * peaks["full"]
@@ -72,7 +78,7 @@ def test_a_sampled_steps_forecast_is_for_the_largest_candidates() -> None:
     closed = [cell.cell_contents for cell in step.__closure__ or ()]
     (net,) = [value for value in closed if isinstance(value, nn.Module)]
     chosen = [layer.names[index] for layer in mixed_layers(net)["neck"] for index in layer.drawn or ()]
-    assert len(chosen) == 4 and all(name.endswith("_e6") for name in chosen)
+    assert len(chosen) == 6 and all(name.endswith("_e6") for name in chosen)
     one, two = (
         forecast_memory(lambda n=n: part_step(SPACE, "neck", **OPTIONS, memory="sampled", samples=n)) for n in (1, 2)
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nasdet.cli import names, search_nats
+from nasdet.cli import names, search_msnas, search_nats
 
 HELP = "search a detector's architecture on a data folder"
 
@@ -62,14 +62,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     _add_common(fad)
     _add_fad(fad)
-    nats = methods.add_parser(
-        "nats",
-        help=search_nats.HELP,
-        description=search_nats.DESCRIPTION,
-        epilog=search_nats.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    search_nats.configure(nats)
+    for name, method in _METHODS.items():
+        method.configure(
+            methods.add_parser(
+                name,
+                help=method.HELP,
+                description=method.DESCRIPTION,
+                epilog=method.EPILOG,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+
+
+_METHODS: dict[str, Any] = {"msnas": search_msnas, "nats": search_nats}
+"""Methods with a module of their own."""
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +158,7 @@ def run(
     from nasdet.data import Split, open_data
     from nasdet.detectors import WITH_MASKS
 
-    presets = {"fad": PRESETS, "nats": search_nats.PRESETS}
+    presets = {"fad": PRESETS, **{name: module.PRESETS for name, module in _METHODS.items()}}
     if method not in presets:
         raise ValueError(f"method must be one of {', '.join(presets)}, got {method!r}")
     given = {name: value for name, value in options.items() if value is not None}
@@ -169,7 +175,7 @@ def run(
     folder = open_data(data, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad, masks=masks)
     if folder.skipped:
         print("skipped: " + ", ".join(f"{number} {reason}" for reason, number in folder.skipped.items()))
-    search = _search_fad if method == "fad" else search_nats.run
+    search = _search_fad if method == "fad" else _METHODS[method].run
     command = ["nasdet", *sys.argv[1:]]
     places = {"weights": weights, "device": device, "backend": backend}
     for line in search(settings, folder, out, resume=resume, command=command, **places):

@@ -150,7 +150,7 @@ def run(
     from nasdet.engine.train import TrainConfig, train
 
     given = {name: value for name, value in options.items() if value is not None}
-    settings = {**PRESETS[preset or "paper"], **_own_backbone(card), **given}
+    settings = {**_preset(preset, card), **given}
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
     names = {field.name for field in fields(TrainConfig)}
@@ -225,6 +225,8 @@ def model_config(
     from nasdet.spaces.assemble import searched_fields
 
     chosen = _chosen(card)
+    if chosen is not None and part_of(chosen) == "body" and "backbone" in settings:
+        raise ValueError(f"backbone must be left out, as {chosen.name} is one, got {settings['backbone']!r}")
     # A searched backbone is retrained with norms that learn; cards of other parts leave a pretrained one's as they are.
     learning = chosen is not None and part_of(chosen) in ("backbone", "body")
     norm = ("sync_bn" if learning else "frozen_bn") if weights else "gn"
@@ -249,10 +251,14 @@ def _around(card: str, beside: bool) -> ModelConfig:
     return ModelConfig(detector="mask_rcnn") if chosen and part_of(chosen) == "mask_trunk" else ModelConfig()
 
 
-def _own_backbone(card: str) -> dict[str, Any]:
-    """The backbone that a card transforms, by name and width; nothing for plain or a card of another part."""
+def _preset(name: str | None, card: str) -> dict[str, Any]:
+    """The settings of a preset; the card's own backbone, the one that it transforms or is, takes the preset's place."""
     from nasdet.spaces import part_of
 
-    if (chosen := _chosen(card)) is None or part_of(chosen) != "backbone":
-        return {}
-    return {name: chosen.settings[name] for name in ("backbone", "width") if name in chosen.settings}
+    settings, chosen = dict(PRESETS[name or "paper"]), _chosen(card)
+    part = None if chosen is None else part_of(chosen)
+    if part == "body":
+        return {key: value for key, value in settings.items() if key not in ("backbone", "width")}
+    if chosen is not None and part == "backbone":
+        settings |= {key: chosen.settings[key] for key in ("backbone", "width") if key in chosen.settings}
+    return settings

@@ -33,12 +33,13 @@ from nasdet.detectors.mask_rcnn import MaskStage
 from nasdet.detectors.mask_scoring_rcnn import MaskIoUHead, MaskScoringStage
 from nasdet.detectors.mobilenet import MobileNetV2
 from nasdet.detectors.norm import FrozenBatchNorm2d
-from nasdet.detectors.parts.anchors import AnchorGenerator
+from nasdet.detectors.parts.anchors import AnchorGenerator, octave_sizes
+from nasdet.detectors.parts.assign import size_ranges
 from nasdet.detectors.parts.codec import BoxCodec
 from nasdet.detectors.resnet import ResNet
 from nasdet.detectors.retinanet import RetinaNet
 from nasdet.detectors.roi_heads import BoxHead, BoxTrunk, MaskHead, MaskTrunk, RoIPooler
-from nasdet.detectors.rpn import RPN
+from nasdet.detectors.rpn import RPN, rpn_anchors
 from nasdet.detectors.shufflenet import ShuffleNetV2
 from nasdet.detectors.towers import PlainTowers
 from nasdet.detectors.weights import load_backbone_weights, load_torchvision_detector
@@ -108,6 +109,11 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
 }
 
 
+#: level of the boxes in the first of a backbone's own maps, below 56 pixels (MSNAS, figure 2b)
+FIRST_GROUP = 1
+#: channels of the RPN on a backbone's own maps, as MSNAS's FLOPs have it
+RPN_CHANNELS = 256
+
 #: a backbone by name, or what makes one: ``maker(width=, norm=, frozen_stages=, outputs=)``
 BackboneLike = str | Callable[..., nn.Module]
 
@@ -141,6 +147,14 @@ def _neck(body: Any, fpn_channels: int, **options: Any) -> tuple[FPN | Pyramid, 
         neck = Pyramid(body.channels, body.strides)
         return neck, next(iter(neck.channels.values()))
     return FPN(body.channels, body.strides, fpn_channels, **options), fpn_channels
+
+
+def _pooler(neck: Any, size: int) -> RoIPooler:
+    """From the levels P2 to P5 by size; or from a backbone's own pyramid, a map for each group of boxes."""
+    strides = tuple(neck.strides.values())
+    if isinstance(neck, Pyramid):
+        return RoIPooler(strides, size, lowest_level=FIRST_GROUP)
+    return RoIPooler(strides[:4], size)
 
 
 def _one_stage(
@@ -179,9 +193,17 @@ def build_fcos(
 
     ``towers`` default to plain ones of ``tower_convs`` (4) convolutions with ``tower_norm`` (None for none). All other
     options go to :class:`FCOS`.
+
+    A backbone that is a pyramid by itself (``pyramid``) gets no FPN: its maps are the levels, for objects as large as
+    those of the usual ones (in FCOS up to 64, 128, ... pixels), whatever their strides, each with predictors of its
+    own. ``fpn_channels`` and ``levels`` are passed over.
     """
     parts, rest = _one_stage(backbone, tower_norm=tower_norm, **options)
-    return FCOS(*parts, num_classes=num_classes, **rest)
+    neck = parts[1]
+    own: dict[str, Any] = {}
+    if isinstance(neck, Pyramid):
+        own = {"ranges": size_ranges(neck.nominal(8)), "shared": False}
+    return FCOS(*parts, num_classes=num_classes, **own | rest)
 
 
 def build_retinanet(
@@ -192,7 +214,11 @@ def build_retinanet(
     By default the towers have no norm, as published; from random weights ``tower_norm="gn"`` learns sooner.
     """
     parts, rest = _one_stage(backbone, tower_norm=tower_norm, **options)
-    return RetinaNet(*parts, num_classes=num_classes, **rest)
+    own: dict[str, Any] = {}
+    if isinstance(neck := parts[1], Pyramid):
+        anchors = AnchorGenerator(tuple(neck.strides.values()), octave_sizes(neck.nominal(8)))
+        own = {"anchors": anchors, "shared": False}
+    return RetinaNet(*parts, num_classes=num_classes, **own | rest)
 
 
 def build_faster_rcnn(
@@ -222,6 +248,10 @@ def build_faster_rcnn(
     ``box_head``, ``head_norm`` and ``hidden`` are :class:`BoxTrunk`'s; ``rpn`` are options of :class:`RPN`; the others
     go to :class:`BoxStage`. Several ``ious`` and ``codecs`` make a cascade. There are no towers: ``tower_convs`` is
     passed over, and ``towers`` must be None.
+
+    On a backbone's own pyramid of five maps the RPN has anchors of 32 to 512 pixels, 256 channels and layers of its own
+    on each, and boxes are pooled by their level k (of 224 pixels: 4) from the map of k < 2, of 2, 3, 4, or k >= 5, with
+    one head for all.
     """
     if levels < 1:
         raise ValueError(f"levels must be positive, got {levels}")
@@ -231,7 +261,9 @@ def build_faster_rcnn(
     body = _body(backbone, outputs, width=width, norm=norm, weights=weights, frozen_stages=frozen_stages)
     neck, channels = _neck(body, fpn_channels, extra_levels=levels - len(outputs), extra_source="pool")
     strides = tuple(neck.strides.values())
-    pooler = RoIPooler(strides[: len(outputs)], size=7)
+    own: dict[str, Any] = {}
+    if isinstance(neck, Pyramid):
+        own = {"anchors": rpn_anchors(strides, neck.nominal(4)), "hidden": RPN_CHANNELS, "shared": False}
     stages = [
         BoxStage(
             BoxHead(
@@ -239,7 +271,7 @@ def build_faster_rcnn(
                 num_classes,
                 class_agnostic=class_agnostic,
             ),
-            pooler,
+            _pooler(neck, 7),
             codec=codec,
             iou=iou,
             **options,
@@ -247,7 +279,7 @@ def build_faster_rcnn(
         for iou, codec in zip(ious, codecs, strict=True)
     ]
     boxes = stages[0] if len(stages) == 1 else CascadeStages(stages)
-    return FasterRCNN(body, neck, RPN(channels, strides, **(rpn or {})), boxes)
+    return FasterRCNN(body, neck, RPN(channels, strides, **own | dict(rpn or {})), boxes)
 
 
 def build_cascade_rcnn(backbone: BackboneLike = "resnet50", num_classes: int = 80, **options: Any) -> FasterRCNN:
@@ -273,10 +305,9 @@ def build_mask_rcnn(
     """
     build = build_cascade_rcnn if cascade else build_faster_rcnn
     model = build(backbone, num_classes, **options)
-    strides = tuple(model.neck.strides.values())[:4]  # type: ignore[union-attr, operator]  # the FPN's
     channels = next(iter(model.neck.channels.values()))  # type: ignore[union-attr, operator]  # the FPN's
     head = MaskHead(mask_trunk or MaskTrunk(channels, hidden=channels, norm=mask_norm), num_classes, hidden=channels)
-    pooler = RoIPooler(strides, size=14)
+    pooler = _pooler(model.neck, 14)
     if scoring:
         masks: MaskStage = MaskScoringStage(head, MaskIoUHead(channels, num_classes, hidden=channels), pooler)
     else:

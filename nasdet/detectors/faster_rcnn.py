@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,6 +145,15 @@ class FasterRCNN(nn.Module):
         self.num_classes: int = boxes.num_classes  # type: ignore[assignment]  # nn.Module's attributes have no types
         if masks is not None and masks.num_classes != self.num_classes:
             raise ValueError(f"masks must be for {self.num_classes} classes as boxes, got {masks.num_classes}")
+
+    def set_strides(self, strides: Sequence[int]) -> None:
+        """Say the strides of the pyramid's maps anew, where the backbone is a pyramid whose strides have changed: a
+        supernet. Anchors and groups of boxes stay as large as they are."""
+        self.neck.set_strides(strides)  # type: ignore[operator]  # a Pyramid's
+        self.rpn.anchors = self.rpn.anchors.at_strides(strides)
+        for stage in self.modules():
+            if isinstance(pooler := getattr(stage, "pooler", None), RoIPooler):
+                stage.pooler = replace(pooler, strides=tuple(strides))  # type: ignore[assignment]  # not a module
 
     def forward(self, images: Tensor) -> Outputs:
         """Images ``[N, 3, H, W]`` to per-level lists: ``features``, the pyramid, and what the RPN says of it.

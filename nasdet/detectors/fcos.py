@@ -83,7 +83,12 @@ class FCOS(OneStage):
         if len(self.ranges) != len(self.strides):
             raise ValueError(f"ranges must have one entry per level ({len(self.strides)}), got {len(self.ranges)}")
         self.center_radius = center_radius
-        self.head = FCOSHead(self.box_channels, self.cls_channels, num_classes, len(self.strides), self.prior)
+        sizes, levels = (self.box_channels, self.cls_channels, num_classes), len(self.strides)
+        self.head: Any = (
+            FCOSHead(*sizes, levels, self.prior)
+            if self.shared
+            else nn.ModuleList(FCOSHead(*sizes, 1, self.prior) for _ in range(levels))
+        )
 
     def forward(self, images: Tensor) -> Outputs:
         """Images ``[N, 3, H, W]`` to per-level lists.
@@ -93,7 +98,8 @@ class FCOS(OneStage):
         """
         outputs: Outputs = {"cls": [], "box": [], "centerness": []}
         for index, level in enumerate(self.neck(self.backbone(images)).values()):
-            cls, box, centerness = self.head(*self.towers(level), index)
+            head, scale = (self.head, index) if self.shared else (self.head[index], 0)
+            cls, box, centerness = head(*self.towers(level), scale)
             outputs["cls"].append(cls)
             outputs["box"].append(box)
             outputs["centerness"].append(centerness)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +74,11 @@ class FPN(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """The neck of a backbone whose maps are a pyramid already: one number of channels, finest first; passed on."""
+    """The neck of a backbone whose maps are a pyramid already: one number of channels, finest first; passed on.
+
+    Each map is for one group of objects by size, whatever its stride: several groups may be on maps of one stride, or
+    on one map (MSNAS, section 3.3). ``nominal`` are the strides of a usual pyramid for these groups.
+    """
 
     def __init__(self, channels: Mapping[str, int], strides: Mapping[str, int]) -> None:
         super().__init__()
@@ -83,6 +87,17 @@ class Pyramid(nn.Module):
         if list(strides.values()) != sorted(strides.values()):
             raise ValueError(f"strides must not fall, got {dict(strides)}")
         self.channels, self.strides = dict(channels), dict(strides)
+
+    def set_strides(self, strides: Sequence[int]) -> None:
+        """Say the maps' strides anew, where the backbone's have changed."""
+        if len(strides) != len(self.strides) or list(strides) != sorted(strides):
+            raise ValueError(f"strides must be {len(self.strides)} that do not fall, got {list(strides)}")
+        self.strides = dict(zip(self.strides, strides, strict=True))
+
+    def nominal(self, first: int) -> tuple[int, ...]:
+        """Strides from ``first`` on, each twice the one before: a group's objects are of the size for which a usual
+        pyramid has a map of this stride."""
+        return tuple(first * 2**index for index in range(len(self.strides)))
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The maps, in the order of the strides."""

@@ -23,6 +23,9 @@ class OneStage(nn.Module, ABC):
     ``neck.channels``; ``towers(level)`` the box and the class feature, described by ``towers.box_channels`` and
     ``towers.cls_channels``.
 
+    Predictors are the same on all levels, unless ``shared`` is False: two levels on one map would otherwise say the
+    same of objects of two sizes.
+
     ``prior`` is the class probability at the start; ``focal_alpha`` and ``focal_gamma`` are the focal loss's. At
     detection ``candidates`` per level are taken before suppression at IoU ``nms_threshold``, which is per class, and
     ``max_detections`` per image after it; ``score_threshold`` is on the class probability.
@@ -36,6 +39,7 @@ class OneStage(nn.Module, ABC):
         *,
         num_classes: int,
         nms_threshold: float,
+        shared: bool = True,
         prior: float = 0.01,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
@@ -51,13 +55,19 @@ class OneStage(nn.Module, ABC):
         self.strides: tuple[int, ...] = tuple(described(neck, "neck", "strides").values())
         self.cls_channels: int = described(towers, "towers", "cls_channels")
         self.box_channels: int = described(towers, "towers", "box_channels")
-        self.num_classes, self.prior = num_classes, prior
+        self.num_classes, self.prior, self.shared = num_classes, prior, shared
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.candidates, self.max_detections = candidates, max_detections
         self.backbone = backbone
         self.neck = neck
         self.towers = towers
+
+    def set_strides(self, strides: Sequence[int]) -> None:
+        """Say the strides of the pyramid's maps anew, where the backbone is a pyramid whose strides have changed: a
+        supernet. Sizes of objects and anchors stay as they are."""
+        self.neck.set_strides(strides)  # type: ignore[operator]  # a Pyramid's
+        self.strides = tuple(strides)
 
     @abstractmethod
     def loss(self, outputs: Outputs, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

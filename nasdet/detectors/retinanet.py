@@ -55,10 +55,17 @@ class RetinaNet(OneStage):
         self.codec, self.box_beta = codec, box_beta
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         each = self.anchors.per_cell
-        self.cls_logits = nn.Conv2d(self.cls_channels, each * num_classes, 3, padding=1)
-        self.box_pred = nn.Conv2d(self.box_channels, each * 4, 3, padding=1)
-        normal_init(self.cls_logits, bias=math.log(self.prior / (1 - self.prior)))
-        normal_init(self.box_pred)
+        sizes = ((self.cls_channels, each * num_classes), (self.box_channels, each * 4))
+        count = 1 if self.shared else len(self.strides)
+        cls, box = ([nn.Conv2d(*pair, 3, padding=1) for _ in range(count)] for pair in sizes)
+        normal_init(*cls, bias=math.log(self.prior / (1 - self.prior)))
+        normal_init(*box)
+        self.cls_logits: Any = cls[0] if self.shared else nn.ModuleList(cls)
+        self.box_pred: Any = box[0] if self.shared else nn.ModuleList(box)
+
+    def set_strides(self, strides: Sequence[int]) -> None:
+        super().set_strides(strides)
+        self.anchors = self.anchors.at_strides(strides)
 
     def forward(self, images: Tensor) -> Outputs:
         """Images ``[N, 3, H, W]`` to per-level lists over A anchors a cell.
@@ -66,10 +73,12 @@ class RetinaNet(OneStage):
         ``cls`` logits ``[N, A * K, H, W]`` and ``box`` deltas ``[N, A * 4, H, W]``, the anchor varying slowest.
         """
         outputs: Outputs = {"cls": [], "box": []}
-        for level in self.neck(self.backbone(images)).values():
+        for index, level in enumerate(self.neck(self.backbone(images)).values()):
             box_feature, cls_feature = self.towers(level)
-            outputs["cls"].append(self.cls_logits(cls_feature))
-            outputs["box"].append(self.box_pred(box_feature))
+            predictors = (self.cls_logits, self.box_pred)
+            cls, box = predictors if self.shared else (own[index] for own in predictors)
+            outputs["cls"].append(cls(cls_feature))
+            outputs["box"].append(box(box_feature))
         return outputs
 
     def loss(self, outputs: Outputs, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from nasdet.ops import multilevel_roi_align
 class RoIPooler:
     """RoIAlign of boxes from the finest ``len(strides)`` levels of a pyramid, each box from the level of its size.
 
-    ``size`` is the side of the result; the other options are :func:`nasdet.ops.multilevel_roi_align`'s.
+    ``size`` is the side of the result; the other options are :func:`nasdet.ops.multilevel_roi_align`'s. With
+    ``lowest_level`` strides may repeat.
     """
 
     strides: tuple[int, ...]
@@ -30,6 +31,7 @@ class RoIPooler:
     aligned: bool = False
     canonical_scale: float = 224
     canonical_level: int = 4
+    lowest_level: int | None = None
 
     def __call__(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Levels ``[N, C, H, W]``, finest first, and boxes ``[R_i, 4]`` per image to ``[sum R_i, C, size, size]``."""
@@ -42,6 +44,7 @@ class RoIPooler:
             self.aligned,
             canonical_scale=self.canonical_scale,
             canonical_level=self.canonical_level,
+            lowest_level=self.lowest_level,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,18 @@ MIN_SIDE = 1e-3
 """Thinner proposals, in pixels, are dropped, as in torchvision."""
 
 
-def rpn_anchors(strides: Sequence[int], *, convention: str = "torchvision") -> AnchorGenerator:
-    """One size of 8 strides a level (32 to 512 for strides 4 to 64) and 3 ratios."""
-    return AnchorGenerator(strides, [(8.0 * stride,) for stride in strides], convention=convention)
+def rpn_anchors(
+    strides: Sequence[int], nominal: Sequence[int] | None = None, *, convention: str = "torchvision"
+) -> AnchorGenerator:
+    """One size of 8 strides a level (32 to 512 for strides 4 to 64) and 3 ratios; of ``nominal`` strides, if given."""
+    return AnchorGenerator(strides, [(8.0 * stride,) for stride in nominal or strides], convention=convention)
 
 
 class RPN(nn.Module):
     """A 3x3 convolution and two 1x1 predictors, shared by all levels; their loss, and the proposals.
+
+    The 3x3 has ``hidden`` channels, by default as many as the maps. Without ``shared`` every level has layers of its
+    own: two levels on one map would otherwise say the same of anchors of two sizes.
 
     ``anchors`` default to one size and 3 ratios a cell. At training, ``samples`` anchors of each image are drawn, at
     most ``positive_fraction`` of them positive (IoU from ``positive_iou``, and each object's best anchors), the rest
@@ -43,6 +49,8 @@ class RPN(nn.Module):
         channels: int,
         strides: Sequence[int],
         *,
+        hidden: int | None = None,
+        shared: bool = True,
         anchors: AnchorGenerator | None = None,
         codec: BoxCodec = PLAIN_CODEC,
         positive_iou: float = 0.7,
@@ -62,15 +70,32 @@ class RPN(nn.Module):
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.samples, self.positive_fraction, self.box_beta = samples, positive_fraction, box_beta
         self.candidates, self.limit, self.nms_threshold = candidates, limit, nms_threshold
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.cls_logits = nn.Conv2d(channels, self.anchors.per_cell, 1)
-        self.box_pred = nn.Conv2d(channels, self.anchors.per_cell * 4, 1)
-        normal_init(self.conv, self.cls_logits, self.box_pred)
+        self.shared = shared
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden must be positive, got {hidden}")
+        layers = [self._layers(channels, hidden or channels) for _ in (strides if not shared else strides[:1])]
+        if shared:
+            for name, layer in layers[0].items():
+                self.add_module(name, layer)
+        else:
+            self.heads = nn.ModuleList(nn.ModuleDict(own) for own in layers)
+
+    def _layers(self, channels: int, hidden: int) -> dict[str, nn.Module]:
+        each = self.anchors.per_cell
+        conv = nn.Conv2d(channels, hidden, 3, padding=1)
+        cls, box = nn.Conv2d(hidden, each, 1), nn.Conv2d(hidden, each * 4, 1)
+        normal_init(conv, cls, box)
+        return {"conv": conv, "cls_logits": cls, "box_pred": box}
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level objectness logits ``[N, A, H, W]`` and box deltas ``[N, A * 4, H, W]``."""
-        hidden = [F.relu(self.conv(level), inplace=True) for level in features]
-        return [self.cls_logits(level) for level in hidden], [self.box_pred(level) for level in hidden]
+        cls, box = [], []
+        for index, level in enumerate(features):
+            layers: Any = self._modules if self.shared else self.heads[index]
+            hidden = F.relu(layers["conv"](level), inplace=True)
+            cls.append(layers["cls_logits"](hidden))
+            box.append(layers["box_pred"](hidden))
+        return cls, box
 
     def loss(self, cls: Sequence[Tensor], box: Sequence[Tensor], batch: Sequence[Objects]) -> dict[str, Tensor]:
         """``loss_rpn_cls`` (cross-entropy) and ``loss_rpn_box`` (smooth L1), divided by the number of drawn anchors."""

@@ -19,7 +19,7 @@ from nasdet.detectors.faster_rcnn import FasterRCNN
 from nasdet.detectors.parts.boxes import Size, clip_boxes, iou
 from nasdet.detectors.parts.postprocess import Selection, whole_boxes
 from nasdet.detectors.roi_heads import RoIPooler
-from nasdet.ops._roi_reference import levels_of
+from nasdet.ops._roi_reference import levels_of, shifted_level
 
 
 def pick(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float, limit: int) -> Tensor:
@@ -89,7 +89,8 @@ class GatheringPooler(RoIPooler):
         flat = torch.cat([level.flatten(2) for level in maps], dim=2).transpose(1, 2).flatten(0, 1)
         rois = torch.cat(list(boxes))
         scales = [1.0 / stride for stride in self.strides]
-        level = levels_of(rois, scales, 0, self.canonical_scale, self.canonical_level)
+        base = shifted_level(scales, self.canonical_level, self.lowest_level)
+        level = levels_of(rois, scales, 0, self.canonical_scale, base)
         areas = [level.shape[-2] * level.shape[-1] for level in maps]
         table = rois.new_tensor(
             [(*map_.shape[-2:], sum(areas[:index]), scales[index]) for index, map_ in enumerate(maps)]

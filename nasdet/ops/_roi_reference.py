@@ -11,8 +11,14 @@ from torch import Tensor
 
 
 def level_range(scales: Sequence[float]) -> tuple[int, int]:
-    """``-log2`` of the first and of the last scale, rounded."""
-    return -round(math.log2(scales[0])), -round(math.log2(scales[-1]))
+    """The levels of the first and of the last map where scales halve: ``-log2`` of the first scale, and one a map."""
+    first = -round(math.log2(scales[0]))
+    return first, first + len(scales) - 1
+
+
+def shifted_level(scales: Sequence[float], canonical_level: int, lowest_level: int | None) -> int:
+    """``canonical_level`` for levels counted as if scales halved, where the first map is of ``lowest_level``."""
+    return canonical_level if lowest_level is None else canonical_level + level_range(scales)[0] - lowest_level
 
 
 def channels_last(x: Tensor) -> bool:

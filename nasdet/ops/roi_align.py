@@ -15,7 +15,7 @@ from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import FLOATS
-from nasdet.ops._roi_reference import channels_last, level_range, memory_format, reference
+from nasdet.ops._roi_reference import channels_last, memory_format, reference, shifted_level
 
 ASSIGNMENTS = {"torchvision": 0, "detectron2": 1}
 
@@ -72,6 +72,7 @@ def multilevel_roi_align(
     assignment: str = "torchvision",
     canonical_scale: float = 224,
     canonical_level: int = 4,
+    lowest_level: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`roi_align` over a feature pyramid, each box from the level of its size (Lin et al. 2017, FPN, Eq. 1).
@@ -86,12 +87,16 @@ def multilevel_roi_align(
             bfloat16; each contiguous or channels_last without a copy.
         boxes: ``[K, 5]`` (image index, x1, y1, x2, y2), or one ``[L, 4]`` tensor per image, in pixels of the picture.
         output_size: ``(height, width)`` of the result, or one number for both.
-        spatial_scales: per level, pixels of its map per pixel of the picture; each half of the one before.
+        spatial_scales: per level, pixels of its map per pixel of the picture; each half of the one before, unless
+            ``lowest_level`` is given.
         sampling_ratio: samples per bin and axis; ``ceil(box size / output size)`` when 0 or negative.
         aligned: shift by half a pixel, as in :func:`roi_align`.
         assignment: whose rounding of the level.
         canonical_scale: ``s0``, in pixels of the picture.
         canonical_level: ``k0``, where stride ``2**k`` is level ``k``.
+        lowest_level: the level of ``features[0]``; the next ones are of the next levels. By default its stride says
+            it. Given, scales need not halve and maps may come twice: boxes are grouped by size alone, and each group is
+            pooled from the map that it is given (MSNAS, figure 2b).
         backend: ``"cpp"``, ``"cuda"`` or ``"reference"``; the best that can run when None.
 
     Returns:
@@ -101,7 +106,8 @@ def multilevel_roi_align(
     level.
 
     Raises:
-        TypeError, ValueError and RuntimeError as :func:`roi_align`; ValueError: ``spatial_scales`` do not halve.
+        TypeError, ValueError and RuntimeError as :func:`roi_align`; ValueError: ``spatial_scales`` do not halve,
+        and ``lowest_level`` is None.
     """
     checked = _checked_features("features", features)
     if assignment not in ASSIGNMENTS:
@@ -113,7 +119,18 @@ def multilevel_roi_align(
     args = _arguments(
         checked, boxes, output_size, scales, sampling_ratio, aligned, policy, canonical_scale, canonical_level
     )
+    _check_levels(scales, lowest_level)
+    args = (*args[:-1], shifted_level(scales, canonical_level, lowest_level))
     return _dispatch.choose("multilevel_roi_align", backend, *args).run(*args)
+
+
+def _check_levels(scales: Sequence[float], lowest_level: int | None) -> None:
+    if lowest_level is None:
+        first, last = -round(math.log2(scales[0])), -round(math.log2(scales[-1]))
+        if last - first + 1 != len(scales) > 1:
+            raise ValueError(f"spatial_scales must halve from level to level, got {scales}")
+    elif isinstance(lowest_level, bool) or not isinstance(lowest_level, int):
+        raise TypeError(f"lowest_level must be an integer or None, got {lowest_level!r}")
 
 
 def _checked_features(name: str, features: Sequence[Tensor]) -> list[Tensor]:
@@ -190,8 +207,6 @@ def _arguments(
             raise ValueError(f"spatial_scale must be positive and finite, got {scale}")
     if not 0 < canonical_scale < math.inf:
         raise ValueError(f"canonical_scale must be positive and finite, got {canonical_scale}")
-    if len(scales) > 1 and level_range(scales)[1] - level_range(scales)[0] + 1 != len(scales):
-        raise ValueError(f"spatial_scales must halve from level to level, got {scales}")
     rois = _checked_rois(boxes, features[0])
     return (features, rois, scales, *size, sampling_ratio, aligned, policy, float(canonical_scale), canonical_level)
 
@@ -307,15 +322,17 @@ def _pyramid_case(
     layouts: Sequence[str] = ("contiguous",),
     sampling: int = 2,
     large: bool = False,
+    steps: Sequence[int] | None = None,
     **options: Any,
 ) -> Case:
-    """``shape`` is the finest level's, at stride 4."""
+    """``shape`` is that of a map at stride 4; the levels' maps are at strides ``4 * 2^step``, each twice the last."""
 
     def make(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         n, c, h, w = shape
         rois = _boxes(inputs, count, n, (4.0 * h, 4.0 * w))
-        features = [inputs.randn(n, c, -(-h >> i), -(-w >> i), layout=layouts[i % len(layouts)]) for i in range(levels)]
-        scales = [0.25 / 2**i for i in range(levels)]
+        ladder = list(enumerate(range(levels) if steps is None else steps))
+        features = [inputs.randn(n, c, -(-h >> i), -(-w >> i), layout=layouts[k % len(layouts)]) for k, i in ladder]
+        scales = [0.25 / 2**i for _, i in ladder]
         return (features, rois, 7, scales, sampling), options
 
     return Case(name, make, large=large, condition=8)
@@ -369,6 +386,7 @@ PYRAMID_OP = _register(
         _pyramid_case("mixed-layouts-nchw", (1, 20, 40, 52), 16, layouts=("contiguous", "channels_last")),
         _pyramid_case("detectron2", (1, 8, 32, 32), 12, levels=3, assignment="detectron2", sampling=0),
         _pyramid_case("canonical", (1, 4, 32, 32), 12, levels=2, canonical_scale=32.0, canonical_level=2),
+        _pyramid_case("groups", (2, 12, 40, 52), 24, steps=(1, 1, 2, 3, 3), lowest_level=1),
         _pyramid_case("expanded", (3, 8, 20, 24), 7, levels=2, layouts=("expanded", "contiguous")),
         _pyramid_case("no-boxes", (1, 8, 16, 16), 0),
         _pyramid_case("fpn", (1, 256, 200, 336), 1000, large=True),

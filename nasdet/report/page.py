@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nasdet._files import write_atomic
-from nasdet.report import alphas, curves, dilations, graph, pictures, receptive_field, tables
+from nasdet.report import alphas, curves, dilations, graph, pictures, receptive_field, strides, tables
 from nasdet.report.markup import duration, figure, grid, legend, text
 from nasdet.report.read import Run, number, read_run
 from nasdet.report.style import CSS, SCRIPT
@@ -220,6 +220,8 @@ def _cells(run: Run, seen: dict[str, str]) -> str:
     seen[key] = run.name.replace("-", " ")
     if layers := dilations.intensities(genotype):
         return told + dilations.intensity_bars(layers)
+    if path := strides.stride_path(genotype):
+        return told + strides.stride_figure(path)
     cells = graph.find_cells({"genotype": genotype})
     if not cells:
         shown = json.dumps(genotype, indent=1)

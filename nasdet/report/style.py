@@ -152,6 +152,17 @@ th span.std,th span.sep,th span.other,th span.none,p span.std,p span.sep,p span.
 .intensities text{font-size:12px;fill:var(--ink)}
 .intensities .layer{text-anchor:end;font-size:11.5px}
 .intensities .share{text-anchor:middle;fill:var(--card);font-weight:600;font-size:11px}
+.strides{max-width:860px}
+.strides text{font-size:12px;fill:var(--ink)}
+.strides .end{text-anchor:end}
+.strides .mid{text-anchor:middle;font-size:11px;fill:var(--c5)}
+.strides .rail{stroke:var(--line);stroke-width:1;fill:none}
+.strides .way{stroke:var(--c0);stroke-width:2.5;fill:none;stroke-linejoin:round}
+.strides .lateral{stroke:var(--c1);stroke-width:2;fill:none}
+.strides .reads{stroke:var(--c2);stroke-width:1.6;stroke-dasharray:4 3;fill:none}
+.strides .heads{fill:var(--c2);font-weight:600}
+.strides .block{fill:var(--card);stroke:var(--c0);stroke-width:2}
+.strides .block.read{fill:var(--c2);stroke:var(--c2)}
 .wide{margin:.4em 0 18px}
 .tag{
   font-size:.72rem;margin-left:4px;border:1px solid var(--line);border-radius:99px;padding:0 6px;

@@ -26,7 +26,7 @@ class ModelConfig:
     """What a run's ``model.json`` holds: enough to build the model again and to load its weights.
 
     ``backbone``, a name or the JSON of a card that is one, and ``width`` (a multiplier of its channels);
-    ``fpn_channels`` and ``levels`` of the pyramid;
+    ``fpn_channels`` and ``levels`` of the pyramid (a backbone that is a pyramid by itself sets the channels);
     ``norm`` of the backbone and ``frozen_stages``; ``categories``, the class names in the order of the labels, and
     their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
     ``inner_channels`` and ``cells`` in the place of the card's own where given; ``mask_trunk``, the JSON of a card for
@@ -80,6 +80,10 @@ class ModelConfig:
             named = part in ("towers", "body") and isinstance(getattr(self, name), str)
             if not named and getattr(self, name) is not None:
                 object.__setattr__(self, name, self._own_card(part, name).to_json())
+        if isinstance(self.backbone, Mapping):
+            body = Card.from_json(self.backbone)
+            if own := getattr(space_class(body.method), "pyramid_channels", None):
+                object.__setattr__(self, "fpn_channels", own(body, self.width))
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be an object, got {type(self.options).__name__}")
 

@@ -151,8 +151,11 @@ def fuzz_multilevel_roi_align(draw: Draw) -> None:
     dtype = draw.choice(DTYPES)
     draw.note(shape=(images, channels, height, width), levels=levels, dtype=dtype, sampling=sampling, aligned=aligned)
     draw.note(bins=bins, snapped=snapped, assignment=assignment, canonical=(canonical, level0))
-    scales = [0.25 / 2**level for level in range(levels)]
-    shapes = [(max(height >> level, 1), max(width >> level, 1)) for level in range(levels)]
+    lowest = draw.choice((None, None, 0, 1, 3))
+    ladder = list(range(levels)) if lowest is None else [draw.random.randint(0, 3) for _ in range(levels)]
+    draw.note(lowest=lowest, ladder=ladder)
+    scales = [0.25 / 2**level for level in ladder]
+    shapes = [(max(height >> level, 1), max(width >> level, 1)) for level in ladder]
     features = [draw.laid_out(draw.normal(images, channels, *shape).to(dtype)) for shape in shapes]
     rois = _boxes(draw, draw.size(12), images, 4.0 * width, 4.0 * height, snapped)
     safe = _certain_level(rois, canonical, level0) if levels > 1 else torch.ones(len(rois), dtype=torch.bool)
@@ -160,7 +163,7 @@ def fuzz_multilevel_roi_align(draw: Draw) -> None:
         safe &= _certain(rois, scale, shape, bins, sampling, aligned, snapped)
     rois = rois[safe]
     draw.note(rois=rois.tolist())
-    options = dict(assignment=assignment, canonical_scale=canonical, canonical_level=level0)
+    options = dict(assignment=assignment, canonical_scale=canonical, canonical_level=level0, lowest_level=lowest)
     pool = (bins, scales, sampling, aligned)
     _compare(
         draw, features, rois, scales,

@@ -175,6 +175,22 @@ def test_level_of_a_box(backend: str, side: float, torchvision: int, detectron2:
         assert y.item() == level * edge.item()
 
 
+@pytest.mark.parametrize("lowest", [-1, 1, 2, 4])
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 8, 16, 16), (32, 8, 16, 8), (8, 8, 8, 8)], ids=str)
+def test_levels_counted_from_another_one(backend: str, strides: tuple[int, ...], lowest: int) -> None:
+    """Groups by size alone, each from the map that it is given, also where two are on maps of one stride or on one."""
+    sides = torch.tensor([5.0, 20.0, 30.0, 60.0, 111.0, 113.0, 130.0, 260.0, 500.0, 900.0])
+    rois = torch.stack([torch.zeros(10), sides * 0.1, sides * 0.2, sides * 1.1, sides * 1.2], 1)
+    maps = {stride: torch.randn(1, 3, 1024 // stride, 1024 // stride) for stride in strides}
+    features = [maps[stride] for stride in strides]
+    scales = [1 / stride for stride in strides]
+    y = multilevel_roi_align(features, rois, 3, scales, 2, lowest_level=lowest, backend=backend)
+    groups = (torch.floor(4 + torch.log2(sides / 224)).long() - lowest).clamp(0, 3)
+    for k, group in enumerate(groups.tolist()):
+        alone = roi_align(features[group], rois[k : k + 1], 3, scales[group], 2, backend=backend)
+        torch.testing.assert_close(y[k : k + 1], alone, rtol=0, atol=1e-6)
+
+
 def test_area_that_is_nan_or_negative_takes_the_first_level(backend: str) -> None:
     features = [torch.full((1, 1, 64, 64), 1.0), torch.full((1, 1, 32, 32), 2.0)]
     rois = torch.tensor([[0, 100.0, 20.0, 60.0, 90.0], [0, NAN, 0.0, 9.0, 9.0]])

@@ -70,6 +70,8 @@ MAP = torch.randn(2, 3, 4, 4)
             ValueError,
             r"assignment must be one of \['torchvision', 'detectron2'\], got 'mmdet'",
         ),
+        ({"lowest_level": 1.0}, TypeError, "lowest_level must be an integer or None, got 1.0"),
+        ({"lowest_level": True}, TypeError, "lowest_level must be an integer or None, got True"),
         ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive and finite, got 0"),
     ],
 )

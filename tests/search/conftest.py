@@ -17,6 +17,7 @@ from nasdet.engine import receptive_field
 from nasdet.engine.records import read_lines
 from nasdet.engine.search import FADSearchConfig, search_fad
 from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
+from nasdet.engine.search_msnas import MSNASSearchConfig, search_msnas
 from nasdet.engine.search_nats import NATSSearchConfig, search_nats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for landscapes
@@ -97,12 +98,41 @@ DETNAS = DetNASSearchConfig(
     checkpoint_every=8,
     seed=3,
 )
+MSNAS = MSNASSearchConfig(
+    steps=12,
+    batch=2,
+    short_side=64,
+    long_side=64,
+    optimizer="adamw",
+    lr=0.005,
+    clip=20.0,
+    blocks=5,
+    channels=16,
+    rpn_channels=8,
+    head_channels=16,
+    norm="bn",
+    target_macs=16e6,
+    tolerance=0.3,
+    macs_height=64,
+    macs_width=64,
+    tuning_steps=2,
+    tuning_lr=0.002,
+    population=4,
+    parents=2,
+    generations=2,
+    top=2,
+    workers=0,
+    log_every=4,
+    checkpoint_every=4,
+    seed=3,
+)
 FAD_CHANGE: dict[str, Any] = {"another": {"arch_lr": 0.1}, "differs": "arch_lr: 0.05 -> 0.1"}
 NATS_CHANGE: dict[str, Any] = {"another": {"channel_groups": 4}, "differs": "channel_groups: 2 -> 4"}
 CASES = {
     "fad": Case(search_fad, FAD, **FAD_CHANGE),
     "nats": Case(search_nats, NATS, **NATS_CHANGE),
     "detnas": Case(search_detnas, DETNAS, another={"lr": 0.02}, differs="lr: 0.01 -> 0.02"),
+    "msnas": Case(search_msnas, MSNAS, another={"tuning_steps": 3}, differs="tuning_steps: 2 -> 3"),
     "fad in a mask head": Case(
         search_fad, replace(FAD, detector="mask_scoring_rcnn", levels=4), **FAD_CHANGE, masks=True
     ),

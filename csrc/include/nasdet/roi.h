@@ -30,7 +30,7 @@ NASDET_HD double roi_log2(double v) { return __builtin_log2(v); }
 constexpr int kRoiTorchvision = 0;  // floor(canonical_level + log2(sqrt(area) / canonical_scale) + 1e-6)
 constexpr int kRoiDetectron2 = 1;   // floor(canonical_level + log2(sqrt(area) / canonical_scale + 1e-8))
 
-// How RoIs are spread over levels; k_min..k_max are -log2 of the first and the last level's scale.
+// How RoIs are spread over levels: k_min is -log2 of the first one's scale, k_max that of the last one where scales halve.
 struct RoiLevels {
   int32_t policy, canonical_level, k_min, k_max;
   float canonical_scale;

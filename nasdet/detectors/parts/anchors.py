@@ -48,6 +48,10 @@ class AnchorGenerator:
         self.convention = check_convention(convention)
         self.per_cell = len(self.ratios) * len(self.sizes[0])
 
+    def at_strides(self, strides: Sequence[int]) -> AnchorGenerator:
+        """The same anchors on maps of other strides."""
+        return AnchorGenerator(strides, self.sizes, self.ratios, convention=self.convention)
+
     def cell(self, level: int, device: torch.device | str | None = None) -> Tensor:
         """The anchors of one cell of a level, around the origin: float32 ``[per_cell, 4]``."""
         ratios = torch.tensor(self.ratios, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nasdet.spaces.msnas.costs import VARIANTS, encoder_macs, macs, rpn_macs
+from nasdet.spaces.msnas.costs import VARIANTS, encoder_macs, macs, parameters, rpn_macs
 from nasdet.spaces.msnas.genotype import (
     FPN_HEADS,
     check_genotype,
@@ -31,6 +31,7 @@ __all__ = [
     "legal_heads",
     "macs",
     "pair_count",
+    "parameters",
     "random_genotype",
     "random_strides",
     "resolutions",

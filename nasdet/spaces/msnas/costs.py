@@ -1,4 +1,5 @@
-"""Multiply-accumulates of an MSNAS encoder with its RPN, which the search holds within a window. No torch.
+"""Multiply-accumulates of an MSNAS encoder with its RPN, which the search holds within a window; and its parameters.
+No torch.
 
 The net behind the formula: stem 7x7 stride 2 and max-pooling; in each block two 3x3 convolutions (``"basic"``) or 1x1,
 3x3, 1x1 with four times the channels out (``"bottleneck"``), with the stride on the 3x3 and upsampling before the
@@ -67,13 +68,19 @@ def encoder_macs(
     return total + sum(out * out * area[maps[end - 1]] for end, _ in laterals(strides))
 
 
-def rpn_macs(heads: Sequence[int], channels: int, block: str = "basic", size: tuple[int, int] = INPUT) -> int:
+def rpn_macs(
+    heads: Sequence[int],
+    channels: int,
+    block: str = "basic",
+    size: tuple[int, int] = INPUT,
+    rpn_channels: int = RPN_CHANNELS,
+) -> int:
     """MACs of the RPN: every head on its own map, also where two read the same; and of the convolutions before it that
     reduce a bottleneck's maps, once for each map."""
     area = _areas(size)
     out = _out_channels(channels, block)
     reduced = 0 if out == channels else sum(out * channels * area[head] for head in set(heads))
-    return reduced + sum((9 * channels + RPN_OUTPUTS) * RPN_CHANNELS * area[head] for head in heads)
+    return reduced + sum((9 * channels + RPN_OUTPUTS) * rpn_channels * area[head] for head in heads)
 
 
 def macs(
@@ -82,10 +89,27 @@ def macs(
     block: str = "basic",
     size: tuple[int, int] = INPUT,
     stem: bool = True,
+    rpn_channels: int = RPN_CHANNELS,
 ) -> int:
     """MACs of the encoder and the RPN, the quantity that the search constrains."""
     encoder = encoder_macs(genotype["strides"], channels, block, size, stem)
-    return encoder + rpn_macs(genotype["heads"], channels, block, size)
+    return encoder + rpn_macs(genotype["heads"], channels, block, size, rpn_channels)
+
+
+def parameters(genotype: Mapping[str, Any], channels: int, block: str = "basic") -> int:
+    """Parameters of the encoder: its convolutions, and two for each channel of the norm that follows each of them."""
+    out = _out_channels(channels, block)
+    total, inp = 49 * 3 * STEM_CHANNELS + 2 * STEM_CHANNELS, STEM_CHANNELS
+    for stride in genotype["strides"]:
+        if block == "basic":
+            total += 9 * (inp + channels) * channels + 4 * channels
+        else:
+            total += (inp + 9 * channels + out) * channels + 4 * channels + 2 * out
+        if inp != out or stride != 1:
+            total += inp * out + 2 * out
+        inp = out
+    total += len(laterals(genotype["strides"])) * (out * out + 2 * out)
+    return total + (0 if out == channels else len(set(genotype["heads"])) * (out * channels + 2 * channels))
 
 
 def _areas(size: tuple[int, int]) -> dict[int, int]:

@@ -1,16 +1,22 @@
-"""The MSNAS search space as far as it needs no torch: sizes, random cards, variation, checks and costs."""
+"""The MSNAS search space: sizes, random cards, variation, checks, costs, its supernet and the encoders of its cards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nasdet.arch import Card
 from nasdet.spaces.msnas import variation
-from nasdet.spaces.msnas.costs import BLOCKS, INPUT, VARIANTS, macs
+from nasdet.spaces.msnas.costs import BLOCKS, INPUT, RPN_CHANNELS, VARIANTS, macs, parameters
 from nasdet.spaces.msnas.genotype import Genotype, check_genotype, head_blocks, resolutions
 from nasdet.spaces.msnas.sampling import pair_count, random_genotype
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nasdet.spaces.msnas.encoder import MSNASEncoder
+    from nasdet.spaces.msnas.supernet import MSNASSupernet
 
 
 class MSNASSpace:
@@ -94,9 +100,54 @@ class MSNASSpace:
         if (own := {key: card.settings.get(key) for key in self.settings()}) != self.settings():
             raise ValueError(f"{card.name}: settings must have {self.settings()}, got {own}")
 
-    def macs(self, card: Card, size: tuple[int, int] = INPUT) -> int:
+    def macs(self, card: Card, size: tuple[int, int] = INPUT, rpn_channels: int = RPN_CHANNELS) -> int:
         """MACs of encoder and RPN for an image of ``size`` (height, width)."""
-        return macs(card.genotype, self.channels, self.block, size)
+        return macs(card.genotype, self.channels, self.block, size, rpn_channels=rpn_channels)
+
+    def parameters(self, card: Card) -> int:
+        """Parameters of the encoder, those of its norms included."""
+        return parameters(card.genotype, self.channels, self.block)
+
+    # torch is imported where modules are made: cards, costs and evolution need none.
+    def supernet(
+        self, *, width: float = 1.0, norm: str = "bn", frozen_stages: int = 0, outputs: Sequence[str] = ()
+    ) -> MSNASSupernet:
+        """A fresh supernet of this space, made as the backbones in :data:`nasdet.detectors.BACKBONES` are; it always
+        gives its five maps, whatever ``outputs``."""
+        from nasdet.spaces.msnas.supernet import MSNASSupernet
+
+        options: dict[str, Any] = {"width": width, "norm": norm, "frozen_stages": frozen_stages}
+        return MSNASSupernet(self.blocks, self.channels, self.block, **options)
+
+    @staticmethod
+    def backbone(
+        card: Card, *, width: float = 1.0, norm: str = "bn", frozen_stages: int = 0, outputs: Sequence[str] = ()
+    ) -> MSNASEncoder:
+        """The encoder of a card, with the channels and the block that it records; options as for :meth:`supernet`."""
+        from nasdet.spaces.msnas.encoder import MSNASEncoder
+
+        check_card(card)
+        sizes = _sizes(card)
+        return MSNASEncoder(card.genotype, **sizes, width=width, norm=norm, frozen_stages=frozen_stages)
+
+    @staticmethod
+    def pyramid_channels(card: Card, width: float = 1.0) -> int:
+        """Channels of each of the five maps of a card's encoder."""
+        from nasdet.detectors.backbone import scaled
+
+        return scaled(_sizes(card)["channels"], width)
+
+    def activate(self, supernet: nn.Module, card: Card) -> None:
+        """Make the encoder of a card of this space the active one of a supernet."""
+        self.check(card)
+        _checked(supernet).activate(card.genotype)
+
+    def inherit(self, net: MSNASEncoder, supernet: nn.Module, card: Card) -> None:
+        """Copy weights and statistics of a card's parts from a supernet into its encoder (:meth:`backbone`)."""
+        self.check(card)
+        if net.genotype != card.genotype:
+            raise ValueError(f"net must be the encoder of {card.name!r}, got that of another genotype")
+        _checked(supernet).inherit(net)
 
     @staticmethod
     def describe(card: Card) -> list[str]:
@@ -112,6 +163,21 @@ class MSNASSpace:
             "laterals: " + ", ".join(added),
             "heads: " + ", ".join(f"1/{head} (block {block})" for head, block in reads),
         ]
+
+
+def _sizes(card: Card) -> dict[str, Any]:
+    """What a card records of its space."""
+    if missing := [key for key in ("channels", "block") if key not in card.settings]:
+        raise ValueError(f"{card.name}: settings must have {missing[0]}, got {card.settings}")
+    return {key: card.settings[key] for key in ("channels", "block")}
+
+
+def _checked(supernet: nn.Module) -> MSNASSupernet:
+    from nasdet.spaces.msnas.supernet import MSNASSupernet
+
+    if not isinstance(supernet, MSNASSupernet):
+        raise TypeError(f"supernet must be an MSNASSupernet, got {type(supernet).__name__}")
+    return supernet
 
 
 def check_card(card: Card) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from nasdet.report.markup import figure, legend, text
 
 _ROWS = (4, 8, 16, 32, 64)
-_LEFT, _STEP, _TOP, _ROW, _RIGHT, _RADIUS = 46, 30, 34, 52, 92, 8
+_LEFT, _STEP, _TOP, _ROW, _RIGHT, _RADIUS = 46, 30, 34, 52, 136, 8
 
 
 @dataclass(frozen=True)

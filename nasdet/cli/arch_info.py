@@ -190,7 +190,8 @@ def detector_costs(
 
     around: dict[str, Any] = {"backbone": backbone}
     if card is not None:
-        around |= {"fpn_channels": card.settings.get("channels", 256)} | searched_fields(card)
+        own = card.settings.get("channels", 256)
+        around |= {"fpn_channels": own if isinstance(own, int) else 256} | searched_fields(card)
     config = ModelConfig(
         detector=detector,
         width=width,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nasdet.cli import names
-from nasdet.cli.search import parse_size
+from nasdet.cli.search_options import parse_size
 
 if TYPE_CHECKING:
     from nasdet.arch import Card

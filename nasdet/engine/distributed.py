@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -113,17 +113,43 @@ class LossModule(nn.Module):
         return self.model.loss(self.model(images), targets)  # type: ignore[operator]  # a detector's method, not a tensor
 
 
-def wrap(model: nn.Module, device: torch.device, *, find_unused: bool = False) -> nn.Module:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes, in one message for each dtype.
+
+    For models of sampled paths, in the place of DDP, which also sends zeros for all that is on no path. The same
+    parameters must have gradients in all processes; a gradient of None stays None.
+    """
+    if not active():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        message = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(message)
+        message /= world_size()
+        for gradient, mean in zip(gradients, message.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+
+
+def share_state(model: nn.Module) -> None:
+    """Give every process the parameters and buffers of process 0."""
+    if active():
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """``LossModule(model)``, inside DDP when several processes train.
 
-    SyncBN comes from ``sync_batch_norm``, called *before* this. ``find_unused`` is for models that leave some
-    parameters without a gradient in some steps (sampled paths).
+    SyncBN comes from ``sync_batch_norm``, called *before* this. Every parameter must get a gradient in every step: see
+    ``average_gradients`` for models of which parts run.
     """
     module = LossModule(model)
     if not active():
         return module
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=find_unused)
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

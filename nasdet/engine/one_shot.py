@@ -20,7 +20,7 @@ from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, load_into, seed_everything
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.evolve import STATE, evolve
-from nasdet.engine.loop import Stateful
+from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
 from nasdet.engine.supernet import SupernetRun, check_settings, fixed
@@ -168,16 +168,21 @@ class OneShotRun(SupernetRun):
         return {"model": self.model, "optimizer": self.optimizer}
 
     def stepper(self, start: int) -> Callable[[int], Mapping[str, Tensor]]:
-        config, module = self.config, distributed.wrap(self.model, self.device, find_unused=True)
+        config, module = self.config, distributed.LossModule(self.model)
         batches = self.batches(self.learnt, seed=config.seed, start=start, steps=self.steps)
 
         def step(index: int) -> Mapping[str, Tensor]:
             self.activate(self.draw(index))
             batch = next(batches).to(self.device, self.format, non_blocking=True)
             rate = self.schedule.at(index)
-            return train_step(module, self.optimizer, batch, rate, clip=config.clip, amp=config.amp)
+            return train_step(module, self.optimizer, batch, rate, clip=config.clip, amp=config.amp, average=True)
 
         return step
+
+    def learn(self, loop: Loop) -> None:
+        distributed.share_state(self.model)
+        super().learn(loop)
+        distributed.share_state(self.model)  # norms that are not synchronised have other statistics in each process
 
     def facts(self) -> dict[str, Any]:
         images = {"images": {"learnt": len(self.learnt), "scored": len(self.scored)}}

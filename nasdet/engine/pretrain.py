@@ -224,7 +224,9 @@ class _Pretraining:
         dataset = self.data.train() if self.part == PARTS[0] else self.data.search_train()
         steps = self.config.steps
         batches = training_batches(self.config, dataset, self.device, start=loop.start, steps=steps)
+        distributed.share_state(self.model)
         loop.run(self.stepper(batches), on_step=self.look)
+        distributed.share_state(self.model)
         if distributed.is_main():
             state = self.model.backbone.state_dict()
             save_checkpoint(self.out / WEIGHTS, {key: value.cpu().contiguous() for key, value in state.items()})
@@ -234,14 +236,16 @@ class _Pretraining:
 
     def stepper(self, batches: Iterator[Batch]) -> Callable[[int], Mapping[str, Tensor]]:
         config, paths = self.config, self.paths
-        schedule, module = config.schedule(), distributed.wrap(self.model, self.device, find_unused=paths is not None)
+        schedule, sampled = config.schedule(), paths is not None
+        module = distributed.LossModule(self.model) if sampled else distributed.wrap(self.model, self.device)
+        options: dict[str, Any] = {"clip": config.clip, "amp": config.amp, "average": sampled}
 
         def step(index: int) -> Mapping[str, Tensor]:
             module.train()
             if paths is not None:
                 paths.activate(self.model.backbone, paths.draw(index))
             batch = next(batches).to(self.device, self.layout, non_blocking=True)
-            terms = train_step(module, self.optimizer, batch, schedule.at(index), clip=config.clip, amp=config.amp)
+            terms = train_step(module, self.optimizer, batch, schedule.at(index), **options)
             return {name: terms[name] for name in ("loss", "grad_norm")}
 
         return step

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nasdet.data.transforms import Batch
+from nasdet.engine.distributed import average_gradients
 from nasdet.engine.optim import clip_gradients, set_lr
 
 
@@ -17,12 +18,14 @@ def train_step(
     *,
     clip: float | None = None,
     amp: bool = False,
+    average: bool = False,
 ) -> dict[str, Tensor]:
-    """Train ``module`` (:func:`nasdet.engine.distributed.wrap`'s) once on a batch that is on its device.
+    """Train ``module`` (a :class:`~nasdet.engine.distributed.LossModule`) once on a batch that is on its device.
 
     ``lr`` is the rate of all parameter groups in this step, ``clip`` bounds the gradient's 2-norm, ``amp`` computes in
-    bfloat16. A parameter without part in the loss keeps the gradient None, so the optimiser leaves it as it is, decay
-    and momentum included. Returns ``loss``, its terms by name, and ``grad_norm``, before clipping.
+    bfloat16. ``average`` takes the mean of the gradients over all processes; DDP does so by itself. A parameter without
+    part in the loss keeps the gradient None, so the optimiser leaves it as it is, decay and momentum included. Returns
+    ``loss``, its terms by name, and ``grad_norm``, before clipping.
     """
     set_lr(optimizer, lr)
     optimizer.zero_grad(set_to_none=True)
@@ -30,6 +33,9 @@ def train_step(
         terms: dict[str, Tensor] = module(batch.images, batch.targets)
     loss = torch.stack(list(terms.values())).sum()
     loss.backward()  # type: ignore[no-untyped-call]  # torch's stub lacks the annotation
-    norm = clip_gradients((parameter for group in optimizer.param_groups for parameter in group["params"]), clip)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if average:
+        average_gradients(parameters)
+    norm = clip_gradients(parameters, clip)
     optimizer.step()
     return {"loss": loss, **terms, "grad_norm": norm}

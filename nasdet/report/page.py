@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from nasdet._files import write_atomic
-from nasdet.report import alphas, curves, dilations, graph, pictures, receptive_field, strides, tables
+from nasdet.report import (
+    alphas,
+    blocks,
+    curves,
+    dilations,
+    graph,
+    pictures,
+    population,
+    receptive_field,
+    strides,
+    tables,
+)
 from nasdet.report.markup import duration, figure, grid, legend, text
 from nasdet.report.read import Run, number, read_run
 from nasdet.report.style import CSS, SCRIPT
@@ -185,6 +196,7 @@ def _run_sections(run: Run, budget: int, seen: dict[str, str]) -> list[tuple[str
     found = [
         ("cells", "Architecture", _cells(run, seen)),
         ("alphas", "How the search decided", _drawn(lambda: _alphas(run))),
+        ("population", "Population", population.population_section(run.evolution)),
         ("fields", "Effective receptive field", _fields(run)),
         ("curves", "Loss and AP", _drawn(lambda: curves.curve_section(run.metrics))),
         ("detections", "Detections", _drawn(lambda: pictures.picture_section(run, budget)) if budget else ""),
@@ -222,6 +234,8 @@ def _cells(run: Run, seen: dict[str, str]) -> str:
         return told + dilations.intensity_bars(layers)
     if path := strides.stride_path(genotype):
         return told + strides.stride_figure(path)
+    if stages := blocks.stages_of(run.card):
+        return told + blocks.path_figure(stages)
     cells = graph.find_cells({"genotype": genotype})
     if not cells:
         shown = json.dumps(genotype, indent=1)

@@ -27,6 +27,7 @@ class Run:
     demo: dict[str, Any] | None = None
     split: dict[str, Any] | None = None
     erf: dict[str, Any] | None = None
+    evolution: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     detections: list[dict[str, Any]] | None = None
@@ -67,6 +68,7 @@ def _read_one(path: Path, name: str) -> Run:
     run.demo = _object(path / "demo.json", rows=list)
     run.split = _object(path / "split.json")
     run.erf = _object(path / "erf.json", maps=list)
+    run.evolution = _object(path / "evolution.json", state=dict)
     run.metrics = [row for row in read_lines(path / "metrics.jsonl") if number(row.get("step")) is not None]
     run.alphas = [row for row in read_lines(path / "alphas.jsonl") if isinstance(row.get("alphas"), dict)]
     results = path / "detections.json"

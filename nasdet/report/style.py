@@ -163,6 +163,14 @@ th span.std,th span.sep,th span.other,th span.none,p span.std,p span.sep,p span.
 .strides .heads{fill:var(--c2);font-weight:600}
 .strides .block{fill:var(--card);stroke:var(--c0);stroke-width:2}
 .strides .block.read{fill:var(--c2);stroke:var(--c2)}
+.scatter{max-width:620px;margin:0 auto}
+.scatter text{font-size:11px;fill:var(--muted)}
+.scatter .mid{text-anchor:middle}
+.scatter .end{text-anchor:end}
+.scatter .rule{stroke:var(--line);stroke-width:.8}
+.scatter .front,.scatter .line{fill:none;stroke-width:1.8}
+.scatter .front{stroke:var(--c1)}
+.scatter .best{stroke:var(--ink);stroke-width:1.6}
 .wide{margin:.4em 0 18px}
 .tag{
   font-size:.72rem;margin-left:4px;border:1px solid var(--line);border-radius:99px;padding:0 6px;

@@ -118,7 +118,14 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
         assert two["rank"] == 0.5 and one["rank"] == 0
         assert two["loss_a"] == pytest.approx(one["loss_a"], rel=1e-4)
     with pytest.raises(ValueError, match="processes: 2 -> 1"):
-        Loop(pair, steps=8, state={"model": nn.Linear(1, 1), "optimizer": nn.Linear(1, 1)}, resume=True)
+        Loop(pair, steps=9, state={"model": nn.Linear(1, 1), "optimizer": nn.Linear(1, 1)}, resume=True)
+    # A finished training has nothing left that depends on their number.
+    model = torch.nn.Module()
+    model.conv, model.norm, model.drop = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Dropout(0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    read = Loop(pair, steps=8, state={"model": model, "optimizer": optimizer}, resume=True)
+    assert read.start == 8
+    assert all(torch.equal(value, ranks[0][name]) for name, value in model.state_dict().items())
 
 
 def test_alone_everything_is_plain(monkeypatch):

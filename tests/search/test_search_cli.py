@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nasdet.arch import load_card
-from nasdet.cli import arch, search
+from nasdet.cli import arch, search, search_fad, search_options
 from nasdet.data import write_digits
 
 Call = Callable[..., int]
@@ -49,11 +49,11 @@ def test_bad_info_size(size: str, call: Call) -> None:
 
 
 def test_search_sizes() -> None:
-    assert search.parse_size("416x693") == (416, 693)
-    assert search.parse_size("96") == (96, 160)
+    assert search_options.parse_size("416x693") == (416, 693)
+    assert search_options.parse_size("96") == (96, 160)
     for text in ("", "x", "0", "100x50", "1.5"):
         with pytest.raises(ValueError, match="size must"):
-            search.parse_size(text)
+            search_options.parse_size(text)
 
 
 def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Call) -> None:
@@ -88,7 +88,7 @@ def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
 def test_every_option_of_the_configuration_is_reachable() -> None:
     from nasdet.engine.search import FADSearchConfig
 
-    for preset in search.PRESETS.values():
+    for preset in search_fad.PRESETS.values():
         FADSearchConfig(**preset)
     parser = argparse.ArgumentParser()
     search.configure(parser)

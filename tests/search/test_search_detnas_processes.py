@@ -1,0 +1,175 @@
+"""A DetNAS search of two processes: the supernet in DDP, the candidates dealt to both; killed, and with one again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from nasdet.engine.checkpoint import load_checkpoint
+from nasdet.engine.records import read_lines
+from nasdet.engine.search_detnas import DetNASSearchConfig
+from nasdet.spaces.detnas import DetNASSpace
+
+# Each process may evaluate as many candidates as it is told, and dies in the midst of the next.
+PROGRAM = """
+    import json
+    import os
+    import sys
+    from pathlib import Path
+
+    import torch
+
+    from nasdet.data import Split, open_data
+    from nasdet.engine import evolve, one_shot
+    from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
+
+    torch.set_num_threads(1)
+    settings, data, out, resume = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "resume"
+    rank, count = int(os.environ.get("RANK", 0)), 0
+    allowed = json.loads(sys.argv[5])[rank]
+    real = one_shot.evaluate
+
+    def evaluate(*arguments, **options):
+        global count
+        if count >= allowed:
+            os._exit(9)
+        count += 1
+        assert not torch.distributed.is_initialized()
+        return real(*arguments, **options)
+
+    one_shot.evaluate = evaluate
+    evolve._PATIENCE = 30.0 if min(json.loads(sys.argv[5])) > 50 else 3.0
+    card = search_detnas(DetNASSearchConfig(**settings), open_data(data), out, resume=resume, progress=False)
+    (Path(out) / f"found{rank}.json").write_text(json.dumps([card.to_json(), count]))
+"""
+MANY = 99
+
+
+@pytest.fixture(scope="module")
+def launch(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[int], str]]:
+    """``launch(config, out, allowed, resume)``: exit codes of as many processes as ``allowed`` has numbers, and what
+    they said."""
+    script = tmp_path_factory.mktemp("program") / "search.py"
+    script.write_text(textwrap.dedent(PROGRAM))
+    root = Path(__file__).resolve().parents[2]
+
+    def run(
+        config: DetNASSearchConfig, out: Path, allowed: Sequence[int], resume: bool = False
+    ) -> tuple[list[int], str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        words = [json.dumps(dataclasses.asdict(config)), str(folder), str(out), "resume" if resume else "fresh"]
+        command, processes = [sys.executable, str(script), *words, json.dumps(list(allowed))], []
+        for rank in range(len(allowed)):
+            several = {"WORLD_SIZE": str(len(allowed)), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**os.environ, **shared, **(several if len(allowed) > 1 else {})}
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        said = "\n".join(process.communicate(timeout=300)[1] for process in processes)
+        return [process.returncode for process in processes], said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Callable[[str], Path]) -> Path:
+    return finished("detnas")
+
+
+@pytest.fixture(scope="module")
+def config(cases: dict[str, Any], whole: Path) -> DetNASSearchConfig:
+    """The search of the finished run, with its supernet."""
+    return dataclasses.replace(cases["detnas"].config, supernet=str(whole))
+
+
+def state(out: Path) -> Any:
+    return json.loads((out / "evolution.json").read_text())["state"]
+
+
+def stored(out: Path) -> list[dict[str, float]]:
+    return [json.loads(path.read_text()) for path in sorted((out / "scores").glob("rank*.json"))]
+
+
+def test_two_processes_find_what_one_does(
+    launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
+) -> None:
+    codes, said = launch(config, tmp_path, [MANY, MANY])
+    assert codes == [0, 0], said[-3000:]
+    assert state(tmp_path) == state(whole)
+    shares = stored(tmp_path)
+    assert [len(share) for share in shares] == [4, 4] and not shares[0].keys() & shares[1].keys()
+    cards = [json.loads((tmp_path / f"found{rank}.json").read_text())[0] for rank in (0, 1)]
+    assert cards[0] == cards[1] == json.loads((tmp_path / "card.json").read_text())
+    assert cards[0]["genotype"] == json.loads((whole / "card.json").read_text())["genotype"]
+    assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2
+
+
+def test_one_process_dies_and_the_other_goes_on(
+    launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
+) -> None:
+    """The candidate that it was at is the only one lost."""
+    codes, said = launch(config, tmp_path, [MANY - 50, 1])
+    assert codes == [0, 9], said[-3000:]
+    assert state(tmp_path) == state(whole)
+    assert [len(share) for share in stored(tmp_path)] == [7, 1]
+
+
+def test_both_die_and_one_resumes(
+    launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
+) -> None:
+    codes, said = launch(config, tmp_path, [2, 1])
+    assert codes == [9, 9], said[-3000:]
+    known = sum(len(share) for share in stored(tmp_path))
+    assert known == 3
+    codes, said = launch(config, tmp_path, [MANY], resume=True)
+    assert codes == [0], said[-3000:]
+    assert state(tmp_path) == state(whole)
+    assert json.loads((tmp_path / "found0.json").read_text())[1] == 8 - known, "what was known is not evaluated again"
+
+
+def test_the_supernet_learns_as_in_one_process(
+    launch: Callable[..., Any], config: DetNASSearchConfig, tmp_path: Path
+) -> None:
+    """The same path on both, norms over both halves of a batch; what was on no path has no momentum."""
+    few: dict[str, Any] = {"steps": 3, "optimizer": "sgd", "log_every": 1, "supernet": None, "clip": None}
+    few |= {"population": 1, "parents": 1, "generations": 1}
+    short = dataclasses.replace(config, **few)
+    for name, allowed in (("one", [MANY]), ("two", [MANY, MANY])):
+        codes, said = launch(short, tmp_path / name, allowed)
+        assert codes == [0] * len(allowed), said[-3000:]
+    lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3]
+    for one, two in zip(*lines, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    payload = load_checkpoint(tmp_path / "two" / "checkpoints" / "last.pt")
+    space = DetNASSpace("tiny")
+    paths = [space.random(Random(f"path {short.seed} {step}")).genotype for step in range(3)]
+    names = [
+        name for name in payload["state"]["model"] if not name.endswith(("running_mean", "running_var", "tracked"))
+    ]
+    moved = {names[index] for index in payload["state"]["optimizer"]["state"]}
+    blocks = {name.rsplit(".", 3)[0] for name in names if ".branch" in name}
+    supernet = [name for name, _ in space.supernet().blocks()]
+    on_paths = {f"backbone.{block}.{path[i]}" for path in paths for i, block in enumerate(supernet)}
+    assert len(blocks) == 32 and on_paths < blocks
+    assert {name.rsplit(".", 3)[0] for name in moved if ".branch" in name} == on_paths
+    assert {name for name in names if ".branch" not in name} <= moved, "all else is on every path"
+
+
+def test_the_batch_must_be_divisible(launch: Callable[..., Any], config: DetNASSearchConfig, tmp_path: Path) -> None:
+    codes, said = launch(dataclasses.replace(config, batch=3, supernet=None), tmp_path, [MANY, MANY])
+    assert codes == [1, 1] and "batch must be a multiple of 2 processes, got 3" in said
+    assert not (tmp_path / "run.json").exists()

@@ -75,7 +75,7 @@ def test_msnas_nets_run_and_compute_what_their_blocks_do(block: str) -> None:
         card = blocks.random(Random(seed))
         assert net_macs(blocks, card, size) == sum(macs[key] for key in blocks.keys(card))
     _, make, shape = blocks.network(card, size)
-    for head, (scores, offsets) in zip(card.genotype["heads"], make().eval()(torch.zeros(shape)), strict=True):
+    for head, scores, offsets in zip(card.genotype["heads"], *make().eval()(torch.zeros(shape)), strict=True):
         assert scores.shape == (1, 3, 64 // head, 128 // head) and offsets.shape == (1, 12, 64 // head, 128 // head)
 
 

@@ -20,20 +20,15 @@ _STEM = "stem"
 
 
 class DetNASBlocks:
-    """The backbone of a DetNAS card, stem to last stage: the stem, and at each place one of four blocks.
-
-    Args:
-        space: the cards' space.
-        shuffle: see :class:`nasdet.detectors.shufflenet.ShuffleBlock`.
-    """
+    """The backbone of a DetNAS card, stem to last stage: the stem, and at each place one of four blocks."""
 
     variants = tuple(SPACES)
     usual_size = (800, 1216)
     """The paper's 800 x 1200, padded to a multiple of 32."""
 
-    def __init__(self, space: DetNASSpace, *, shuffle: str = "even_odd") -> None:
-        self.space, self.shuffle = space, shuffle
-        self.settings: dict[str, Any] = {"method": space.method, **space.settings(), "shuffle": shuffle}
+    def __init__(self, space: DetNASSpace) -> None:
+        self.space = space
+        self.settings: dict[str, Any] = {"method": space.method, **space.settings(), "shuffle": space.shuffle}
         self.fixed = (_STEM,)
         self.places = tuple({choice: _key(choice, *place) for choice in CHOICES} for place in self._places())
 
@@ -59,11 +54,11 @@ class DetNASBlocks:
         for inp, out, stride, reads in dict.fromkeys(self._places()):
             shape = (1, inp, *(-(-side // reads) for side in size))
             for choice in CHOICES:
-                make = partial(_block, choice, inp, out, stride, self.shuffle)
+                make = partial(_block, choice, inp, out, stride, self.space.shuffle)
                 yield _key(choice, inp, out, stride, reads), make, shape
 
     def _stem(self) -> nn.Module:
-        return _backbone(self.space, [CHOICES[0]] * self.space.sizes.depth, self.shuffle).get_submodule("conv1")
+        return self.space.backbone(self.space.card([CHOICES[0]] * self.space.sizes.depth)).conv1
 
     def keys(self, card: Card) -> list[str]:
         """The stem, and a card's choice at each place."""
@@ -73,7 +68,7 @@ class DetNASBlocks:
     def network(self, card: Card, size: tuple[int, int]) -> Block:
         """A card's backbone."""
         self.space.check(card)
-        return card.key, partial(_backbone, self.space, card.genotype, self.shuffle), (1, 3, *size)
+        return card.key, partial(self.space.backbone, card), (1, 3, *size)
 
     def random(self, rng: Random) -> Card:
         """A uniformly random path."""
@@ -88,10 +83,3 @@ def _block(choice: str, inp: int, out: int, stride: int, shuffle: str) -> nn.Mod
     from nasdet.detectors.shufflenet import ShuffleBlock
 
     return ShuffleBlock(inp, out, stride, choice=choice, shuffle=shuffle)
-
-
-def _backbone(space: DetNASSpace, genotype: list[str], shuffle: str) -> nn.Module:
-    from nasdet.detectors.shufflenet import ShuffleNetV2
-
-    sizes = space.sizes
-    return ShuffleNetV2(sizes.stem, sizes.channels, sizes.blocks, genotype, shuffle=shuffle)

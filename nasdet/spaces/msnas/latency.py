@@ -59,7 +59,7 @@ class MSNASBlocks:
             if self._reduces:
                 make = partial(_made, "reduction", self._out, channels)
                 yield f"reduction at 1/{reads}", make, _shape(self._out, size, reads)
-            yield f"rpn at 1/{reads}", partial(_made, "RPNHead", channels), _shape(channels, size, reads)
+            yield f"rpn at 1/{reads}", partial(_made, "RPNOn", channels, (reads,)), _shape(channels, size, reads)
 
     def keys(self, card: Card) -> list[str]:
         """What a card's net runs, in the order in which it does."""
@@ -78,8 +78,7 @@ class MSNASBlocks:
     def network(self, card: Card, size: tuple[int, int]) -> Block:
         """A card's encoder with its RPN."""
         self.space.check(card)
-        net = partial(_made, "Network", card.genotype, self.space.channels, self.space.block)
-        return card.key, net, (1, 3, *size)
+        return card.key, partial(_made, "network", card), (1, 3, *size)
 
     def random(self, rng: Random) -> Card:
         """A uniformly random architecture."""

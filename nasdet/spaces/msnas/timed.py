@@ -3,16 +3,16 @@ for what the paper leaves open."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet.arch import Card
 from nasdet.detectors.norm import FoldingSequential, norm_layer
 from nasdet.detectors.resnet import BasicBlock, Bottleneck
+from nasdet.detectors.rpn import RPN
 from nasdet.spaces.msnas.costs import RPN_CHANNELS, STEM_CHANNELS
-from nasdet.spaces.msnas.genotype import head_blocks
+from nasdet.spaces.msnas.space import MSNASSpace
 
 
 def stem() -> nn.Module:
@@ -39,64 +39,37 @@ def reduction(inp: int, out: int) -> nn.Module:
 
 
 class Lateral(nn.Module):
-    """A 1x1 convolution of one map, added to another; called with one map, both are that."""
+    """A 1x1 convolution of one map, added to another."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = FoldingSequential(*_conv_norm(channels, channels))
 
-    def forward(self, x: Tensor, to: Tensor | None = None) -> Tensor:
-        """``x`` is the earlier map."""
-        y: Tensor = (x if to is None else to) + self.conv(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` stands for both maps."""
+        y: Tensor = x + self.conv(x)
         return y
 
 
-class RPNHead(nn.Module):
-    """The RPN on one map: a 3x3 convolution, 3 scores and 12 offsets."""
+class RPNOn(nn.Module):
+    """The RPN on one map, or on all of an encoder's."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, strides: Sequence[int], encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, RPN_CHANNELS, 3, padding=1)
-        self.cls, self.box = nn.Conv2d(RPN_CHANNELS, 3, 1), nn.Conv2d(RPN_CHANNELS, 12, 1)
+        self.encoder = encoder
+        self.rpn = RPN(channels, strides, hidden=RPN_CHANNELS)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and offsets."""
-        hidden = F.relu(self.conv(x), inplace=True)
-        return self.cls(hidden), self.box(hidden)
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """``x`` is the map, or the images for the encoder; scores and offsets by head."""
+        maps = [x] if self.encoder is None else list(self.encoder(x).values())
+        found: tuple[list[Tensor], list[Tensor]] = self.rpn(maps)
+        return found
 
 
-class Network(nn.Module):
-    """The encoder of a genotype with its RPN: images to the RPN's scores and offsets for each head."""
-
-    def __init__(self, genotype: Mapping[str, Any], channels: int, kind: str) -> None:
-        super().__init__()
-        strides, heads = genotype["strides"], genotype["heads"]
-        out = channels if kind == "basic" else 4 * channels
-        self.stem = stem()
-        self.blocks = nn.ModuleList(
-            block(out if place else STEM_CHANNELS, channels, stride, kind) for place, stride in enumerate(strides)
-        )
-        self.origins = {to: origin for to, origin in genotype["laterals"]}
-        self.laterals = nn.ModuleDict({str(to): Lateral(out) for to in self.origins})
-        self.reads = head_blocks(strides, heads)
-        reduced = set(self.reads) if kind == "bottleneck" else set()
-        self.reductions = nn.ModuleDict({str(place): reduction(out, channels) for place in reduced})
-        self.rpn = RPNHead(channels)
-
-    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Images ``[N, 3, H, W]`` with sides divisible by 64."""
-        x, kept = self.stem(images), dict[int, Tensor]()
-        for place, module in enumerate(self.blocks, 1):
-            x = module(x)
-            if place in self.origins:
-                x = self.laterals[str(place)](kept[self.origins[place]], x)
-            if place in self.reads or place in self.origins.values():
-                kept[place] = x
-        maps = {place: self._reduced(place, kept[place]) for place in set(self.reads)}
-        return [self.rpn(maps[place]) for place in self.reads]
-
-    def _reduced(self, place: int, x: Tensor) -> Tensor:
-        return self.reductions[str(place)](x) if self.reductions else x
+def network(card: Card) -> nn.Module:
+    """A card's encoder with its RPN."""
+    encoder = MSNASSpace.backbone(card)
+    return RPNOn(encoder.inner, card.genotype["heads"], encoder)
 
 
 def _conv_norm(inp: int, out: int, kernel: int = 1, stride: int = 1) -> tuple[nn.Module, nn.Module]:

@@ -12,7 +12,7 @@ import torch
 
 from nasdet.cli import main
 from nasdet.detectors import DETECTORS, WITH_MASKS
-from nasdet.engine import train as train_module
+from nasdet.engine import step as step_module
 from nasdet.engine.checkpoint import LAST, load_weights
 from nasdet.spaces.assemble import ModelConfig
 
@@ -42,7 +42,7 @@ def test_train_resume_eval_and_detect(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train(digits, whole, name) == 0
     assert f"{name} resnet18" in capsys.readouterr().out
-    clip, calls = train_module.clip_gradients, iter(range(10))
+    clip, calls = step_module.clip_gradients, iter(range(10))
 
     def crash(*arguments: Any) -> Any:
         if next(calls) == 2:
@@ -50,7 +50,7 @@ def test_train_resume_eval_and_detect(
         return clip(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "clip_gradients", crash)
+        patch.setattr(step_module, "clip_gradients", crash)
         assert train(digits, killed, name) == 2
     assert train(digits, killed, name, "--resume") == 0
     weights, again = load_weights(whole / LAST), load_weights(killed / LAST)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -14,12 +13,10 @@ import torch
 from torch import nn
 
 from nasdet.arch import Card, load_card
-from nasdet.data import DataFolder, Split
+from nasdet.data import DataFolder
 from nasdet.engine import one_shot
 from nasdet.engine.checkpoint import digest, load_checkpoint
 from nasdet.engine.evaluate import evaluate
-from nasdet.engine.evolve import Scores, evolve
-from nasdet.engine.one_shot import OneShotRun
 from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.search_detnas import (
     DetNASSearchConfig,
@@ -28,9 +25,8 @@ from nasdet.engine.search_detnas import (
     offspring,
     search_detnas,
 )
-from nasdet.search.evolution import PRESETS, Evolution
+from nasdet.search.evolution import PRESETS
 from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
-from nasdet.spaces.detnas import DetNASSpace
 
 Finished = Callable[[str], Path]
 
@@ -283,51 +279,6 @@ def test_more_generations(config: DetNASSearchConfig, data: DataFolder, whole: P
     assert state(tmp_path)["generations"] == state(whole)["generations"]
 
 
-SUPERNETS: dict[str, tuple[dict[str, Any], str]] = {
-    "space": ({"space": "small"}, "its supernet must have space small, got tiny"),
-    "shuffle": ({"shuffle": "halves"}, "its supernet must have shuffle halves, got even_odd"),
-    "detector": (
-        {"detector": "faster_rcnn", "levels": 4},
-        "its supernet must have detector faster_rcnn, got retinanet",
-    ),
-    "norm": ({"norm": "bn"}, "its supernet must have norm bn, got sync_bn"),
-    "images": ({"val_images": 5001}, "val_images must be at most the 5000 that the supernet of .* kept, got 5001"),
-}
-
-
-@pytest.mark.parametrize(("changes", "words"), SUPERNETS.values(), ids=SUPERNETS)
-def test_another_supernet_is_refused(
-    changes: dict[str, Any], words: str, config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        search_detnas(
-            dataclasses.replace(config, supernet=str(whole), **changes), data, tmp_path / "run", progress=False
-        )
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_without_a_trained_supernet_is_refused(
-    config: DetNASSearchConfig, data: DataFolder, whole: Path, finished: Finished, tmp_path: Path
-) -> None:
-    def take(folder: Path) -> None:
-        search_detnas(dataclasses.replace(config, supernet=str(folder)), data, tmp_path / "run", progress=False)
-
-    for folder, verb in ((finished("fad"), "search fad"), (tmp_path, "None")):
-        with pytest.raises(ValueError, match=f"supernet must be the folder of a run of search detnas, got .*: {verb}"):
-            take(folder)
-    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
-    payload = load_checkpoint(whole / "checkpoints" / "last.pt") | {"step": 16}
-    torch.save(payload, tmp_path / "half" / "checkpoints" / "last.pt")
-    (tmp_path / "half" / "run.json").write_bytes((whole / "run.json").read_bytes())
-    with pytest.raises(ValueError, match="half: its supernet must be trained, got 16 of 24 steps"):
-        take(tmp_path / "half")
-    payload["state"]["model"].popitem()
-    torch.save(payload | {"step": 24}, tmp_path / "half" / "checkpoints" / "last.pt")
-    with pytest.raises(ValueError, match="last.pt: its 'model' does not fit this configuration"):
-        take(tmp_path / "half")
-    assert not (tmp_path / "run").exists()
-
-
 def test_from_scratch(config: DetNASSearchConfig, data: DataFolder) -> None:
     scratch = dataclasses.replace(config, scratch=True)
     assert run_of(scratch, data).steps == 48
@@ -361,52 +312,6 @@ def test_two_stages(config: DetNASSearchConfig, data: DataFolder, tmp_path: Path
     assert not torch.equal(norm.running_mean, before)
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"steps": 0}, "steps must be at least 1, got 0"),
-    "space": ({"space": "huge"}, "sizes must be one of small, large, 3.8g, tiny, or Sizes, got 'huge'"),
-    "parents": ({"parents": 5}, "parents must not exceed the population of 4, got 5"),
-    "algorithm": ({"algorithm": "luck"}, "algorithm must be one of evolution, random, got 'luck'"),
-    "offspring": ({"offspring": "many"}, "offspring must be 'paper' or 'released', got 'many'"),
-    "recalibration": ({"recalibration": "all"}, "recalibration must be one of paper, released, none, got 'all'"),
-    "recalibration-images": ({"recalibration_images": 0}, "recalibration_images must be at least 1, got 0"),
-    "val-images": ({"val_images": 0}, "val_images must be at least 1, got 0"),
-    "macs": ({"max_macs": 1000.0}, "macs must be at most 1000, reachable are 8963472 to 14732928"),
-    "small-macs": ({"space": "small", "max_macs": 2e8}, "macs must be at most 200000000, reachable are 2[0-9]{8} to 3"),
-    "parameters": ({"max_parameters": 10.0}, "parameters must be at most 10, reachable are"),
-    "detector": ({"detector": "yolo"}, "detector must be one of"),
-    "norm": ({"norm": "ln"}, "norm must be one of"),
-    "name": ({"name": "a/b"}, "name must be letters"),
-    "top": ({"top": 0}, "top must be at least 1, got 0"),
-    "optimizer-rate": ({"lr": -1.0}, "lr must be a positive number or None, got -1.0"),
-}
-
-
-@pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)
-def test_bad_settings(changes: dict[str, Any], words: str, config: DetNASSearchConfig) -> None:
-    with pytest.raises(ValueError, match=words):
-        dataclasses.replace(config, **changes)
-
-
-@pytest.mark.parametrize("part", ["search_val", "search_train"])
-def test_no_images(part: str, config: DetNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
-    split = data.split
-    empty = dataclasses.replace(data, split=Split(**{**dataclasses.asdict(split), part: (), "sha256": ""}))
-    role = part.replace("_", "-")
-    with pytest.raises(ValueError, match=f"{role} must hold at least one image, got none of .*digits"):
-        search_detnas(config, empty, tmp_path / "run", progress=False)
-    assert not (tmp_path / "run").exists()
-
-
-def test_no_objects_to_score_by(
-    config: DetNASSearchConfig, data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = type(data.trainval)
-    truth = kind.ground_truth
-    monkeypatch.setattr(kind, "ground_truth", lambda self: truth(self) | {"annotations": []})
-    with pytest.raises(ValueError, match="search-val must hold an object to score by, got none in 4 images"):
-        search_detnas(config, data, tmp_path / "run", progress=False)
-
-
 def test_deviations_tell_everything_that_differs(data: DataFolder, config: DetNASSearchConfig) -> None:
     paper = deviations(DetNASSearchConfig(), data, True)
     assert len(paper) == 5 and any("the paper: COCO" in line for line in paper), "ours by design, and the data"
@@ -425,55 +330,3 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: DetNA
         "bfloat16",
     ):
         assert any(words in line for line in ours), words
-
-
-def toy(seed: int = 0) -> Evolution:
-    return Evolution(DetNASSpace("tiny"), population=6, parents=2, generations=3, seed=seed)
-
-
-def score(card: Card) -> float:
-    return Random(card.key).random()
-
-
-def test_files_of_several_processes(tmp_path: Path) -> None:
-    """Scores of all files count, also of more processes than there are now; the population is that of one."""
-    evolve(alone := toy(), score, tmp_path / "alone", {}, progress=False)
-    asked: list[str] = []
-
-    def counted(card: Card) -> float:
-        asked.append(card.key)
-        return score(card)
-
-    first = [candidate.card for candidate in toy().candidates[0]]
-    for rank in (1, 3):
-        scores = Scores(tmp_path / "four" / "scores", rank)
-        scores.add(first[rank], score(first[rank]))
-    evolve(found := toy(), counted, tmp_path / "four", {}, progress=False)
-    assert found.state_dict() == alone.state_dict()
-    assert len(asked) == 16 and not {first[1].key, first[3].key} & set(asked)
-
-
-def test_a_process_that_is_gone_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its candidates are taken over, whoever it is."""
-    monkeypatch.setattr("nasdet.engine.evolve._POLL", 0.001)
-    evolve(alone := toy(), score, tmp_path / "alone", {}, progress=False)
-    evolve(found := toy(), score, tmp_path / "pair", {}, rank=1, ranks=2, progress=False)
-    assert found.state_dict() == alone.state_dict()
-    assert not (tmp_path / "pair" / "evolution.json").exists(), "process 0 alone keeps it"
-
-
-def test_another_search_is_not_resumed(tmp_path: Path) -> None:
-    evolve(toy(), score, tmp_path, {"supernet": "a"}, progress=False)
-    with pytest.raises(ValueError, match=r"written by another search \(supernet: 'a' -> 'b'\)"):
-        evolve(toy(), score, tmp_path, {"supernet": "b"}, resume=True, progress=False)
-    with pytest.raises(ValueError, match="evolution.json: state must be of a search with population"):
-        other = Evolution(DetNASSpace("tiny"), population=5, parents=2, generations=3)
-        evolve(other, score, tmp_path, {"supernet": "a"}, resume=True, progress=False)
-
-
-def test_a_search_must_say_what_it_does() -> None:
-    class Half(OneShotRun):
-        verb = "search half"
-
-    with pytest.raises(TypeError, match="abstract"):
-        Half(None, None, None)  # type: ignore[abstract, arg-type]  # wrong on purpose

@@ -102,7 +102,10 @@ def compare(file: Path, format: str, name: str, part: str = "plain", batch: int 
     assert str(Path(export.__file__).parent).encode() not in file.read_bytes(), "a path of this machine"
 
 
-@pytest.mark.parametrize(("name", "part", "batch"), [("fcos", "fad", 1), ("retinanet", "nats", 2)])
+@pytest.mark.parametrize(
+    ("name", "part", "batch"),
+    [pytest.param("fcos", "fad", 1, marks=pytest.mark.slow), ("retinanet", "nats", 2)],
+)
 def test_program_without_nasdet(name: str, part: str, batch: int, tmp_path: Path) -> None:
     compare(tmp_path / "net.pt2", "torch", name, part, batch)
 

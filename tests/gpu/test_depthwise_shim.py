@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, WARNINGS
+from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS
 from test_ptxas import ARCHS, compiled
 
 import nasdet
 
 LIBRARY = Path(nasdet.__file__).with_name("libnasdet_cuda.so")
 OPS = ["depthwise_conv2d", "depthwise_conv2d_backward"]
-STORAGES = ["float", "double", "half", "bfloat16"]
 
 # Every kernel that the launcher starts, without torch's headers, which take longer than the kernels.
 FAST = """

@@ -11,6 +11,11 @@ import pytest
 pytestmark = pytest.mark.needs("g++")
 SHIM = Path(__file__).parent / "shim"
 FLAGS = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+# Types of maps. Doubles and halfs go the same ways as the others: they are left to the slow tests.
+STORAGES = [
+    *(pytest.param(storage) for storage in ("float", "bfloat16")),
+    *(pytest.param(storage, marks=pytest.mark.slow) for storage in ("double", "half")),
+]
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, WARNINGS
+from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS
 from test_ptxas import ARCHS, compiled
 
 KERNELS = """
@@ -51,11 +51,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Call
 @pytest.mark.parametrize(
     ("name", "part", "at_least"),
     [
-        *(("nms_driver", storage, 2000) for storage in ("float", "double", "half", "bfloat16")),
+        *(pytest.param("nms_driver", *storage.values, 2000, marks=storage.marks) for storage in STORAGES),
         ("nms_driver", "many", 14_000),
         ("nms_driver", "thresholds", 6000),
         ("nms_driver", "chain", 260),
-        *(("soft_nms_driver", storage, 18) for storage in ("float", "double", "half", "bfloat16")),
+        *(pytest.param("soft_nms_driver", *storage.values, 18, marks=storage.marks) for storage in STORAGES),
         ("soft_nms_driver", "sizes", 25),
     ],
 )

@@ -14,8 +14,9 @@ from nasdet import _library
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
+@pytest.mark.parametrize("dtypes", ["fp32 or bf16", pytest.param("fp64 or fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("level", LEVELS)
-def test_all_cases_pass(level: str, require) -> None:
+def test_all_cases_pass(level: str, dtypes: str, require) -> None:
     best = _library.cpu_isa()
     if best is None or LEVELS.index(level) > LEVELS.index(best):
         require("cpp" if best is None else level, f"this CPU's best instruction set is {best}")
@@ -24,7 +25,7 @@ def test_all_cases_pass(level: str, require) -> None:
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *(str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_nms.py", "test_soft_nms.py")),
-        *("-k", "cpp and (test_values or two_threads) or (test_nms or test_soft_nms) and not compiled"),
+        *("-k", f"cpp and test_values and ({dtypes}) or (test_nms or test_soft_nms) and not compiled"),
     ]
     environment = os.environ | {"NASDET_CPU_CAPABILITY": level, "NASDET_EXPECT_ISA": level}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

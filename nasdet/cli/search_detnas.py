@@ -14,10 +14,10 @@ HELP = "DetNAS: a backbone of ShuffleNetV2 blocks, by evolution over the paths o
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tiny": {
-        "steps": 1200,
+        "steps": 2000,
         "batch": 4,
         "optimizer": "adamw",
-        "lr": 0.005,
+        "lr": 0.01,
         "weight_decay": 0.01,
         "decay": "cosine",
         "warmup_steps": None,
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "short_side": 128,
         "long_side": 192,
         "space": "tiny",
-        "detector": "retinanet",
+        "detector": "fcos",
         "fpn_channels": 48,
         "levels": 4,
         "tower_convs": 2,
@@ -86,7 +86,7 @@ def _add_space(group: Any) -> None:
 def _add_model(group: Any) -> None:
     add_shared(
         group,
-        detector="paper: faster_rcnn; tiny: retinanet",
+        detector="paper: faster_rcnn; tiny: fcos",
         weights="a supernet's of the space; none",
         norm="sync_bn",
         fpn_channels="paper: 256; tiny: 48",
@@ -102,10 +102,10 @@ def _add_training(group: Any) -> None:
     add_shared(
         group,
         supernet="",
-        steps="paper: 90000; tiny: 1200",
+        steps="paper: 90000; tiny: 2000",
         batch="paper: 16; tiny: 4",
         optimizer="sgd; tiny: adamw",
-        lr="0.02, retinanet 0.01; tiny: 0.005",
+        lr="0.02, retinanet 0.01; tiny: 0.01",
         clip="paper: none; tiny: 20",
         no_flip="",
         amp="",

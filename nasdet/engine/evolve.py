@@ -24,23 +24,28 @@ _UNKNOWN = 200.0
 class Scores:
     """What is known of candidates, by the keys of their cards: a file for each process, which all processes read.
 
-    ``folder`` must be one that all of them see. Files are replaced atomically.
+    ``folder`` must be one that all of them see; ``of`` says in plain data what the scores are of, and those of anything
+    else are passed over. Files are replaced atomically.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.path = folder, folder / f"rank{rank}.json"
-        self._own: dict[str, float] = read_json(self.path) if self.path.is_file() else {}
+    def __init__(self, folder: Path, rank: int, of: Mapping[str, Any]) -> None:
+        self.folder, self.path, self.of = folder, folder / f"rank{rank}.json", dict(of)
+        self._own = self._read(self.path) if self.path.is_file() else {}
+
+    def _read(self, path: Path) -> dict[str, float]:
+        content = read_json(path)
+        return dict(content["scores"]) if content["of"] == self.of else {}
 
     def add(self, card: Card, score: float) -> None:
         """Store the score of a candidate that this process evaluated."""
         self._own[card.key] = score
-        write_json(self.path, self._own)
+        write_json(self.path, {"of": self.of, "scores": self._own})
 
     def known(self) -> dict[str, float]:
         """All scores stored by now."""
         found: dict[str, float] = {}
         for path in sorted(self.folder.glob("rank*.json")):
-            found |= read_json(path)
+            found |= self._read(path)
         return found
 
 
@@ -70,7 +75,7 @@ def evolve(
     path = out / STATE
     if resume and path.exists():
         _load(search, path, of)
-    scores = Scores(out / SCORES, rank)
+    scores = Scores(out / SCORES, rank, of)
 
     def keep() -> None:
         if rank == 0:

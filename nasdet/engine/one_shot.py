@@ -19,7 +19,7 @@ from nasdet.data import DetectionDataset, require_selectable
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, load_into, seed_everything
 from nasdet.engine.evaluate import evaluate
-from nasdet.engine.evolve import STATE, evolve
+from nasdet.engine.evolve import SCORES, STATE, evolve
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
@@ -191,12 +191,12 @@ class OneShotRun(SupernetRun):
 
     def ready(self, out: Path, resume: bool) -> bool:
         """Whether the supernet is that of another run; ``ValueError`` where it cannot be taken from there."""
-        if not resume and (out / STATE).exists():
+        if not resume and ((out / STATE).exists() or (out / SCORES).exists()):
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        if self.config.supernet is None:
-            return False
-        self._take_supernet(Path(self.config.supernet))
-        return True
+        if self.config.supernet is not None:
+            self._take_supernet(Path(self.config.supernet))
+        distributed.barrier()  # no process may write there before all have looked
+        return self.config.supernet is not None
 
     def _take_supernet(self, run: Path) -> None:
         info = read_json(run / "run.json") if (run / "run.json").is_file() else {}

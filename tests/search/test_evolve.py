@@ -32,11 +32,25 @@ def test_files_of_several_processes(tmp_path: Path) -> None:
 
     first = [candidate.card for candidate in toy().candidates[0]]
     for rank in (1, 3):
-        scores = Scores(tmp_path / "four" / "scores", rank)
+        scores = Scores(tmp_path / "four" / "scores", rank, {})
         scores.add(first[rank], score(first[rank]))
     evolve(found := toy(), counted, tmp_path / "four", {}, progress=False)
     assert found.state_dict() == alone.state_dict()
     assert len(asked) == 16 and not {first[1].key, first[3].key} & set(asked)
+
+
+def test_scores_of_something_else_do_not_count(tmp_path: Path) -> None:
+    """Such as those that another supernet left in the folder."""
+    cards = [candidate.card for candidate in toy().candidates[0]]
+    Scores(tmp_path, 0, {"supernet": "a"}).add(cards[0], 0.5)
+    other = Scores(tmp_path, 1, {"supernet": "b"})
+    assert other.known() == {}
+    other.add(cards[1], 0.25)
+    assert other.known() == {cards[1].key: 0.25}
+    assert Scores(tmp_path, 1, {"supernet": "b"}).known() == {cards[1].key: 0.25}
+    assert Scores(tmp_path, 0, {"supernet": "b"}).known() == {cards[1].key: 0.25}
+    Scores(tmp_path, 0, {"supernet": "b"}).add(cards[2], 0.75)
+    assert Scores(tmp_path, 2, {"supernet": "a"}).known() == {}, "replaced"
 
 
 def test_a_process_that_is_gone_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_population(whole: Path, config: DetNASSearchConfig, data: DataFolder) -
         assert 0 < candidate["score"] <= 1
     assert len({candidate["score"] for candidate in everyone}) == 8, "and no two alike, so that a wrong one shows"
     stored = json.loads((whole / "scores" / "rank0.json").read_text())
-    assert stored == {Card.from_json(c["card"]).key: c["score"] for c in everyone}
+    assert stored["scores"] == {Card.from_json(c["card"]).key: c["score"] for c in everyone}
     run = json.loads((whole / "run.json").read_text())
     assert run["space"] == space.settings() and run["limits"]["macs"] == [None, None]
     assert run["images"] == {"learnt": 4, "scored": 4}

@@ -42,7 +42,7 @@ def test_search_resume_retrain_report(
     model = ModelConfig.load(tmp_path / "net" / "model.json")
     assert model.card == card and model.backbone == card.to_json()
     assert load_card(tmp_path / "net" / "card.json") == card
-    with pytest.raises(ValueError, match="backbone must be left out, as detnas-tiny-retinanet-seed0 is one, got 'res"):
+    with pytest.raises(ValueError, match="backbone must be left out, as detnas-tiny-fcos-seed0 is one, got 'res"):
         call(train, "--card", run / "card.json", "--data", folder, "--out", tmp_path / "x", "--backbone", "resnet18")
     assert call(report, run) == 0 and (run / "report.html").stat().st_size > 10_000
 

@@ -100,7 +100,7 @@ def state(out: Path) -> Any:
 
 
 def stored(out: Path) -> list[dict[str, float]]:
-    return [json.loads(path.read_text()) for path in sorted((out / "scores").glob("rank*.json"))]
+    return [json.loads(path.read_text())["scores"] for path in sorted((out / "scores").glob("rank*.json"))]
 
 
 def test_two_processes_find_what_one_does(

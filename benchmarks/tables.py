@@ -46,6 +46,7 @@ TITLES = {
     "detectors": "Detectors on ResNet-50, pictures of 800 x 1333 to detections, or to changed weights",
     "search_step": "One FAD search step at 416 x 416 px (alphas, then weights)",
     "supernet_nats": "One NATS search step of ResNet-50, set C, 16 channel groups (weights, then alphas)",
+    "path_step": "One training step of a path, two pictures: within the supernet, and the net alone",
 }
 # Of an op of maps the tensors alone: how many holes a heap has is malloc's doing. A step has its process to itself, and
 # of RoIAlign and NMS the resident set shows that nothing large is allocated beside the tensors either.
@@ -53,6 +54,7 @@ RESIDENT = (
     "detectors",
     "search_step",
     "supernet_nats",
+    "path_step",
     "nms",
     "roi_align",
     "paste_masks",

@@ -80,7 +80,8 @@ def _add_space(group: Any) -> None:
     add("--space", metavar="NAME", help="small, large, 3.8g or tiny (paper: small; tiny: tiny)")
     add("--max-macs", type=float, metavar="X", help="limit on the backbone at 224x224 (small: 3e8; large: 1.3e9)")
     add("--shuffle", choices=("even_odd", "halves"), help="permutation between blocks (even_odd)")
-    add_shared(group, max_parameters="none", name="detnas-SPACE-DETECTOR-seedN")
+    limits = dict.fromkeys(("max_parameters", "latency_table", "max_latency"), "none")
+    add_shared(group, **limits, name="detnas-SPACE-DETECTOR-seedN")
 
 
 def _add_model(group: Any) -> None:

@@ -85,7 +85,8 @@ def _add_space(group: Any) -> None:
         "--macs-height", type=int, metavar="N", help="height of the picture that they count for (paper: 832; tiny: 128)"
     )
     add("--macs-width", type=int, metavar="N", help="and its width (paper: 1280; tiny: 192)")
-    add_shared(group, max_parameters="none", name="msnas-VARIANT-DETECTOR-seedN")
+    limits = dict.fromkeys(("max_parameters", "latency_table", "max_latency"), "none")
+    add_shared(group, **limits, name="msnas-VARIANT-DETECTOR-seedN")
 
 
 def _add_supernet(group: Any) -> None:

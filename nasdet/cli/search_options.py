@@ -41,6 +41,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint_every": {**_WHOLE, "help": "steps between two checkpoints"},
     "name": {**_NAME, "help": "name of the card"},
     "max_parameters": {**_REAL, "help": "limit on the backbone's parameters"},
+    "latency_table": {"metavar": "FILE", "help": "of nasdet measure latency: milliseconds of every candidate"},
+    "max_latency": {"type": float, "metavar": "MS", "help": "limit on them"},
     "supernet": {"metavar": "RUN", "help": "take the supernet of a finished run of the same space, and train none"},
     "algorithm": {"choices": ("evolution", "random"), "help": "random: as many random candidates, within the limits"},
     "population": {**_WHOLE, "help": "size of the population"},

@@ -24,6 +24,7 @@ from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
 from nasdet.engine.supernet import SupernetRun, check_settings, fixed
+from nasdet.measure.latency_table import Blocks, LatencyTable, Record
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Evolution, Offspring
 
@@ -38,6 +39,9 @@ class OneShotConfig:
     ``decay``, ``warmup_steps``, ``clip``, ``flip``; ``norm`` of the backbone; a detector as in
     :class:`~nasdet.spaces.assemble.ModelConfig`. ``supernet`` is the folder of a finished run of the same space, whose
     trained supernet is taken in the place of training one.
+
+    ``latency_table`` is a file of ``nasdet measure latency`` for the same space: predicted milliseconds are recorded
+    for every candidate, and ``max_latency`` limits them.
 
     Search: ``generations`` of a ``population``, of which the best ``parents`` have children; ``algorithm`` is
     ``"evolution"``, or ``"random"``: as many random architectures under the same limits. Architectures are scored on
@@ -69,6 +73,8 @@ class OneShotConfig:
     eval_batch: int = 4
     top: int = 5
     supernet: str | None = None
+    latency_table: str | None = None
+    max_latency: float | None = None
     amp: bool = False
     channels_last: bool = True
     flip: bool = True
@@ -81,7 +87,9 @@ class OneShotConfig:
     def check(self, method: str) -> None:
         """Raise ``ValueError`` for settings out of range."""
         whole = ("steps", "batch", "population", "parents", "generations", "val_images", "eval_batch", "top")
-        check_settings(method, self, (*whole, "log_every", "checkpoint_every"), ("lr", "clip"))
+        check_settings(method, self, (*whole, "log_every", "checkpoint_every"), ("lr", "clip", "max_latency"))
+        if self.max_latency is not None and self.latency_table is None:
+            raise ValueError(f"latency_table must be given with max_latency, got None and {self.max_latency:g} ms")
         if self.parents > self.population:
             raise ValueError(f"parents must not exceed the population of {self.population}, got {self.parents}")
         if self.algorithm not in ALGORITHMS:
@@ -100,9 +108,9 @@ class OneShotConfig:
 class OneShotRun(SupernetRun):
     """Trains a supernet path by path, then searches with its weights. Several processes may share both.
 
-    A method's class sets ``verb`` and ``of_supernet`` and defines ``build``, ``constraints``, ``children``, ``facts``
-    and ``deviations``, and ``adapt`` where a candidate is made ready before it is scored. Its space has ``random``,
-    ``check``, ``activate(supernet, card)``, ``settings``, and what :class:`Evolution` needs.
+    A method's class sets ``verb`` and ``of_supernet`` and defines ``build``, ``constraints``, ``timed_blocks``,
+    ``children``, ``facts`` and ``deviations``, and ``adapt`` where a candidate is made ready before it is scored. Its
+    space has ``random``, ``check``, ``activate(supernet, card)``, ``settings``, and what :class:`Evolution` needs.
 
     All processes of ``torchrun`` train together, in each step the same path, drawn from seed and step. Then the group
     of processes is left, and each evaluates candidates of its own (:func:`~nasdet.engine.evolve.evolve`): norms and
@@ -143,6 +151,18 @@ class OneShotRun(SupernetRun):
     @abstractmethod
     def constraints(self) -> Sequence[Constraint]:
         """The limits that every candidate must keep."""
+
+    @abstractmethod
+    def timed_blocks(self) -> Blocks:
+        """The blocks of the space's nets, by which a latency table predicts."""
+
+    def limits(self) -> list[Constraint]:
+        """The method's constraints, and that on measured latency where there is a table."""
+        if (path := self.config.latency_table) is None:
+            return [*self.constraints()]
+        table = LatencyTable.load(path, self.timed_blocks(), Record.load(path).setting.size)
+        latency = Constraint("milliseconds", table, None, self.config.max_latency, table.reachable())
+        return [*self.constraints(), latency]
 
     @abstractmethod
     def children(self) -> tuple[Offspring, ...]:
@@ -186,7 +206,7 @@ class OneShotRun(SupernetRun):
 
     def facts(self) -> dict[str, Any]:
         images = {"images": {"learnt": len(self.learnt), "scored": len(self.scored)}}
-        limits = {one.name: [one.low, one.high] for one in self.constraints()}
+        limits = {one.name: [one.low, one.high] for one in self.search.constraints}
         return {"space": self.space.settings(), "limits": limits, **images}
 
     def ready(self, out: Path, resume: bool) -> bool:
@@ -221,7 +241,7 @@ class OneShotRun(SupernetRun):
             offspring = (Offspring((RANDOM,), config.population, attempts=20 * config.population),)
         return Evolution(
             self.space,
-            constraints=self.constraints(),
+            constraints=self.limits(),
             population=config.population,
             parents=config.parents,
             generations=config.generations,
@@ -261,6 +281,8 @@ class OneShotRun(SupernetRun):
     def finish(self, out: Path, *, resume: bool = False, progress: bool = True) -> Card:
         """Search, then write ``cost.json``, ``model.json``, ``card.json`` and the ``top`` cards; returns the best."""
         kept = {key: value for key, value in fixed(self.config).items() if key not in ("supernet",)}
+        if self.config.latency_table is not None:
+            kept["latency_table"] = hashlib.sha256(Path(self.config.latency_table).read_bytes()).hexdigest()
         of = {**kept, "split": self.data.split.sha256, "supernet": digest(self.model.state_dict())}
         shares: dict[str, Any] = {"rank": self.rank, "ranks": self.ranks}
         evolve(self.search, self.fitness, out, of, **shares, resume=resume, progress=progress)

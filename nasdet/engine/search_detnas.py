@@ -16,6 +16,7 @@ from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.detnas import DetNASSpace
+from nasdet.spaces.detnas.latency import DetNASBlocks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,6 +149,9 @@ class _DetNASRun(OneShotRun):
 
     def constraints(self) -> list[Constraint]:
         return constraints(self.config, self.space)
+
+    def timed_blocks(self) -> DetNASBlocks:
+        return DetNASBlocks(self.space)
 
     def children(self) -> tuple[Offspring, ...]:
         return offspring(self.config.offspring, self.config.population)

@@ -20,6 +20,7 @@ from nasdet.search.evolution import PRESETS, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.msnas import MSNASSpace, rpn_macs
 from nasdet.spaces.msnas.costs import INPUT, RPN_CHANNELS
+from nasdet.spaces.msnas.latency import MSNASBlocks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -159,6 +160,9 @@ class _MSNASRun(OneShotRun):
 
     def constraints(self) -> list[Constraint]:
         return constraints(self.config, self.space)
+
+    def timed_blocks(self) -> MSNASBlocks:
+        return MSNASBlocks(self.space)
 
     def children(self) -> tuple[Offspring, ...]:
         """The paper's, in its shares of the population."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from nasdet._files import write_json
 from nasdet.arch import Card, load_card
 from nasdet.data import DataFolder
 from nasdet.engine import one_shot
@@ -25,8 +26,10 @@ from nasdet.engine.search_detnas import (
     offspring,
     search_detnas,
 )
+from nasdet.measure.latency_table import Record, Setting
 from nasdet.search.evolution import PRESETS
 from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
+from nasdet.spaces.detnas.latency import DetNASBlocks
 
 Finished = Callable[[str], Path]
 
@@ -330,3 +333,34 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: DetNA
         "bfloat16",
     ):
         assert any(words in line for line in ours), words
+
+
+def latencies(config: DetNASSearchConfig, path: Path, ms: dict[str, float]) -> Path:
+    """A table as if measured: every block takes as long as ``ms`` says of its choice."""
+    blocks = DetNASBlocks(config.search_space())
+    setting = Setting(dict(blocks.settings), (64, 64), "made up", 1, "float32", True, "wall", {})
+    rows = {key: [ms.get(key.split()[0], 1.0)] for key, _, _ in blocks.blocks((64, 64))}
+    return write_json(path, Record(setting, "today", rows).to_json())
+
+
+def test_milliseconds_are_a_limit(config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path) -> None:
+    table = latencies(config, tmp_path / "table.json", {"xcep": 5.0, "sh7": 3.0})
+    depth = config.search_space().sizes.depth
+    fast = dataclasses.replace(
+        config, supernet=str(whole), latency_table=str(table), max_latency=float(depth + 5), algorithm="random"
+    )
+    search_detnas(fast, data, tmp_path / "run", progress=False)
+    found = [one for generation in state(tmp_path / "run")["generations"] for one in generation]
+    for one in found:
+        genotype = one["card"]["genotype"]
+        assert one["costs"]["milliseconds"] == 1 + sum({"xcep": 5.0, "sh7": 3.0}.get(name, 1.0) for name in genotype)
+        assert one["costs"]["milliseconds"] <= depth + 5
+    words = f"milliseconds must be at most 3, reachable are {depth + 1} to {5 * depth + 1}"
+    with pytest.raises(ValueError, match=words):
+        search_detnas(dataclasses.replace(fast, max_latency=3.0), data, tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match="latency_table must be given with max_latency, got None and 3 ms"):
+        dataclasses.replace(config, max_latency=3.0)
+    large = latencies(dataclasses.replace(config, space="small", max_macs=None), tmp_path / "large.json", {})
+    with pytest.raises(ValueError, match="large.json: space must be .*, got a table for"):
+        search_detnas(dataclasses.replace(fast, latency_table=str(large)), data, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()

@@ -60,6 +60,8 @@ def run(
     **options: Any,
 ) -> int:
     """Count what is named and print it; ``options`` are the other ones of :func:`detector_costs`."""
+    from nasdet.spaces import usual_detector
+
     chosen, backbone = _subject(card, backbone)
     pixels = parse_size(size)
     if chosen is None and detector is None:
@@ -70,7 +72,7 @@ def run(
         settings = {} if chosen is None else chosen.settings
         costs = detector_costs(
             chosen,
-            detector or _usual_detector(chosen),
+            detector or usual_detector(chosen),
             str(settings.get("backbone", "resnet50")) if backbone is None else backbone,
             pixels,
             width=float(settings.get("width", 1.0)) if width is None else width,
@@ -83,12 +85,6 @@ def run(
         _describe(chosen)
         _print(costs, size)
     return 0
-
-
-def _usual_detector(card: Any) -> str:
-    from nasdet.spaces import part_of
-
-    return "mask_rcnn" if card is not None and part_of(card) == "mask_trunk" else "fcos"
 
 
 def _subject(name: str | None, backbone: str | None) -> tuple[Any, str | None]:
@@ -186,6 +182,7 @@ def detector_costs(
 
     from nasdet.detectors import WITH_MASKS, FasterRCNN, FixedRoIs
     from nasdet.measure import count, total
+    from nasdet.spaces import is_backbone
     from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
 
     around: dict[str, Any] = {"backbone": backbone}
@@ -216,7 +213,7 @@ def detector_costs(
         "card": None if card is None else card.name,
         "method": None if card is None else card.method,
         "detector": detector,
-        "backbone": backbone if isinstance(config.backbone, str) else card.name,
+        "backbone": card.name if card is not None and is_backbone(card) else backbone,
         "width": width,
         "norm": norm,
         "size": [*size],
@@ -239,11 +236,12 @@ def _subnet(card: Any, parts: Any, boxes: dict[str, int], size: tuple[int, int],
     belongs = {
         "backbone": lambda name: name == "backbone",
         "body": lambda name: name == "backbone",
+        "detector": lambda name: name != "rpn",
         "mask_trunk": lambda name: name == "masks",
         "towers": lambda name: name not in ("backbone", "neck"),
     }[searched]
     subnet = total(part for part in parts if belongs(part.name))._replace(name="subnet")
-    if searched in ("backbone", "body"):
+    if searched in ("backbone", "body", "detector"):
         return {"subnet": subnet._asdict()}
     pooled = 14 * 14  # pixels of the maps that the mask stage sees
     towers = sum(-(-size[0] // stride) * -(-size[1] // stride) for stride in strides)

@@ -221,14 +221,14 @@ def model_config(
     card: str, folder: DataFolder, settings: dict[str, Any], weights: Path | None, *, beside: bool
 ) -> ModelConfig:
     """The model for the folder's categories: ``settings`` over the model.json beside the card over the paper's."""
-    from nasdet.spaces import part_of
+    from nasdet.spaces import is_backbone, part_of
     from nasdet.spaces.assemble import searched_fields
 
     chosen = _chosen(card)
-    if chosen is not None and part_of(chosen) == "body" and "backbone" in settings:
+    if chosen is not None and is_backbone(chosen) and "backbone" in settings:
         raise ValueError(f"backbone must be left out, as {chosen.name} is one, got {settings['backbone']!r}")
     # A searched backbone is retrained with norms that learn; cards of other parts leave a pretrained one's as they are.
-    learning = chosen is not None and part_of(chosen) in ("backbone", "body")
+    learning = chosen is not None and (part_of(chosen) == "backbone" or is_backbone(chosen))
     norm = ("sync_bn" if learning else "frozen_bn") if weights else "gn"
     settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched_fields(chosen), **settings}
     return replace(_around(card, beside), num_classes=len(folder.categories), categories=folder.categories, **settings)
@@ -242,23 +242,22 @@ def _chosen(card: str) -> Card | None:
 
 def _around(card: str, beside: bool) -> ModelConfig:
     """The paper's model for the card, or with ``beside`` the one of the model.json beside it, if there is one."""
-    from nasdet.spaces import part_of
+    from nasdet.spaces import usual_detector
     from nasdet.spaces.assemble import ModelConfig
 
     stored, chosen = Path(card).parent / "model.json", _chosen(card)
     if beside and Path(card).is_file() and stored.is_file():
         return ModelConfig.load(stored)
-    return ModelConfig(detector="mask_rcnn") if chosen and part_of(chosen) == "mask_trunk" else ModelConfig()
+    return ModelConfig(detector=usual_detector(chosen))
 
 
 def _preset(name: str | None, card: str) -> dict[str, Any]:
     """The settings of a preset; the card's own backbone, the one that it transforms or is, takes the preset's place."""
-    from nasdet.spaces import part_of
+    from nasdet.spaces import is_backbone, part_of
 
     settings, chosen = dict(PRESETS[name or "paper"]), _chosen(card)
-    part = None if chosen is None else part_of(chosen)
-    if part == "body":
+    if chosen is not None and is_backbone(chosen):
         return {key: value for key, value in settings.items() if key not in ("backbone", "width")}
-    if chosen is not None and part == "backbone":
+    if chosen is not None and part_of(chosen) == "backbone":
         settings |= {key: chosen.settings[key] for key in ("backbone", "width") if key in chosen.settings}
     return settings

@@ -32,8 +32,27 @@ def space_class(method: str) -> Any:
 def part_of(card: Card) -> str:
     """The part of a detector that a card stands for.
 
-    ``"towers"`` (the default), ``"mask_trunk"``, ``"backbone"`` (which it transforms) or ``"body"`` (it is the
-    backbone). A space says it as ``part``: one name for all its cards, or a function of the card.
+    ``"towers"`` (the default), ``"mask_trunk"``, ``"backbone"`` (which it transforms), ``"body"`` (it is the
+    backbone) or ``"detector"`` (backbone, neck, and head or towers, or some of them). A space says it as ``part``: one
+    name for all its cards, or a function of the card.
     """
     part = getattr(space_class(card.method), "part", "towers")
     return str(part(card) if callable(part) else part)
+
+
+def pieces_of(card: Card) -> tuple[str, ...]:
+    """The parts of a detector that a card of ``"detector"`` stands for, such as backbone, neck and head; else none."""
+    return tuple(space_class(card.method).pieces(card)) if part_of(card) == "detector" else ()
+
+
+def is_backbone(card: Card) -> bool:
+    """Whether a card is a backbone by itself, alone or with other parts."""
+    return part_of(card) == "body" or "backbone" in pieces_of(card)
+
+
+def usual_detector(card: Card | None) -> str:
+    """The detector that a card is built into where nobody says another: one that has its parts."""
+    part = "towers" if card is None else part_of(card)
+    if card is not None and part == "detector":
+        return "retinanet" if "towers" in pieces_of(card) else "faster_rcnn"
+    return "mask_rcnn" if part == "mask_trunk" else "fcos"

@@ -12,13 +12,20 @@ from torch import nn
 
 from nasdet._files import read_json, write_json
 from nasdet.arch import Card
-from nasdet.detectors import BACKBONES, DETECTORS, parts_of
+from nasdet.detectors import BACKBONES, DETECTORS, TWO_STAGE, parts_of
+from nasdet.detectors.build import NeckMaker
 from nasdet.detectors.norm import NORMS
-from nasdet.spaces import part_of, space_class
+from nasdet.spaces import part_of, pieces_of, space_class
 
 PLAIN = "plain"
 #: part -> the field of a ModelConfig that holds its card
-_FIELDS = {"towers": "towers", "mask_trunk": "mask_trunk", "backbone": "backbone_card", "body": "backbone"}
+_FIELDS = {
+    "towers": "towers",
+    "mask_trunk": "mask_trunk",
+    "backbone": "backbone_card",
+    "detector": "detector_card",
+    "body": "backbone",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class ModelConfig:
     their number; ``towers``, ``"plain"`` (``tower_convs`` convolutions each) or the JSON of a card, with
     ``inner_channels`` and ``cells`` in the place of the card's own where given; ``mask_trunk``, the JSON of a card for
     the mask head's convolutions before the deconvolution, likewise; ``backbone_card``, the JSON of a card that
-    transforms the backbone; ``short_side`` and ``long_side``, the picture size it was trained for, in pixels;
+    transforms the backbone; ``detector_card``, the JSON of a card of several parts together; ``short_side`` and
+    ``long_side``, the picture size it was trained for, in pixels;
     ``options``, those of the detector's own.
     """
 
@@ -49,6 +57,7 @@ class ModelConfig:
     inner_channels: int | dict[str, int] | None = None
     cells: int | None = None
     backbone_card: dict[str, Any] | None = None
+    detector_card: dict[str, Any] | None = None
     mask_trunk: dict[str, Any] | None = None
     short_side: int = 800
     long_side: int = 1333
@@ -84,6 +93,8 @@ class ModelConfig:
             body = Card.from_json(self.backbone)
             if own := getattr(space_class(body.method), "pyramid_channels", None):
                 object.__setattr__(self, "fpn_channels", own(body, self.width))
+        if self.detector_card is not None:
+            self._check_pieces(Card.from_json(self.detector_card))
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options must be an object, got {type(self.options).__name__}")
 
@@ -96,9 +107,22 @@ class ModelConfig:
             raise ValueError(f"{name} must be plain for {self.detector}, which has no {part}, got {card.name!r}")
         return card
 
+    def _check_pieces(self, card: Card) -> None:
+        """Refuse a card of parts that the detector has not, or that another card stands for, or that do not fit."""
+        pieces = pieces_of(card)
+        have = ("backbone", "neck", "head" if self.detector in TWO_STAGE else "towers")
+        if other := [piece for piece in pieces if piece not in have]:
+            raise ValueError(f"detector_card must be of {', '.join(have)} for {self.detector}, got {other[0]}")
+        taken = {"backbone": self.backbone, "towers": self.towers}
+        if twice := [piece for piece in pieces if isinstance(taken.get(piece), Mapping)]:
+            raise ValueError(f"{twice[0]} must have one card, got {card.name!r} as detector_card besides another")
+        width = card.settings.get("channels")
+        if "neck" not in pieces and {"head", "towers"} & set(pieces) and width != self.fpn_channels:
+            raise ValueError(f"fpn_channels must be the {width} of {card.name!r}, got {self.fpn_channels}")
+
     @property
     def card(self) -> Card | None:
-        """What was searched: the card of the towers, or else of the mask trunk, or of the backbone; None if plain."""
+        """What was searched: the card of the towers, or else of the mask trunk, the backbone, the whole; or None."""
         cards = (getattr(self, name) for name in _FIELDS.values())
         return next((Card.from_json(card) for card in cards if isinstance(card, Mapping)), None)
 
@@ -137,7 +161,7 @@ def _positive(name: str, value: Any) -> None:
 
 def searched_fields(card: Card | None) -> dict[str, Any]:
     """The fields of a :class:`ModelConfig` that say what is searched: the card's own part, all others plain."""
-    plain: dict[str, Any] = {"towers": PLAIN, "mask_trunk": None, "backbone_card": None}
+    plain: dict[str, Any] = {"towers": PLAIN, "mask_trunk": None, "backbone_card": None, "detector_card": None}
     return plain if card is None else plain | {_FIELDS[part_of(card)]: card.to_json()}
 
 
@@ -161,12 +185,38 @@ def backbone_maker(backbone: str | Mapping[str, Any]) -> str | Callable[..., nn.
     return partial(space_class(card.method).backbone, card)
 
 
+def piece_makers(config: ModelConfig) -> dict[str, Any]:
+    """What makes the parts of ``detector_card``, as options of the makers in :data:`nasdet.detectors.DETECTORS`.
+
+    ``backbone`` and ``neck`` are functions, as is ``box_trunk`` (the head); ``towers`` is a module.
+    """
+    if config.detector_card is None:
+        return {}
+    card = Card.from_json(config.detector_card)
+    space = space_class(card.method)
+    # A frozen norm around layers that nobody has trained normalises nothing.
+    build = partial(space.build, card, norm="sync_bn" if config.norm == "frozen_bn" else config.norm)
+    makers: dict[str, Any] = {}
+    pieces = pieces_of(card)
+    if "backbone" in pieces:
+        makers["backbone"] = partial(space.backbone, card)
+    if "neck" in pieces:
+        makers["neck"] = lambda channels, strides: build("neck", in_channels=channels, strides=strides)
+    if "head" in pieces:
+        makers["box_trunk"] = partial(build, "head")
+    if "towers" in pieces:
+        makers["towers"] = build("towers")
+    return makers
+
+
 def build_model(
     config: ModelConfig,
     *,
     towers: nn.Module | None = None,
     mask_trunk: nn.Module | None = None,
     backbone: Callable[..., nn.Module] | None = None,
+    neck: NeckMaker | None = None,
+    box_trunk: Callable[[], nn.Module] | None = None,
     weights: str | Path | None = None,
     backend: str | None = None,
 ) -> nn.Module:
@@ -175,22 +225,27 @@ def build_model(
     ``towers`` and ``mask_trunk`` stand in the place of the configured ones (a supernet); ``weights`` is a local file
     with the backbone's pretrained weights; ``backend`` chooses the searched parts' backend. Weights are drawn from
     torch's global generator. A card of the backbone takes it over with its weights. ``backbone`` makes one in the place
-    of the configured one, called as the makers in :data:`nasdet.detectors.BACKBONES`.
+    of the configured one, called as the makers in :data:`nasdet.detectors.BACKBONES`; ``neck`` and ``box_trunk``
+    likewise, called as the detectors' makers do.
     """
-    towers = build_part(config, "towers", backend=backend) if towers is None else towers
+    given = {"backbone": backbone, "neck": neck, "box_trunk": box_trunk, "towers": towers}
+    makers = piece_makers(config) | {name: value for name, value in given.items() if value is not None}
+    body = makers.pop("backbone", None) or backbone_maker(config.backbone)
+    if "towers" not in makers and (searched := build_part(config, "towers", backend=backend)) is not None:
+        makers["towers"] = searched
     trunk = build_part(config, "mask_trunk", backend=backend) if mask_trunk is None else mask_trunk
     model = DETECTORS[config.detector](
-        backbone or backbone_maker(config.backbone),
+        body,
         config.num_classes,
         width=config.width,
         fpn_channels=config.fpn_channels,
         levels=config.levels,
         tower_convs=config.tower_convs,
-        towers=towers,
         norm=config.norm,
         weights=weights,
         frozen_stages=config.frozen_stages,
         **config.options,
+        **makers,
         **({} if trunk is None else {"mask_trunk": trunk}),
     )
     if config.backbone_card is not None:

@@ -51,9 +51,9 @@ def test_one_more_algorithm(tree: Any) -> None:
 def test_one_more_backbone(tree: Any) -> None:
     tree.add("pooled.py", "nasdet/detectors/pooled.py")
     line = "from nasdet.detectors.pooled import Pooled"
-    tree.insert("nasdet/detectors/__init__.py", "from nasdet.detectors.parts.codec import BoxCodec", line)
+    tree.insert("nasdet/detectors/backbones.py", "from nasdet.detectors.mobilenet import MobileNetV2", line)
     entry = '"mobilenet_v2": MobileNetV2,'
-    tree.edit("nasdet/detectors/__init__.py", entry, f'{entry} "pooled": Pooled,')
+    tree.edit("nasdet/detectors/backbones.py", entry, f'{entry} "pooled": Pooled,')
     assert tree.check("backbone").split()[-1] == "learns"
 
 

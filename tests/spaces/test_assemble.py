@@ -224,3 +224,50 @@ def test_a_card_of_another_part_is_no_backbone() -> None:
     assert searched_fields(card)["backbone"] == card.to_json()
     config = ModelConfig(backbone=card.to_json())
     assert config.card == card and ModelConfig.from_json(config.to_json()) == config
+
+
+def hit_pieces(*parts: str, **settings: Any) -> dict[str, Any]:
+    whole = load_card("hit-detector")
+    return Card(
+        "hit", "pieces", {part: whole.genotype[part] for part in parts}, {**whole.settings, **settings}
+    ).to_json()
+
+
+def test_a_card_of_several_parts_together() -> None:
+    card = load_card("hit-detector")
+    config = ModelConfig(detector="faster_rcnn", norm="bn", **searched_fields(card))
+    assert config.card == card and ModelConfig.from_json(config.to_json()) == config
+    with torch.device("meta"):
+        model = build_model(config)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert counts == {"backbone": 13_881_848, "neck": 2_715_952, "rpn": 593_935, "boxes": 9_932_181}
+
+
+def test_some_parts_of_a_card_beside_plain_ones() -> None:
+    small = SMALL | {"backbone": "resnet18", "fpn_channels": 256, "detector": "faster_rcnn"}
+    with torch.device("meta"):
+        head: Any = build_model(ModelConfig(**small, detector_card=hit_pieces("head")))
+        body: Any = build_model(ModelConfig(**small | {"width": 1.0}, detector_card=hit_pieces("backbone")))
+    assert head.boxes.head.trunk.out_channels == 512 and type(head.neck).__name__ == "FPN"
+    assert body.backbone.channels == {"c2": 48, "c3": 96, "c4": 256}
+    assert type(body.boxes.head.trunk).__name__ == "BoxTrunk"
+
+
+HIT_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "another kind": ({"detector": "fcos"}, "detector_card must be of backbone, neck, towers for fcos, got head"),
+    "two backbones": (
+        {"backbone": load_card("detnasnet").to_json()},
+        "backbone must have one card, got 'pieces' as detector_card besides another",
+    ),
+    "another width": (
+        {"detector_card": hit_pieces("head"), "fpn_channels": 64},
+        "fpn_channels must be the 256 of 'pieces', got 64",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), HIT_FAULTS.values(), ids=HIT_FAULTS)
+def test_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    whole = {"detector": "faster_rcnn", "detector_card": hit_pieces("backbone", "neck", "head")}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**whole | changes)

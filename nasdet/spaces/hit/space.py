@@ -169,6 +169,20 @@ class HitSpace:
         return network(part, sizes, plain(card.genotype[part], norm), norm=norm, **options)
 
     @staticmethod
+    def pieces(card: Card) -> tuple[str, ...]:
+        """The parts of a detector that a card stands for."""
+        card_sizes(card)
+        return tuple(card.genotype)
+
+    @classmethod
+    def backbone(cls, card: Card, *, width: float = 1.0, **options: Any) -> nn.Module:
+        """The backbone of a card, as the makers in :data:`nasdet.detectors.BACKBONES` make theirs (``norm``,
+        ``frozen_stages``, ``outputs``), but of one width."""
+        if width != 1:
+            raise ValueError(f"width must be 1 for {card.name!r}, whose channels its settings say, got {width:g}")
+        return cls.build(card, "backbone", **options)
+
+    @staticmethod
     def describe(card: Card) -> list[str]:
         """A line for each stage of the backbone, each path of the neck, and the head."""
         sizes = card_sizes(card)

@@ -27,9 +27,10 @@ _PLACES = ("weights", "device", "backend", "no_repshare", "no_decouple")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb to its parser."""
     parser.description = (
-        "Search an architecture: a supernet that holds every choice is trained on one half of the training images, "
-        "and the choices on the other half. Test images are never used. The run folder gets the derived architecture "
-        "(card.json), and everything to resume, retrain and report."
+        "Search an architecture: a supernet that holds every choice is trained on one part of the training images, and "
+        "chosen from by another part: by gradients (fad, nats), or by evolution over its paths (detnas, msnas). Test "
+        "images are never used. The run folder gets the architecture found (card.json), and everything to resume, "
+        "retrain and report."
     )
     methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
     for name, module in METHODS.items():

@@ -89,7 +89,9 @@ def evolve(
             slowest = generation.run(score, rank, ranks, slowest)
 
 
-def _load(search: Evolution, path: Path, of: Mapping[str, Any]) -> None:
+def check_same(path: Path, of: Mapping[str, Any]) -> Any:
+    """The content of a search's ``evolution.json``; ``ValueError`` where its scores are of something other than
+    ``of``."""
     content = read_json(path)
     theirs = content.get("of", {}) if isinstance(content, Mapping) else {}
     names = [name for name in {**theirs, **of} if theirs.get(name) != of.get(name)]
@@ -99,6 +101,11 @@ def _load(search: Evolution, path: Path, of: Mapping[str, Any]) -> None:
             f"{path} was written by another search ({what}): resume with the options it was started with, or choose "
             "another --out"
         )
+    return content
+
+
+def _load(search: Evolution, path: Path, of: Mapping[str, Any]) -> None:
+    content = check_same(path, of)
     try:
         search.load_state_dict(content["state"])
     except (KeyError, TypeError, ValueError) as error:

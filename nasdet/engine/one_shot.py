@@ -19,7 +19,7 @@ from nasdet.data import DetectionDataset, require_selectable
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, load_into, seed_everything
 from nasdet.engine.evaluate import evaluate
-from nasdet.engine.evolve import SCORES, STATE, evolve
+from nasdet.engine.evolve import SCORES, STATE, check_same, evolve
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
@@ -125,9 +125,9 @@ class OneShotRun(SupernetRun):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         config = self.config
+        if self.backend is not None:
+            raise ValueError(f"backend must be None for {self.verb}, whose parts have no choice, got {self.backend!r}")
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
-        if config.batch % self.ranks:
-            raise ValueError(f"batch must be a multiple of {self.ranks} processes, got {config.batch}")
         self.learnt, self.scored = self._divide()
         truth = self.scored.ground_truth()["annotations"]
         if not any(not annotation["iscrowd"] for annotation in truth):
@@ -211,10 +211,17 @@ class OneShotRun(SupernetRun):
 
     def ready(self, out: Path, resume: bool) -> bool:
         """Whether the supernet is that of another run; ``ValueError`` where it cannot be taken from there."""
-        if not resume and ((out / STATE).exists() or (out / SCORES).exists()):
+        taken = self.config.supernet is not None
+        # Where there is no training of its own, no checkpoint tells of a run that is there already.
+        found = [name for name in (STATE, SCORES, *(["run.json"] if taken else [])) if (out / name).exists()]
+        if found and not resume:
             raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        if self.config.supernet is not None:
+        if taken:
+            if self.weights is not None:
+                raise ValueError(f"weights must be None with the supernet of another run, got {self.weights}")
             self._take_supernet(Path(self.config.supernet))
+            if STATE in found:
+                check_same(out / STATE, self._of())
         distributed.barrier()  # no process may write there before all have looked
         return self.config.supernet is not None
 
@@ -278,14 +285,23 @@ class OneShotRun(SupernetRun):
             self.model.zero_grad(set_to_none=True)
         return float(found["AP"])
 
-    def finish(self, out: Path, *, resume: bool = False, progress: bool = True) -> Card:
-        """Search, then write ``cost.json``, ``model.json``, ``card.json`` and the ``top`` cards; returns the best."""
-        kept = {key: value for key, value in fixed(self.config).items() if key not in ("supernet",)}
+    def _of(self) -> dict[str, Any]:
+        """What scores depend on besides the card."""
+        kept = {key: value for key, value in fixed(self.config).items() if key != "supernet"}
         if self.config.latency_table is not None:
             kept["latency_table"] = hashlib.sha256(Path(self.config.latency_table).read_bytes()).hexdigest()
-        of = {**kept, "split": self.data.split.sha256, "supernet": digest(self.model.state_dict())}
+        return {**kept, "split": self.data.split.sha256, "supernet": digest(self.model.state_dict())}
+
+    def loop(self, out: Path, settings: Mapping[str, Any], resume: bool, progress: bool) -> Loop:
+        loop = super().loop(out, settings, resume, progress)
+        if loop.start < self.steps and self.config.batch % self.ranks:
+            raise ValueError(f"batch must be a multiple of {self.ranks} processes, got {self.config.batch}")
+        return loop
+
+    def finish(self, out: Path, *, resume: bool = False, progress: bool = True) -> Card:
+        """Search, then write ``cost.json``, ``model.json``, ``card.json`` and the ``top`` cards; returns the best."""
         shares: dict[str, Any] = {"rank": self.rank, "ranks": self.ranks}
-        evolve(self.search, self.fitness, out, of, **shares, resume=resume, progress=progress)
+        evolve(self.search, self.fitness, out, self._of(), **shares, resume=resume, progress=progress)
         if self.rank:
             return self.derive(self.source())
         for place, (card, score) in enumerate(self.search.population[: self.config.top], 1):

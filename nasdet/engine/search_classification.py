@@ -24,6 +24,9 @@ from nasdet.engine.runs import recorded
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Evolution, Offspring
 
+# What decides which pixels are seen, and so what a score depends on besides the search's own settings.
+_SEEN = ("size", "short", "least_area", "jitter", "flip", "amp", "recalibration_images", "eval_batch", "seed")
+
 
 @dataclass(frozen=True)
 class ClassificationSearchConfig:
@@ -94,7 +97,8 @@ def search_classification(
     scored, learnt = data.search_val(), data.search_train()
     for dataset in (scored, learnt):
         require_selectable(dataset, data.split)
-    if not resume and (out / STATE).exists():
+    found = any((out / name).exists() for name in (STATE, "run.json"))
+    if not resume and rank == 0 and found:  # the others may come when process 0 has begun to write
         raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
     sizes: dict[str, Any] = {
         "population": config.population,
@@ -106,9 +110,7 @@ def search_classification(
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
     weights = {key: value for key, value in model.named_parameters()}
     fixed = {key: value for key, value in asdict(config).items() if key not in ("generations", "top", "name")}
-    seen = {
-        key: getattr(trained, key) for key in ("size", "short", "amp", "recalibration_images", "eval_batch", "seed")
-    }
+    seen = {key: getattr(trained, key) for key in _SEEN}
     of = {**fixed, "data": seen, "split": data.split.sha256, "supernet": digest(weights)}
 
     def fitness(card: Card) -> float:

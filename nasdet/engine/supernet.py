@@ -307,8 +307,10 @@ def check_search(kind: type[SupernetRun], data: DataFolder, out: Path, resume: b
         require_selectable(dataset, data.split)
         if not len(dataset):
             raise ValueError(f"{dataset.role} must hold at least one image, got none of {data.path}")
+    if kind.parallel and distributed.active():
+        raise ValueError(f"{kind.verb} must be called outside a process group: it leaves its own before it scores")
     path = out / "split.json"
-    if resume and (out / LAST).exists() and path.is_file() and (old := Split.load(path)).sha256 != data.split.sha256:
+    if resume and path.is_file() and (old := Split.load(path)).sha256 != data.split.sha256:
         raise ValueError(f"{path}: split must be the run's own, {old.sha256[:12]}, got {data.split.sha256[:12]}")
 
 

@@ -86,4 +86,5 @@ def _supernet(name: str, options: dict[str, Any], classes: int, bins: Bins | Non
         low, high, step = bins
         draw = binned_draw(space, lambda one: cost(one.genotype), seed, low=low, high=high, width=step)
     paths = Paths(draw, space.activate)
-    return Trunk(partial(space.supernet, **options), named, paths, space.sizes.last, space)
+    last = space.sizes.last if method == DetNASSpace.method else None
+    return Trunk(partial(space.supernet, **options), named, paths, last, space)

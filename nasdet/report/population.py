@@ -11,7 +11,7 @@ from nasdet.report.markup import amount, figure, grid, legend, percent, table, t
 from nasdet.report.read import number
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 460.0, 260.0, 44.0, 10.0, 12.0, 34.0
-_WORDS = {"macs": "multiply-accumulates", "parameters": "parameters", "latency": "milliseconds"}
+_WORDS = {"macs": "multiply-accumulates", "parameters": "parameters", "milliseconds": "milliseconds"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def scatter(found: Sequence[Point], cost: str | None) -> str:
     return figure(
         legend(colors[: min(last, 2)] + ([("Pareto front", "var(--c1)")] if kept else [])) + _svg(parts, spoken),
         f"<b>AP against {text(_WORDS.get(cost or '', cost or 'order'))}</b> in points, on the images of the search, "
-        "with the supernet's weights; the best has a ring.",
+        "with weights from the supernet; the best has a ring.",
     )
 
 

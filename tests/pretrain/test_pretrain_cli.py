@@ -136,3 +136,13 @@ def test_one_network_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path)])
     assert "one of the arguments --backbone --space --card is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("space", "last"), [("detnas-tiny", DetNASSpace("tiny").sizes.last), ("msnas-r18", None)])
+def test_every_supernet_of_paths_can_be_a_trunk(space, last):
+    found = trunk(space=space)
+    assert found.last == last
+    with torch.device("meta"):
+        net = found.make()
+    found.paths.activate(net, found.paths.draw(0))
+    assert all(level.shape[0] == 1 for level in net(torch.empty(1, 3, 64, 64, device="meta")).values())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nasdet._files import write_json
 from nasdet.data import DataFolder, Split
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.one_shot import OneShotRun
@@ -71,6 +72,52 @@ def test_a_run_without_a_trained_supernet_is_refused(
     torch.save(payload | {"step": 24}, tmp_path / "half" / "checkpoints" / "last.pt")
     with pytest.raises(ValueError, match="last.pt: its 'model' does not fit this configuration"):
         take(tmp_path / "half")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(
+    config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path
+) -> None:
+    """Also where there is nothing to train, and so no checkpoint that could stand in the way."""
+    taken = dataclasses.replace(config, supernet=str(whole))
+    write_json(tmp_path / "run.json", {"verb": "train"})
+    with pytest.raises(ValueError, match="already holds a run: add --resume to go on with it, or choose another --out"):
+        search_detnas(taken, data, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_scores_of_another_search_are_refused_before_anything_is_written(
+    config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path
+) -> None:
+    taken = dataclasses.replace(config, supernet=str(whole))
+    search_detnas(taken, data, tmp_path, progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with pytest.raises(ValueError, match=r"written by another search \(eval_batch: "):
+        search_detnas(dataclasses.replace(taken, eval_batch=3), data, tmp_path, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "backend": ({"backend": "reference"}, "backend must be None for search detnas, .*, got 'reference'"),
+    "weights": ({"weights": "resnet.pth"}, "weights must be None with the supernet of another run, got resnet.pth"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_would_change_nothing(
+    name: str,
+    config: DetNASSearchConfig,
+    data: DataFolder,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options, words = OPTIONS[name]
+    monkeypatch.setattr("nasdet.detectors.build.load_backbone_weights", lambda *_: None)
+    with pytest.raises(ValueError, match=words):
+        search_detnas(
+            dataclasses.replace(config, supernet=str(whole)), data, tmp_path / "run", progress=False, **options
+        )
     assert not (tmp_path / "run").exists()
 
 

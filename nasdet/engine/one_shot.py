@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from nasdet.engine.evaluate import evaluate
 from nasdet.engine.evolve import SCORES, STATE, check_same, evolve
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
+from nasdet.engine.paths import uniform_draw
 from nasdet.engine.step import train_step
 from nasdet.engine.supernet import SupernetRun, check_settings, fixed
 from nasdet.measure.latency_table import Blocks, LatencyTable, Record
@@ -177,8 +177,7 @@ class OneShotRun(SupernetRun):
 
     def draw(self, step: int) -> Card:
         """The path of a step of the supernet's training: uniform, the same in every process."""
-        card: Card = self.space.random(Random(f"path {self.config.seed} {step}"))
-        return card
+        return uniform_draw(self.space, self.config.seed)(step)
 
     def activate(self, card: Card) -> None:
         """Run the path of a card from now on."""

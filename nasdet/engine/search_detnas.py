@@ -11,7 +11,7 @@ from nasdet.data import DataFolder
 from nasdet.detectors import TWO_STAGE
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
 from nasdet.engine.recalibrate import recalibrate
-from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search
+from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -213,8 +213,7 @@ def deviations(config: DetNASSearchConfig, data: DataFolder, pretrained: bool) -
         "momentum and decay go on",
         "an operator's attempts are bounded; the released code's may never end",
     ]
-    if data.layout != "coco" or len(data.split.train) < 100_000:
-        found.append(f"data: {data.path.resolve().name}, {len(data.split.train)} images to search on; the paper: COCO")
+    found += unlike_coco(data)
     if config.detector == "retinanet":
         paper = replace(paper, detector="retinanet")
     if config.space in LIMITS:

@@ -14,7 +14,7 @@ from nasdet.engine import distributed
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
-from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search
+from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -239,8 +239,7 @@ def deviations(config: MSNASSearchConfig, data: DataFolder, pretrained: bool) ->
         "children are thrown away, and the first population need not",
         "candidates are scored on a part of the training images; the paper does not say on which",
     ]
-    if data.layout != "coco" or len(data.split.train) < 100_000:
-        found.append(f"data: {data.path.resolve().name}, {len(data.split.train)} images to search on; the paper: COCO")
+    found += unlike_coco(data)
     if config.steps is not None:
         found.append(f"steps: {config.steps}; the paper: {paper.epochs} epochs")
     elif config.epochs != paper.epochs:

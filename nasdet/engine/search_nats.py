@@ -22,6 +22,7 @@ from nasdet.engine.supernet import (
     differences,
     model_around,
     run_search,
+    unlike_coco,
 )
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.nats import NATSSpace
@@ -214,8 +215,7 @@ def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> 
         "0.999, and the rate is read as per image: the paper does not say",
         "weights and alphas learn on two halves of the training images; the paper: train2014, val2014 without minival",
     ]
-    if data.layout != "coco" or len(data.split.train) < 100_000:
-        found.append(f"data: {data.path.resolve().name}, {len(data.split.train)} images to search on; the paper: COCO")
+    found += unlike_coco(data)
     if config.steps is not None:
         found.append(f"steps: {config.steps}; the paper: {paper.epochs} epochs")
     elif (config.epochs, config.frozen_epochs) != (paper.epochs, paper.frozen_epochs):

@@ -344,6 +344,13 @@ def model_around(config: Any, categories: tuple[str, ...], pretrained: bool, **o
     return ModelConfig(**around | own)
 
 
+def unlike_coco(data: DataFolder) -> list[str]:
+    """The line of deviations for data that is not COCO, or a small part of it."""
+    if data.layout == "coco" and len(data.split.train) >= 100_000:
+        return []
+    return [f"data: {data.path.resolve().name}, {len(data.split.train)} images to search on; the paper: COCO"]
+
+
 def differences(config: Any, paper: Any, words: Mapping[str, str]) -> list[str]:
     """A line for each setting named in ``words`` that is not the paper's."""
     pairs = [(text, getattr(config, name), getattr(paper, name)) for name, text in words.items()]

@@ -36,6 +36,18 @@ def build(source: str, folder: Path, cuda_sources: Path) -> Path:
     return program
 
 
+def run_checks(
+    program: Path, part: str, at_least: int, program_environment: Callable[..., dict[str, str]], timeout: int = 300
+) -> None:
+    """Run a part of a driver, which prints how many comparisons it made and fails at a wrong one."""
+    # A preloaded library of the test session's own sanitizers would come before the program's.
+    environment = program_environment(ASAN_OPTIONS="detect_leaks=0", LD_PRELOAD="")
+    result = subprocess.run([program, part], env=environment, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stderr[-4000:]
+    checks, word = result.stdout.split()
+    assert word == "checks" and int(checks) >= at_least
+
+
 @pytest.fixture(scope="module")
 def mix_driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Path:
     return build("mix_driver.cpp", tmp_path_factory.mktemp("shim"), cuda_sources)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS
+from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS, run_checks
 from test_ptxas import ARCHS, compiled
 
 KERNELS = """
@@ -67,11 +67,7 @@ def test_kernels_on_the_cpu(
     at_least: int,
 ) -> None:
     """Against plain loops; sanitizers on; in both thread orders."""
-    environment = program_environment(ASAN_OPTIONS="detect_leaks=0", LD_PRELOAD="")
-    result = subprocess.run([driver(name), part], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-4000:]
-    checks, word = result.stdout.split()
-    assert word == "checks" and int(checks) >= at_least
+    run_checks(driver(name), part, at_least, program_environment, timeout=120)
 
 
 @pytest.mark.needs("nvcc")

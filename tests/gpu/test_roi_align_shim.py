@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS
+from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS, run_checks
 from test_ptxas import ARCHS, compiled
 
 import nasdet
@@ -71,12 +71,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Path
 @pytest.mark.needs("g++")
 @pytest.mark.parametrize("storage", STORAGES)
 def test_kernels_on_the_cpu(driver: Path, storage: str, program_environment: Callable[..., dict[str, str]]) -> None:
-    # A preloaded library of the test session's own sanitizers would come before the program's.
-    environment = program_environment(ASAN_OPTIONS="detect_leaks=0", LD_PRELOAD="")
-    result = subprocess.run([driver, storage], env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    checks, word = result.stdout.split()
-    assert word == "checks" and int(checks) > 100_000
+    run_checks(driver, storage, 100_001, program_environment)
 
 
 @pytest.mark.needs("nvcc")

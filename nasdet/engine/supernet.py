@@ -160,6 +160,10 @@ class SupernetRun(ABC):
             config=settings,
         )
 
+    def outcome(self) -> dict[str, Any]:
+        """What ``run.json`` says besides once the training has ended."""
+        return {}
+
     def learn(self, loop: Loop) -> None:
         """Train to the end, with a line of ``alphas.jsonl`` for each of ``metrics.jsonl``, and one before the first."""
 
@@ -290,11 +294,12 @@ def run_search(
             **run.facts(),
             "deviations": run.deviations(),
         }
-        with recorded(out, kind.verb, asdict(config), **named, **facts):
+        with recorded(out, kind.verb, asdict(config), **named, **facts) as info:
             if distributed.is_main():
                 data.split.save(out / "split.json")
             if loop is not None:
                 run.learn(loop)
+                info.update(run.outcome())
             together.close()  # what follows the training each process does by itself
             return run.finish(out, resume=resume, progress=progress)
 

@@ -17,6 +17,7 @@ from nasdet.engine import receptive_field
 from nasdet.engine.records import read_lines
 from nasdet.engine.search import FADSearchConfig, search_fad
 from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
+from nasdet.engine.search_hit import HitSearchConfig, search_hit
 from nasdet.engine.search_msnas import MSNASSearchConfig, search_msnas
 from nasdet.engine.search_nats import NATSSearchConfig, search_nats
 
@@ -126,17 +127,39 @@ MSNAS = MSNASSearchConfig(
     checkpoint_every=4,
     seed=3,
 )
+HIT = HitSearchConfig(
+    steps=6,
+    epochs=6,
+    frozen_epochs=2,
+    batch=2,
+    short_side=64,
+    long_side=64,
+    lr=0.01,
+    arch_lr=0.05,
+    layout="tiny",
+    fpn_channels=12,
+    candidates=["ir_k3_d1_e1", "sep_k3_d2", "conv_k3_d1"],
+    norm="bn",
+    proposals=10,
+    workers=0,
+    log_every=1,
+    checkpoint_every=2,
+    seed=3,
+)
 FAD_CHANGE: dict[str, Any] = {"another": {"arch_lr": 0.1}, "differs": "arch_lr: 0.05 -> 0.1"}
 NATS_CHANGE: dict[str, Any] = {"another": {"channel_groups": 4}, "differs": "channel_groups: 2 -> 4"}
+HIT_CHANGE: dict[str, Any] = {"another": {"cost_weight": 0.1}, "differs": "cost_weight: 0.01 -> 0.1"}
 CASES = {
     "fad": Case(search_fad, FAD, **FAD_CHANGE),
     "nats": Case(search_nats, NATS, **NATS_CHANGE),
     "detnas": Case(search_detnas, DETNAS, another={"lr": 0.02}, differs="lr: 0.01 -> 0.02"),
     "msnas": Case(search_msnas, MSNAS, another={"tuning_steps": 3}, differs="tuning_steps: 2 -> 3"),
+    "hit": Case(search_hit, HIT, **HIT_CHANGE),
     "fad in a mask head": Case(
         search_fad, replace(FAD, detector="mask_scoring_rcnn", levels=4), **FAD_CHANGE, masks=True
     ),
     "nats in two stages": Case(search_nats, replace(NATS, detector="faster_rcnn", levels=4), **NATS_CHANGE),
+    "hit in one stage": Case(search_hit, replace(HIT, detector="retinanet", memory="sampled"), **HIT_CHANGE),
 }
 
 

@@ -31,8 +31,9 @@ def test_run_folder(name: str, finished: Callable[[str], Path], cases: dict[str,
     assert (run["verb"], run["status"], run["seed"]) == (verb, "done", 3)
     assert run["arguments"] == dataclasses.asdict(config)
     assert Split.load(out / "split.json") == data.split
-    # MSNAS's pyramid always has five levels.
-    wanted = "blocks: 5; the paper: 13" if name == "msnas" else f"pyramid levels: {config.levels}; the paper: 5"
+    # The pyramids of MSNAS and Hit-Detector always have five levels.
+    other = {"msnas": "blocks: 5; the paper: 13", "hit": "layout of the backbone: tiny; the paper: released"}
+    wanted = other.get(name.split()[0]) or f"pyramid levels: {config.levels}; the paper: 5"
     assert any(wanted in line for line in run["deviations"])
 
 
@@ -54,8 +55,10 @@ def test_the_card_is_the_derived_detectors(name: str, finished: Callable[[str], 
     [
         *(("fad", at) for at in (1, 3, 5)),
         *(("nats", at) for at in (1, 2, 5)),
+        *(("hit", at) for at in (1, 3)),
         ("fad in a mask head", 3),
         ("nats in two stages", 3),
+        ("hit in one stage", 5),
     ],
     indirect=["name"],
     ids=lambda value: f"killed-in-step-{value}" if isinstance(value, int) else value,
@@ -93,7 +96,7 @@ def test_resume_equals_never_stopped(
     assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
 
 
-@pytest.mark.parametrize("name", ["fad", "nats", "detnas", "msnas"], indirect=True)
+@pytest.mark.parametrize("name", ["fad", "nats", "detnas", "msnas", "hit"], indirect=True)
 def test_a_run_is_not_overwritten(
     name: str, run: Callable[..., Any], finished: Callable[[str], Path], cases: dict[str, Any], folder: Path
 ) -> None:
@@ -134,7 +137,7 @@ def test_test_images_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["fad", "nats"], indirect=True)
+@pytest.mark.parametrize("name", ["fad", "nats", "hit"], indirect=True)
 def test_one_process(name: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=f"search {name} must run in one process, got 2"):
@@ -169,6 +172,24 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"dilations": "Q"}, "dilations must be one of A, B, C"),
         ({"name": "a/b"}, "name must be letters"),
         ({"norm": "ln"}, "norm must be one of"),
+    ],
+    "hit": [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"stage": "both"}, "stage must be one of screen, joint, all, got 'both'"),
+        ({"detector": "fcos"}, "detector must be one of faster_rcnn, retinanet, got 'fcos'"),
+        ({"layout": "huge"}, "layout must be one of released, paper, tiny, got 'huge'"),
+        ({"frozen_epochs": 6}, "frozen_epochs must be in 0..5, got 6"),
+        ({"target": 0.0}, "target must be a positive number, got 0.0"),
+        ({"cost_weight": -1.0}, "cost_weight must be at least 0, got -1.0"),
+        ({"memory": "none"}, "memory must be one of full, recompute, sampled, got 'none'"),
+        ({"parts": ["towers"]}, "parts must be among backbone, neck, head, in this order, for faster_rcnn"),
+        ({"parts": ["neck", "backbone"]}, "in this order"),
+        ({"parts": []}, "parts must be different ones"),
+        ({"candidates": ["conv_k9_d1"]}, "candidates of backbone must be among .*, got 'conv_k9_d1' at 0"),
+        ({"candidates": {"backbone": ["conv_k3_d1"]}}, "candidates must have neck, got backbone"),
+        ({"stage": "screen", "keep": 4}, "keep must be in 1..3, got 4"),
+        ({"stage": "all", "keep": 2}, "first must be in 1..6, got 7"),
+        ({"name": "a/b"}, "name must be letters"),
     ],
 }
 

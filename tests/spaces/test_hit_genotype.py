@@ -182,7 +182,7 @@ CALLS: dict[str, tuple[Any, str]] = {
         lambda: check_genotype({"head": ["conv_k3_d1"]}, Sizes()),
         "genotype.head must have 4 operations, one for each place, got 1",
     ),
-    "layout": (lambda: HitSpace("small"), "sizes must be one of released, paper, or Sizes, got 'small'"),
+    "layout": (lambda: HitSpace("small"), "sizes must be one of released, paper, tiny, or Sizes, got 'small'"),
     "candidates": (lambda: HitSpace(candidates="best"), "candidates must be screened, full, or lists .*, got 'best'"),
     "missing": (lambda: HitSpace(candidates={"neck": ["conv_k3_d1"]}), "candidates must have backbone, got neck"),
     "unknown": (
@@ -241,5 +241,5 @@ def test_bad_genotypes_and_arguments(call: Any, words: str) -> None:
 
 
 def test_a_wrong_type_of_sizes() -> None:
-    with pytest.raises(TypeError, match="sizes must be one of released, paper, or Sizes, got int"):
+    with pytest.raises(TypeError, match="sizes must be one of released, paper, tiny, or Sizes, got int"):
         HitSpace(20)  # type: ignore[arg-type]  # wrong on purpose

@@ -47,7 +47,7 @@ def part_step(
         parameter.requires_grad_((id(parameter) in of_alphas) == (learns == "alphas"))
     if memory == "sampled":
         positive("samples", samples)
-        _draw_the_largest(space, net, part, samples, size)
+        draw_the_largest(space, net, part, samples, size)
     inputs = _inputs(space, part, size, batch, rois)
 
     def step() -> None:
@@ -58,7 +58,8 @@ def part_step(
     return step
 
 
-def _draw_the_largest(space: HitSpace, net: nn.Module, part: str, samples: int, size: Size) -> None:
+def draw_the_largest(space: HitSpace, net: nn.Module, part: str, samples: int, size: Size) -> None:
+    """Draw the candidates of a part that keep the most for backward, so that no draw needs more memory."""
     stored = activations_table(space.sizes, {part: space.candidates[part]}, size).parts[part]
     for layer, row in zip(mixed_layers(net)[part], stored.rows, strict=True):
         order = sorted(range(len(layer.names)), key=[row[name] for name in layer.names].__getitem__, reverse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nasdet.cli import search_detnas, search_fad, search_msnas, search_nats
+from nasdet.cli import search_detnas, search_fad, search_hit, search_msnas, search_nats
 from nasdet.cli.search_options import parse_size
 
 HELP = "search a detector's architecture on a data folder"
@@ -19,6 +19,7 @@ METHODS: dict[str, ModuleType] = {
     "nats": search_nats,
     "detnas": search_detnas,
     "msnas": search_msnas,
+    "hit": search_hit,
 }
 # What is no setting of a method's, and passed on where it has such an option.
 _PLACES = ("weights", "device", "backend", "no_repshare", "no_decouple")
@@ -80,6 +81,8 @@ def run(
     if is_main():
         for line in lines:
             print(line)
+        if not (out / "card.json").is_file():
+            return 0
         recipe = "" if preset == "paper" else f" --preset {preset}"
         print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
     return 0

@@ -17,8 +17,6 @@ from nasdet.spaces.hit.steps import draw_the_largest
 if TYPE_CHECKING:
     from nasdet.engine.search_hit import HitSearchConfig
 
-ROIS = 512  # sampled of an image in training
-
 
 def forecast_step(
     config: HitSearchConfig, space: HitSpace, model: nn.Module, make: Callable[[], nn.Module]
@@ -26,7 +24,7 @@ def forecast_step(
     """Bytes that a search will take beyond the weights: ``step``, a step's peak, ``state``, that of SGD, and ``total``.
 
     ``make`` makes another ``model``, with supernets of ``space``, to be traced. The step is traced on tensors without
-    storage: forward of the whole detector on pictures of the largest size, a two-stage one with 512 RoIs of each, and
+    storage: forward of the whole detector on pictures of the largest size, a two-stage one with ``rois`` of each, and
     backward. Losses and targets, small beside it, are left out; with ``memory="sampled"`` each layer draws the
     candidates that need the most.
     """
@@ -58,7 +56,7 @@ def _step(config: HitSearchConfig, space: HitSpace, model: Any, size: tuple[int,
                 outputs = model(images)
             else:
                 features = list(model.neck(model.backbone(images)).values())
-                box = images.new_empty(4).expand(ROIS, 4)
+                box = images.new_empty(4).expand(config.rois, 4)
                 outputs = [model.rpn(features), model.boxes(features, [box] * len(images))]
         values = [value.float().mean() for value in tree_leaves(outputs) if _learns(value)]
         torch.stack(values).sum().backward()

@@ -62,7 +62,7 @@ class HitSearchConfig:
     ``arch_lr``. The alphas' loss has ``cost_weight * C / target`` added (lambda; ``C``: expected multiply-accumulates
     of the searched parts in G, at this picture size and with ``proposals`` RoIs), in screening ``penalty`` times the
     column penalty (mu). Screening removes operations after the epochs from ``removal_epoch`` to the last.
-    ``memory`` and ``samples``: see :class:`~nasdet.spaces.hit.MixedLayer`.
+    ``rois`` of each image train a head. ``memory`` and ``samples``: see :class:`~nasdet.spaces.hit.MixedLayer`.
     """
 
     stage: str = "joint"
@@ -85,6 +85,7 @@ class HitSearchConfig:
     cost_weight: float = 0.01
     target: float = 1.0
     proposals: int = 1000
+    rois: int = 512
     parts: Sequence[str] | None = None
     candidates: str | Sequence[str] | Mapping[str, Sequence[str]] | None = None
     layout: str = "released"
@@ -110,7 +111,19 @@ class HitSearchConfig:
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         checked_memory(self.memory)
-        whole = ("epochs", "batch", "steps", "samples", "proposals", "fpn_channels", "log_every", "checkpoint_every")
+        if self.norm == "frozen_bn":
+            raise ValueError("norm must be one that learns, for layers that nobody has trained, got 'frozen_bn'")
+        whole = (
+            "epochs",
+            "batch",
+            "steps",
+            "samples",
+            "proposals",
+            "rois",
+            "fpn_channels",
+            "log_every",
+            "checkpoint_every",
+        )
         check_settings("hit", self, whole, ("lr", "arch_lr", "clip", "target"))
         if not 0 <= self.frozen_epochs < self.epochs:
             raise ValueError(f"frozen_epochs must be in 0..{self.epochs - 1}, got {self.frozen_epochs}")
@@ -169,6 +182,8 @@ class HitSearchConfig:
         """The detector around the searched parts; a plain pretrained backbone keeps its first stages frozen."""
         own: dict[str, Any] = {"norm": self.norm, "tower_convs": self.tower_convs}
         own["fpn_channels"] = self.sizes().channels
+        if self.detector == "faster_rcnn":
+            own["options"] = {"samples": self.rois}
         if "backbone" in self.searched_parts():
             own |= {"frozen_stages": 0, "width": 1.0}
         return model_around(self, categories, pretrained, **own)
@@ -323,6 +338,7 @@ _COMPARED = {
     "arch_lr": "learning rate of the alphas",
     "layout": "layout of the backbone",
     "norm": "norm",
+    "rois": "RoIs of an image to train on",
 }
 _JOINT = {"cost_weight": "weight of the cost", "proposals": "RoIs in the cost"}
 _SCREEN = {"penalty": "weight of the column penalty", "keep": "operations kept", "removal_epoch": "first removal"}

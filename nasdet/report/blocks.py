@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nasdet.report.markup import figure, legend, text
 
 _COLORS = ("var(--c0)", "var(--c6)", "var(--c2)", "var(--c1)", "var(--c3)", "var(--c4)", "var(--c7)", "var(--c8)")
 _WORDS = {"sh3": "3×3", "sh5": "5×5", "sh7": "7×7", "xcep": "Xception 3×3"}
+_CAPTION = "<b>The path</b>: the choice of every block, from the stem on; the first of each stage halves the map."
 _LEFT, _BOX, _ROW, _GAP = 92, 34, 40, 4
 
 
@@ -27,34 +28,42 @@ def stages_of(card: Any) -> list[list[str]]:
     return [[next(left) for _ in range(count)] for count in blocks]
 
 
-def path_figure(stages: list[list[str]]) -> str:
-    """The blocks in order, stage by stage; every stage halves the map."""
+def path_figure(
+    stages: list[list[str]],
+    rows: Sequence[str] | None = None,
+    short: Callable[[str], str] | None = None,
+    caption: str = _CAPTION,
+) -> str:
+    """The blocks in order, stage by stage; ``rows`` names the stages, ``short`` writes a choice into its box."""
     names = list(dict.fromkeys([*_WORDS, *(choice for stage in stages for choice in stage)]))
-    colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(names)}
     present = [name for name in names if any(name in stage for stage in stages)]
-    widest = max(map(len, stages))
+    coloured = names if short is None else present
+    colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(coloured)}
+    rows = rows or [f"stage {index}" for index in range(1, len(stages) + 1)]
+    left, widest = max(_LEFT, 8 * max(map(len, rows)) + 20), max(map(len, stages))
     parts, spoken = [], []
-    for row, stage in enumerate(stages):
+    for row, (title, stage) in enumerate(zip(rows, stages, strict=True)):
         y = row * _ROW + 4
-        parts.append(f'<text class="layer" x="{_LEFT - 10}" y="{y + 21}">stage {row + 1}</text>')
+        parts.append(f'<text class="layer" x="{left - 10}" y="{y + 21}">{text(title)}</text>')
         for place, choice in enumerate(stage):
-            x = _LEFT + place * (_BOX + _GAP)
+            x = left + place * (_BOX + _GAP)
             word = _WORDS.get(choice, choice)
-            short = {"xcep": "X"}.get(choice, word if len(word) <= 4 else word[:3] + "…")
+            label = (short or _short)(choice)
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{_BOX}" height="{_ROW - 8}" rx="5" style="fill:{colors[choice]}">'
-                f"<title>{text(f'stage {row + 1}, block {place + 1}: {word}')}</title></rect>"
-                f'<text class="share" x="{x + _BOX / 2:.0f}" y="{y + 20.5}">{text(short)}</text>'
+                f"<title>{text(f'{title}, block {place + 1}: {word}')}</title></rect>"
+                f'<text class="share" x="{x + _BOX / 2:.0f}" y="{y + 20.5}">{text(label)}</text>'
             )
-        spoken.append(f"stage {row + 1}: {' '.join(stage)}")
-    width, height = _LEFT + widest * (_BOX + _GAP), len(stages) * _ROW + 4
+        spoken.append(f"{title}: {' '.join(stage)}")
+    width, height = left + widest * (_BOX + _GAP), len(stages) * _ROW + 4
     drawing = (
         f'<svg class="intensities" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-label="{text("; ".join(spoken))}">{"".join(parts)}</svg>'
     )
     shares = [(f"{_WORDS.get(name, name)} ({sum(s.count(name) for s in stages)})", colors[name]) for name in present]
-    return figure(
-        legend(shares) + drawing,
-        "<b>The path</b>: the choice of every block, from the stem on; the first of each stage halves the map.",
-        "wide",
-    )
+    return figure(legend(shares) + drawing, caption, "wide")
+
+
+def _short(choice: str) -> str:
+    word = _WORDS.get(choice, choice)
+    return {"xcep": "X"}.get(choice, word if len(word) <= 4 else word[:3] + "…")

@@ -17,7 +17,9 @@ Series = list[tuple[float, float]]
 # matplotlib writes colours, the page wants CSS variables: each of these stands for one until the drawing is done.
 _PLACEHOLDERS = {"#0102f0": "var(--muted)", "#0102f1": "var(--line)"} | {f"#0102a{i}": f"var(--c{i})" for i in range(8)}
 COLORS = tuple(f"#0102a{i}" for i in range(8))
-_NO_LOSS = re.compile(r"step|epoch|seconds|time|memory|grad_norm|norm|entropy|images|eta|lr.*|(mask_)?A[PR].*")
+_NO_LOSS = re.compile(
+    r"step|epoch|seconds|time|memory|grad_norm|norm|entropy|images|eta|lr.*|expected_.*|column_penalty|(mask_)?A[PR].*"
+)
 
 
 def css(color: str) -> str:

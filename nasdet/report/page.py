@@ -14,6 +14,7 @@ from nasdet.report import (
     curves,
     dilations,
     graph,
+    operations,
     pictures,
     population,
     receptive_field,
@@ -234,6 +235,8 @@ def _cells(run: Run, seen: dict[str, str]) -> str:
         return told + dilations.intensity_bars(layers)
     if path := strides.stride_path(genotype):
         return told + strides.stride_figure(path)
+    if rows := operations.rows_of(run.card):
+        return told + operations.operation_figure(rows)
     if stages := blocks.stages_of(run.card):
         return told + blocks.path_figure(stages)
     cells = graph.find_cells({"genotype": genotype})
@@ -276,6 +279,8 @@ def _fields(run: Run) -> str:
 def _alphas(run: Run) -> str:
     if run.info.get("verb") == "search nats" or dilations.intensities((run.card or {}).get("genotype")):
         return dilations.searched_dilations(run.alphas, run.info.get("choices"))
+    if operations.is_search(run) or run.screening is not None:
+        return operations.score_section(run)
     histories = alphas.histories(run.alphas)
     cells = graph.find_cells({"genotype": (run.card or {}).get("genotype")})
     shown = [

@@ -11,7 +11,16 @@ from typing import Any
 from nasdet._files import read_json
 
 # The order in which sub-runs are told; others follow by name.
-_SUB_RUNS = ("search", "train-searched", "train-plain", "train-random")
+_SUB_RUNS = (
+    "screen-backbone",
+    "screen-neck",
+    "screen-head",
+    "screen-towers",
+    "search",
+    "train-searched",
+    "train-plain",
+    "train-random",
+)
 
 
 @dataclass
@@ -28,6 +37,7 @@ class Run:
     split: dict[str, Any] | None = None
     erf: dict[str, Any] | None = None
     evolution: dict[str, Any] | None = None
+    screening: dict[str, Any] | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     alphas: list[dict[str, Any]] = field(default_factory=list)
     detections: list[dict[str, Any]] | None = None
@@ -69,6 +79,7 @@ def _read_one(path: Path, name: str) -> Run:
     run.split = _object(path / "split.json")
     run.erf = _object(path / "erf.json", maps=list)
     run.evolution = _object(path / "evolution.json", state=dict)
+    run.screening = _object(path / "screening.json")
     run.metrics = [row for row in read_lines(path / "metrics.jsonl") if number(row.get("step")) is not None]
     run.alphas = [row for row in read_lines(path / "alphas.jsonl") if isinstance(row.get("alphas"), dict)]
     results = path / "detections.json"

@@ -141,6 +141,7 @@ HIT = HitSearchConfig(
     candidates=["ir_k3_d1_e1", "sep_k3_d2", "conv_k3_d1"],
     norm="bn",
     proposals=10,
+    rois=64,
     workers=0,
     log_every=1,
     checkpoint_every=2,

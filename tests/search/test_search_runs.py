@@ -179,6 +179,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"detector": "fcos"}, "detector must be one of faster_rcnn, retinanet, got 'fcos'"),
         ({"layout": "huge"}, "layout must be one of released, paper, tiny, got 'huge'"),
         ({"frozen_epochs": 6}, "frozen_epochs must be in 0..5, got 6"),
+        ({"norm": "frozen_bn"}, "norm must be one that learns"),
+        ({"norm": "ln"}, "norm must be one of"),
         ({"target": 0.0}, "target must be a positive number, got 0.0"),
         ({"cost_weight": -1.0}, "cost_weight must be at least 0, got -1.0"),
         ({"memory": "none"}, "memory must be one of full, recompute, sampled, got 'none'"),

@@ -199,7 +199,7 @@ def search_hit(config: HitSearchConfig, data: DataFolder, out: str | Path, **opt
 
     The run folder and what is raised are :func:`~nasdet.engine.supernet.run_search`'s, the ``options``
     :class:`~nasdet.engine.supernet.SearchOptions`; ``run.json`` also has the forecast of the memory and, from the
-    process that ended the training, the measured peak.
+    process that began the training, the measured peak of the first step.
     """
     if config.stage == "screen":
         raise ValueError("stage must be joint or all, got 'screen', which finds no architecture: call screen_hit")
@@ -284,7 +284,15 @@ class HitRun(BilevelRun):
             self.end_of_step(index + 1)
             return {**values, **terms}
 
-        return step
+        return lambda index: step(index) if index else self._measured(step)
+
+    def _measured(self, step: Callable[[int], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The first step, which also makes the optimiser's state; it alone, as a checkpoint takes memory on the CPU."""
+        if not measurable(self.device):
+            return step(0)
+        found: dict[str, Tensor] = {}
+        self.peak = peak_memory(lambda: found.update(step(0)), device=self.device)
+        return found
 
     def _drawn_loss(self, batch: Any, terms: dict[str, Any]) -> Tensor:
         if self.config.memory == "sampled":
@@ -294,12 +302,9 @@ class HitRun(BilevelRun):
     def learn(self, loop: Loop) -> None:
         if loop.progress:
             tqdm.write(in_words(self.forecast), file=sys.stderr)
-        if loop.start == loop.steps or not measurable(self.device):
-            return super().learn(loop)
-        self.peak = peak_memory(lambda: super(HitRun, self).learn(loop), device=self.device)
-        if loop.progress:
+        super().learn(loop)
+        if loop.progress and self.peak is not None:
             tqdm.write(in_words(self.forecast, self.peak), file=sys.stderr)
-        return None
 
 
 class _JointRun(HitRun):

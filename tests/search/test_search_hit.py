@@ -73,7 +73,7 @@ def test_records(whole: Path, records: Records) -> None:
     assert run["choices"] == dict.fromkeys(PARTS, ["ir_k3_d1_e1", "sep_k3_d2", "conv_k3_d1"])
     forecast = run["memory_forecast"]
     assert forecast["step"] + forecast["state"] == forecast["total"] > forecast["step"] > 1e6
-    assert run["memory_measured"] is None or run["memory_measured"] > 0.5 * forecast["step"]
+    assert run.get("memory_measured", forecast["total"]) > 0.5 * forecast["total"], "where it can be measured"
     metrics, alphas = records(whole, "metrics.jsonl"), records(whole, "alphas.jsonl")
     assert ["arch_loss" in line for line in metrics] == [False, False, True, True, True, True]
     assert {"loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "lr", "grad_norm"} <= set(metrics[0])
@@ -295,12 +295,13 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: HitSe
 
 
 CONFIG = HitSearchConfig(
-    steps=3,
-    epochs=3,
+    steps=2,
+    epochs=2,
     frozen_epochs=1,
     batch=1,
-    short_side=256,
-    long_side=384,
+    short_side=160,
+    long_side=224,
+    rois=16,
     lr=0.002,
     arch_lr=0.02,
     norm="gn",

@@ -15,6 +15,7 @@ RIVALS ?= .venv-rivals
 SEED ?= 0
 CASES ?= 20000
 MINUTES ?= 20
+SANITIZE ?= 1
 rivals_bin := $(abspath $(RIVALS))/bin
 
 bin := $(abspath $(VENV))/bin
@@ -111,9 +112,9 @@ rivals: $(RIVALS)/.installed  ## the tests against torchvision, on the same whee
 	  $(CURDIR)/tests/rivals $(CURDIR)/tests/compat $(ARGS)
 
 # The sanitizers' runtimes must come first in the process; libstdc++ with them, or exceptions are not understood.
-test-asan: install  ## the operators' tests under the address and undefined-behaviour sanitizers
+test-asan: install  ## the operators' tests under the sanitizers (SANITIZE=native: the kernels that this CPU runs)
 	rm -rf build/asan/site
-	NASDET_SANITIZE=1 NASDET_CUDA=0 NASDET_BUILD_DIR=$(CURDIR)/build/asan $(pip) install --quiet --no-deps \
+	NASDET_SANITIZE=$(SANITIZE) NASDET_CUDA=0 NASDET_BUILD_DIR=$(CURDIR)/build/asan $(pip) install --quiet --no-deps \
 	  --target build/asan/site build/sdist
 	@preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	  $(pytest) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan/site \

@@ -1,7 +1,7 @@
 """Drives CMakeLists.txt, the one description of the build.
 
 Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS,
-NASDET_PYBIND=1|0, NASDET_SANITIZE=1, NASDET_BUILD_DIR (where CMake works; a second build there compiles only what
+NASDET_PYBIND=1|0, NASDET_SANITIZE=1|native, NASDET_BUILD_DIR (where CMake works; a second build there compiles only what
 changed), MAX_JOBS, CMAKE_ARGS.
 """
 
@@ -21,6 +21,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+SANITIZE = {"1": "ON", "native": "native"}.get(os.environ.get("NASDET_SANITIZE", ""), "OFF")
 WITH_PYBIND = os.environ.get("NASDET_PYBIND", "1") != "0"
 
 
@@ -62,7 +63,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNASDET_CUDA={os.environ.get('NASDET_CUDA', 'auto')}",
             f"-DNASDET_PYBIND={'ON' if WITH_PYBIND else 'OFF'}",
-            f"-DNASDET_SANITIZE={'ON' if os.environ.get('NASDET_SANITIZE') == '1' else 'OFF'}",
+            f"-DNASDET_SANITIZE={SANITIZE}",
         ]
         if archs := os.environ.get("NASDET_CUDA_ARCHS"):
             arguments.append(f"-DNASDET_CUDA_ARCHS={archs}")

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Outcome:
     race: Race
     probes: dict[str, dict[str, Any]]
     resident: dict[str, int]
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def run_workers(
@@ -83,7 +84,8 @@ def run_workers(
                 answer = workers[name].ask("step")
                 seconds[name].append(answer["seconds"])
                 resident[name] = max(resident[name], answer["peak_memory"])
-    return Outcome(Race(seconds), probes, resident)
+        facts = {name: worker.facts for name, worker in workers.items()}
+    return Outcome(Race(seconds), probes, resident, facts)
 
 
 def check_losses(name: str, got: Mapping[str, float], expected: Mapping[str, float]) -> None:

@@ -106,13 +106,17 @@ def _place(rows: list[Row]) -> str:
     return machine_and_versions(rows) + (f", threads: {threads}" if on_cpu else "")
 
 
+def _faster(ratio: float, digits: int = 1) -> str:
+    return f"**{ratio:.{digits}f}x** faster" if ratio >= 1 else f"**{1 / ratio:.{digits}f}x** slower"
+
+
 def _against_torchvision(name: str, race: Race) -> str:
     ours, theirs = race["nasdet"], race.get("torchvision")
     own = [name, seconds(ours["median_s"])]
     memory = size(peak(ours))
     if theirs is None:
         return cells([*own, "not offered", "", memory, ""])
-    faster = f"**{ours['speedup_over']['torchvision']:.1f}x** faster"
+    faster = _faster(ours["speedup_over"]["torchvision"])
     return cells([*own, seconds(theirs["median_s"]), faster, memory, size(peak(theirs))])
 
 
@@ -129,7 +133,7 @@ def _convolutions(files: dict[str, list[Row]], keys: Sequence[tuple[str, str, st
                 continue
             ours, theirs = race["nasdet"], min(rivals, key=lambda row: row["median_s"])
             errors = [f"{row['error']:.1e}" if "error" in row else "" for row in (ours, theirs)]
-            faster = f"**{ours['speedup_over'][theirs['contestant']]:.1f}x** faster"
+            faster = _faster(ours["speedup_over"][theirs["contestant"]])
             times = [seconds(ours["median_s"]), seconds(theirs["median_s"]), faster]
             lines.append(cells([f"`{bench}` {race_name(key)}", *times, size(peak(ours)), size(peak(theirs)), *errors]))
             rows += race.values()
@@ -150,10 +154,10 @@ def _maps(files: dict[str, list[Row]]) -> str:
 
 
 def _against_eager(best: Row, race: Race) -> list[str]:
-    """Ratios of medians, and of the tensors alive at the peak of the phase."""
+    """Ratios of times, and of the tensors alive at the peak of the phase."""
     found = [seconds(best["median_s"])]
     for rival in ("eager", "torch.compile"):
-        found.append(f"{race[rival]['median_s'] / best['median_s']:.1f}x faster" if rival in race else "")
+        found.append(_faster(best["speedup_over"][rival]) if rival in race else "")
     ours, theirs = (row["peak_memory"].get(best["phase"], 0) for row in (best, race["eager"]))
     return [*found, f"{theirs / ours:.1f}x less" if ours else ""]
 
@@ -181,7 +185,7 @@ def _detectors(files: dict[str, list[Row]]) -> str:
             ours, theirs = race.get("nasdet"), race.get("torchvision")
             show = _rate if phase == "inference" else _step
             line += [show(row) if row else "" for row in (ours, theirs)]
-            line.append(f"**{ours['speedup_over']['torchvision']:.2f}x** faster" if ours and theirs else "")
+            line.append(_faster(ours["speedup_over"]["torchvision"], 2) if ours and theirs else "")
             rows += race.values()
         lines.append(cells(line))
     return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
@@ -213,7 +217,7 @@ def _supernets(files: dict[str, list[Row]]) -> str:
         if not {"nasdet", "reference"} <= set(race):
             continue
         ours, theirs = race["nasdet"], race["reference"]
-        faster = f"{ours['speedup_over']['reference']:.1f}x faster"
+        faster = _faster(ours["speedup_over"]["reference"])
         less = f"{theirs['peak_memory']['step'] / ours['peak_memory']['step']:.1f}x less memory"
         lines.append(cells([key[0], _step(ours), _step(theirs), faster, less]))
         rows += race.values()

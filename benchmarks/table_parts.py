@@ -22,6 +22,7 @@ ORDER = (
     "detectors",
     "search_step",
     "supernet_nats",
+    "supernet_hit",
     "path_step",
 )
 _MAPS = {"fpn-p3": "2x96x100x152", "fpn-p4": "2x256x50x76", "fpn-p3-nhwc": "2x96x100x152 channels_last"}

@@ -22,6 +22,7 @@ class Contestant(Protocol):
     """What is raced. ``step()`` returns numbers that say what was computed, to compare contestants by."""
 
     model: nn.Module
+    facts: dict[str, Any]  # optional: what else it says of itself before the race
 
     def step(self) -> dict[str, float]: ...
 
@@ -33,7 +34,8 @@ def serve(make: Callable[[dict[str, Any]], Contestant]) -> None:
     keep_freed_blocks()
     contestant = make(options)
     clock = make_clock(options["device"])
-    _say({"ready": True, "parameters": sum(p.numel() for p in contestant.model.parameters())})
+    parameters = sum(p.numel() for p in contestant.model.parameters())
+    _say({"ready": True, "parameters": parameters, **getattr(contestant, "facts", {})})
     for line in sys.stdin:
         values: dict[str, float] = {}
 

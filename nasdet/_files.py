@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +40,21 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
 def write_json(path: str | Path, value: Any) -> Path:
     """Write ``value`` as indented JSON, atomically; NaN and infinity are refused."""
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_json_once(path: str | Path, value: Any) -> None:
+    """As :func:`write_json`, unless the file is there: of several processes the first writes it, for good."""
+    path = Path(path)
+    draft = write_json(path.with_name(f".{path.name}.{uuid.uuid4().hex}"), value)
+    try:
+        os.link(draft, path)  # atomic where os.replace would let the last one win, over NFS too
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> Any:

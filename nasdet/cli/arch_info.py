@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json as _json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "card", nargs="?", metavar="CARD|NAME", help="a card's JSON file, a name from 'nasdet arch list', or a backbone"
     )
     add("--detector", metavar="NAME", help=f"{names.DETECTORS} (around a card: fcos; for masks mask_rcnn)")
-    add("--backbone", metavar="NAME", help=f"{names.BACKBONES} (the card's, or resnet50)")
+    add("--backbone", metavar="NAME", help=f"{names.BACKBONES}, or a card that is one (the card's, or resnet50)")
     add("--width", type=float, metavar="X", help="multiplier of its channels (the card's, or 1)")
     add("--norm", metavar="NAME", help="of the backbone: bn, sync_bn, gn, frozen_bn without parameters (frozen_bn; bn)")
     add("--size", default="800x1280", metavar="HxW", help="picture size in pixels (default: 800x1280)")
@@ -73,7 +74,7 @@ def run(
         costs = detector_costs(
             chosen,
             detector or usual_detector(chosen),
-            str(settings.get("backbone", "resnet50")) if backbone is None else backbone,
+            settings.get("backbone", "resnet50") if backbone is None else names.backbone_option(backbone),
             pixels,
             width=float(settings.get("width", 1.0)) if width is None else width,
             norm=norm or "frozen_bn",
@@ -160,7 +161,7 @@ def backbone_costs(backbone: str, size: tuple[int, int], *, width: float = 1.0, 
 def detector_costs(
     card: Any,
     detector: str,
-    backbone: str,
+    backbone: str | Mapping[str, Any],
     size: tuple[int, int],
     *,
     width: float = 1.0,
@@ -183,7 +184,7 @@ def detector_costs(
     from nasdet.detectors import WITH_MASKS, FasterRCNN, FixedRoIs
     from nasdet.measure import count, total
     from nasdet.spaces import is_backbone
-    from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
+    from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model, searched_fields
 
     around: dict[str, Any] = {"backbone": backbone}
     if card is not None:
@@ -213,7 +214,7 @@ def detector_costs(
         "card": None if card is None else card.name,
         "method": None if card is None else card.method,
         "detector": detector,
-        "backbone": card.name if card is not None and is_backbone(card) else backbone,
+        "backbone": card.name if card is not None and is_backbone(card) else backbone_name(backbone),
         "width": width,
         "norm": norm,
         "size": [*size],

@@ -56,7 +56,7 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(spaces())
     add("--space", required=True, metavar="NAME", help=names)
     add("--out", required=True, type=Path, metavar="FILE", help="the table, as JSON; continued when it is there")
-    add("--size", metavar="HxW", help="picture size in pixels (detnas: 800x1216, msnas: 832x1280)")
+    add("--size", metavar="HxW", help="picture size in pixels (detnas, hit: 800x1216; msnas: 832x1280)")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: as many as torch takes)")
     add("--device", metavar="DEVICE", help="such as cuda:0 or cpu (default: a GPU when there is one)")
     add("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16 (float32)")
@@ -70,9 +70,10 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
 def spaces() -> dict[str, Callable[[], Any]]:
     """What can be measured, by name: one more method is one more import and entry."""
     from nasdet.spaces.detnas.latency import DetNASBlocks
+    from nasdet.spaces.hit.latency import HitBlocks
     from nasdet.spaces.msnas.latency import MSNASBlocks
 
-    methods: dict[str, Any] = {"detnas": DetNASBlocks, "msnas": MSNASBlocks}
+    methods: dict[str, Any] = {"detnas": DetNASBlocks, "msnas": MSNASBlocks, "hit": HitBlocks}
     return {
         f"{method}-{variant}": partial(blocks.of, variant)
         for method, blocks in methods.items()

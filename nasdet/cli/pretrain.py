@@ -39,9 +39,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _DESCRIPTION = """\
 Train a backbone as a classifier on a folder of pictures in classes, in ImageNet's layout, and write its weights for
-the detectors: nasdet train --weights RUN/weights.pt. Or train the supernet of a search space, one random path in each
-step: DetNAS's first step. The accuracy is reported on the folder's val/ part, which takes no part in training. Of
-train/, a supernet keeps 50 images of each class (at most a fifth) back, to choose an architecture by.
+the detectors: nasdet train --weights RUN/weights.pt. Or train the supernet of a search space: of detnas one random path
+in each step, DetNAS's first step; of hit the mixture of all operations, with alphas that stay as they are. The accuracy
+is reported on the val/ part of the folder, which takes no part in training; of a supernet of paths, that of one path on
+the 50 images of each class (at most a fifth) that it keeps back of train/, to choose an architecture by.
 
 The defaults are DetNAS's for ImageNet (8 GPUs): 1,024 images a step, 300,000 steps, SGD from 0.5 down to 0 along a
 straight line, weight decay 0.00004 but not for norms and biases, label smoothing 0.1, pictures of 224 pixels, cut at
@@ -56,6 +57,8 @@ examples:
   nasdet pretrain --backbone resnet18 --data digit_classes --out runs/backbone --preset tiny --no-flip --resume
   torchrun --nproc-per-node 8 -m nasdet pretrain --space detnas-small --data imagenet --out runs/supernet
   nasdet pretrain --space detnas-small --data imagenet --out runs/supernet --bins 290 360 10    as the released code
+  nasdet pretrain --space hit-released-half --data imagenet --out runs/half     for search hit --screen-weights
+  nasdet pretrain --space hit-released --candidates runs/screen --data imagenet --out runs/mix    for --weights
   nasdet pretrain --card detnas-coco-fpn-300m --data imagenet --out runs/found                  retrain what was found
 
 A data folder holds train/CLASS/*.jpg (or jpeg, png, bmp) and val/CLASS/*.jpg; without val/ a fifth of each class is
@@ -74,7 +77,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--backbone", metavar="NAME", help=names.BACKBONES)
-    what.add_argument("--space", metavar="NAME", help="a supernet of paths: detnas-{small,large,3.8g,tiny}")
+    spaces = "detnas-{small,large,3.8g,tiny}, hit-{released,paper,tiny}[-half]"
+    what.add_argument("--space", metavar="NAME", help=f"a supernet: {spaces}")
     what.add_argument("--card", metavar="CARD", help="a searched backbone: a published name or a card file")
     add("--data", required=True, type=Path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
     add("--out", required=True, type=Path, metavar="RUN", help="run folder to write")
@@ -99,8 +103,10 @@ def _add_network(add: Any) -> None:
         nargs=3,
         type=float,
         metavar=("LOW", "HIGH", "WIDTH"),
-        help="of a space: draw the MACs of a step's path first, uniformly by bins, in millions (default: any path)",
+        help="of a space: draw the MACs of a step's path (at width 1) first, uniformly by bins, in millions (any path)",
     )
+    add("--candidates", nargs="+", metavar="OP", help="of hit: as for nasdet search hit (screened; -half: full)")
+    add("--memory", choices=("full", "recompute"), help="of hit: how activations are held (recompute)")
 
 
 def _add_pictures(add: Any) -> None:
@@ -148,9 +154,10 @@ def run(
     """Pretrain, and print the accuracy and where everything lies."""
     from nasdet.data import ClassificationFolder, Split
     from nasdet.data.errors import format_counts
-    from nasdet.engine.distributed import is_main
+    from nasdet.engine.distributed import is_main, restarted
     from nasdet.engine.pretrain import WEIGHTS, PretrainConfig, pretrain
 
+    resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
     settings = {**PRESETS[preset or "paper"], **given}
     seed, stored = settings.get("seed", 0), out / "split.json"
@@ -177,6 +184,7 @@ def run(
 
 def _network(settings: dict[str, Any], classes: int) -> Trunk:
     from nasdet.arch import load_card
+    from nasdet.cli.search_hit import parse_candidates
     from nasdet.engine.trunks import trunk
 
     card, bins = settings.get("card"), settings.get("bins")
@@ -184,9 +192,11 @@ def _network(settings: dict[str, Any], classes: int) -> Trunk:
         backbone=settings.get("backbone"),
         space=settings.get("space"),
         card=None if card is None else load_card(card),
-        width=settings.get("width", 1.0),
+        width=1.0 if str(settings.get("space")).startswith("hit-") else settings.get("width", 1.0),
         classes=classes,
         bins=None if bins is None else (bins[0] * 1e6, bins[1] * 1e6, bins[2] * 1e6),
+        candidates=parse_candidates(settings.get("candidates")),
+        memory=settings.get("memory"),
         seed=settings.get("seed", 0),
     )
 

@@ -8,18 +8,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nasdet.cli import search_detnas, search_fad, search_hit, search_msnas, search_nats
+from nasdet.cli import names, search_classification, search_detnas, search_fad, search_hit, search_msnas, search_nats
 from nasdet.cli.search_options import parse_size
 
 HELP = "search a detector's architecture on a data folder"
 
-# method -> module with HELP, DESCRIPTION, EPILOG, PRESETS, configure(parser) and run(settings, folder, out, ...)
+# method -> module with HELP, DESCRIPTION, EPILOG, PRESETS, configure(parser) and run(settings, folder, out, ...), or
+# run_alone(data=..., out=..., ...) in the place of the last
 METHODS: dict[str, ModuleType] = {
     "fad": search_fad,
     "nats": search_nats,
     "detnas": search_detnas,
     "msnas": search_msnas,
     "hit": search_hit,
+    "classification": search_classification,
 }
 # What is no setting of a method's, and passed on where it has such an option.
 _PLACES = ("weights", "device", "backend", "no_repshare", "no_decouple")
@@ -29,7 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb to its parser."""
     parser.description = (
         "Search an architecture: a supernet that holds every choice is trained on one part of the training images, and "
-        "chosen from by another part: by gradients (fad, nats), or by evolution over its paths (detnas, msnas). Test "
+        "chosen from by another part: by gradients (fad, nats, hit), or by evolution over its paths (detnas, msnas; "
+        "classification: by accuracy). Test "
         "images are never used. The run folder gets the architecture found (card.json), and everything to resume, "
         "retrain and report."
     )
@@ -58,13 +61,21 @@ def run(
     """Search, and print the derived architecture and where it lies."""
     from nasdet.data import Split, open_data
     from nasdet.detectors import WITH_MASKS
-    from nasdet.engine.distributed import is_main
+    from nasdet.engine.distributed import is_main, restarted
 
+    resume = resume or restarted()
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     module = METHODS[method]
+    if (run_alone := getattr(module, "run_alone", None)) is not None:  # of another kind of data
+        lines = run_alone(data=data, out=out, resume=resume, preset=preset, skip_bad=skip_bad, **options)
+        if is_main():
+            print("\n".join(lines))
+        return 0
     places = {name: options.pop(name) for name in _PLACES if name in options}
     given = {name: value for name, value in options.items() if value is not None}
+    if "backbone" in given:
+        given["backbone"] = names.backbone_option(given["backbone"])
     settings = {**module.PRESETS[preset], **given}
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)

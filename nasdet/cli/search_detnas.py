@@ -55,14 +55,15 @@ EPILOG = (
     "  nasdet search detnas --data digits --out runs/luck --preset tiny --no-flip --supernet runs/detnas \\\n"
     "      --algorithm random                           as many random paths of the same supernet\n"
     "  torchrun --nproc-per-node 8 -m nasdet search detnas --data coco --out runs/detnas --weights supernet.pth\n"
-    "  nasdet train --card runs/detnas/card.json --data digits --out runs/net     retrain the result\n"
+    "  nasdet train --card runs/detnas/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
     "\n"
     "Several processes train together, in each step the same path; then each evaluates candidates of its own. On\n"
     "several machines RUN must be a folder that all of them see, and on each of them runs\n"
     "  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m nasdet search detnas\n"
     "with the same options.\n"
-    "A search that stopped goes on with --resume, once the supernet is trained with any number of processes; only\n"
-    "candidates that were being evaluated are evaluated again."
+    "A search that stopped goes on with --resume, in training with as many processes, after it with any number; only\n"
+    "candidates that were being evaluated are evaluated again. torchrun --max-restarts N does that by itself: when a\n"
+    "process dies, it ends the others, which lose the candidate that each was at, and starts all of them again."
 )
 
 

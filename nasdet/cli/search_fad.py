@@ -31,9 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DESCRIPTION = (
-    "FAD (Zhong et al., ECCV 2020) searches the module that replaces the box and class towers of a one-stage "
-    "detector, or the convolutions of a mask head before its deconvolution: 9 edges a cell, 12 transformations "
-    "and 'none' an edge, representations shared between them. The defaults are the paper's for towers, meant "
+    "FAD (Zhong et al., ECCV 2020) searches the module that replaces the box and class towers of a one-stage\n"
+    "detector, or the convolutions of a mask head before its deconvolution: 9 edges a cell, 12 transformations\n"
+    "and 'none' an edge, representations shared between them. The defaults are the paper's for towers, meant\n"
     "for VOC 2012 on one GPU; --preset tiny runs in minutes on a CPU."
 )
 EPILOG = (
@@ -42,8 +42,9 @@ EPILOG = (
     "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip\n"
     "  nasdet search fad --data VOCdevkit/VOC2012 --out runs/voc --weights resnet50.pth\n"
     "  nasdet search fad --data coco --out runs/masks --detector mask_rcnn --weights resnet50.pth\n"
+    "  nasdet search fad --data coco --out runs/both --backbone runs/msnas/card.json     towers on a searched encoder\n"
     "  nasdet search fad --data digits --out runs/tiny --preset tiny --no-flip --resume   go on after a stop\n"
-    "  nasdet train --card runs/tiny/card.json --data digits --out runs/net     retrain the result"
+    "  nasdet train --card runs/tiny/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it"
 )
 
 

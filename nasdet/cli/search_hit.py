@@ -41,7 +41,8 @@ DESCRIPTION = (
     "  --stage screen   which 8 of the 32 operations each part keeps (screening.json)\n"
     "  --stage joint    the search of all parts together, on the published sub-spaces or --candidates (card.json)\n"
     "  --stage all      one after the other\n"
-    "The defaults are the paper's, meant for COCO on 8 GPUs; --preset tiny runs in minutes on a CPU."
+    "The defaults are the paper's (COCO, 8 GPUs); here one process on one device holds the whole --batch.\n"
+    "--preset tiny runs in minutes on a CPU."
 )
 EPILOG = (
     "examples:\n"
@@ -52,7 +53,13 @@ EPILOG = (
     "  nasdet search hit --data coco --out runs/hit --candidates runs/screen --memory recompute\n"
     "  nasdet search hit --data coco --out runs/retina --detector retinanet      backbone, neck and towers\n"
     "  nasdet search hit --data coco --out runs/neck --parts neck --weights resnet50.pth     a part alone\n"
-    "  nasdet train --card runs/hit/card.json --data digits --out runs/net       retrain the result\n"
+    "  nasdet train --card runs/hit/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
+    "\n"
+    "--stage all begins its backbones at random (screening: at --screen-weights). The paper pretrains both supernets:\n"
+    "  nasdet pretrain --space hit-released-half --data imagenet --out runs/half\n"
+    "  nasdet search hit --data coco --out runs/screen --stage screen --screen-weights runs/half/weights.pt\n"
+    "  nasdet pretrain --space hit-released --candidates runs/screen --data imagenet --out runs/mix\n"
+    "  nasdet search hit --data coco --out runs/hit --candidates runs/screen --weights runs/mix/weights.pt\n"
     "\n"
     "A mixed layer keeps the maps of all its candidates for backward. --memory recompute keeps those of one at a\n"
     "time, for one more forward, with the same result; --memory sampled runs --samples candidates of each layer a\n"
@@ -82,11 +89,12 @@ def _add_space(group: Any) -> None:
         "--candidates",
         nargs="+",
         metavar="OP",
-        help="screened (the published 8 of each part), full (all 32), a run of --stage screen, or operations for all "
-        "parts alike, such as ir_k3_d1_e6 sep_k5_d2 (joint: screened; screening: full)",
+        help="screened (the published 8 of each part), full (all 32), a run of --stage screen, or any operations, for "
+        "all parts alike, such as ir_k3_d1_e6 sep_k5_d2 ir_k9_d1_e4 (joint: screened; screening: full)",
     )
     add("--layout", choices=("released", "paper", "tiny"), help="sizes of all parts (paper: released; tiny: tiny)")
     add("--keep", type=int, metavar="N", help="operations that screening keeps (8)")
+    add("--screen-weights", metavar="FILE", help="pretrained weights of the backbone that is screened (random)")
     add("--removal-epoch", type=int, metavar="N", help="epoch at whose end screening begins to remove (7)")
     add_shared(group, fpn_channels="the layout's", name="hit-LAYOUT-DETECTOR-seedN")
 
@@ -98,7 +106,7 @@ def _add_model(group: Any) -> None:
         detector="faster_rcnn or retinanet; faster_rcnn",
         backbone="where it is not searched; paper: resnet50; tiny: resnet18",
         width="of a plain backbone; paper: 1; tiny: 0.25",
-        weights="of a supernet where the backbone is searched",
+        weights="joint: the supernet's where the backbone is searched; else the plain backbone's",
         norm="paper: sync_bn; tiny: gn",
         tower_convs="where towers are not searched; 4",
         size="paper: 800x1200; tiny: 128x192",
@@ -112,7 +120,8 @@ def _add_search(group: Any) -> None:
     add("--epochs", type=int, metavar="N", help="epochs over the images that train the weights, of each run (12)")
     add("--frozen-epochs", type=int, metavar="N", help="of these, the first ones without steps of the alphas (5)")
     add("--cost-weight", type=float, metavar="X", help="lambda, the weight of the expected cost (0.01)")
-    add("--target", type=float, metavar="G", help="giga multiply-accumulates that count as a cost of 1 (1; tiny: 0.01)")
+    add("--target", type=float, metavar="X", help="G multiply-accumulates, or ms, that count as 1 (1; tiny: 0.01)")
+    add("--latency-table", metavar="FILE", help="of nasdet measure latency: cost in milliseconds (MACs)")
     add("--proposals", type=int, metavar="N", help="RoIs in the head's cost (1000; tiny: 64)")
     add("--rois", type=int, metavar="N", help="RoIs of each image that train the head (512; tiny: 64)")
     add("--penalty", type=float, metavar="X", help="mu, the weight of the column penalty while screening (0.1)")
@@ -134,20 +143,24 @@ def _add_search(group: Any) -> None:
 
 def run(settings: dict[str, Any], folder: Any, out: Path, **options: Any) -> list[str]:
     """Search, and say what was found, in lines."""
+    from nasdet.engine.hit_config import HitSearchConfig
     from nasdet.engine.screen_hit import screen_hit
-    from nasdet.engine.search_hit import HitSearchConfig, search_hit
+    from nasdet.engine.search_hit import search_hit
     from nasdet.spaces.hit import HitSpace
 
-    config = HitSearchConfig(**settings | {"candidates": _candidates(settings.get("candidates"))})
+    config = HitSearchConfig(**settings | {"candidates": parse_candidates(settings.get("candidates"))})
     if config.stage == "screen":
         kept = screen_hit(config, folder, out, **options)
         lines = [f"{out / 'screening.json'}", *(f"  {part}: {' '.join(names)}" for part, names in kept.items())]
-        return [*lines, f"search them:  nasdet search hit --candidates {out} --data {folder.path} --out RUN"]
+        again = [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in ("detector", "layout")]
+        again += ["--parts " + " ".join(config.parts)] if config.parts is not None else []
+        words = f"--candidates {out} --data {folder.path} --out RUN {' '.join(again)}"
+        return [*lines, f"search them (as here with --preset):  nasdet search hit {words}"]
     card = search_hit(config, folder, out, **options)
     return [f"{card.name}: {out / 'card.json'}", *(f"  {line}" for line in HitSpace.describe(card))]
 
 
-def _candidates(words: list[str] | None) -> Any:
+def parse_candidates(words: list[str] | None) -> Any:
     """A name of the space's, what a screening kept, or the operations themselves."""
     if words is None or len(words) > 1:
         return words

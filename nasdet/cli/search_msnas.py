@@ -59,7 +59,10 @@ EPILOG = (
     "  torchrun --nproc-per-node 16 -m nasdet search msnas --data coco --out runs/r18\n"
     "  nasdet search msnas --data coco --out runs/random --supernet runs/r18 --algorithm random  the same supernet\n"
     "  nasdet search msnas --data digits --out runs/msnas --preset tiny --no-flip --resume    go on after a stop\n"
-    "  nasdet train --card runs/msnas/card.json --data digits --out runs/net    retrain it"
+    "  nasdet train --card runs/msnas/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
+    "\n"
+    "Several processes and machines, and what a resumption loses: see nasdet search detnas --help. A candidate is\n"
+    "trained on one device: there --tuning-batch images must fit."
 )
 
 
@@ -143,5 +146,5 @@ def run(settings: dict[str, Any], folder: Any, out: Path, **options: Any) -> lis
     from nasdet.spaces.msnas import MSNASSpace
 
     card = search_msnas(MSNASSearchConfig(**settings), folder, out, **options)
-    score = f"AP {100 * card.source['score']:.2f} on search-val, {card.source['evaluations']} candidates"
+    score = f"AP {card.source['score']:.4f} on search-val, {card.source['evaluations']} candidates"
     return [f"{card.name}: {out / 'card.json'}", f"  {score}", *(f"  {line}" for line in MSNASSpace.describe(card))]

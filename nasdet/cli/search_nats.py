@@ -31,18 +31,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DESCRIPTION = (
-    "NATS (Peng et al., NeurIPS 2019) transforms a trained backbone for detection: every 3x3 convolution in the "
-    "bottlenecks of stages 3 to 5 becomes one whose channel groups have dilations of their own. The result has the "
-    "parameters, the cost and the pretrained weights of the original. The defaults are the paper's, meant for COCO on "
-    "8 GPUs; --preset tiny runs in minutes on a CPU."
+    "NATS (Peng et al., NeurIPS 2019) transforms a trained backbone for detection: every 3x3 convolution in the\n"
+    "bottlenecks of stages 3 to 5 becomes one whose channel groups have dilations of their own. The result has the\n"
+    "parameters, the cost and the pretrained weights of the original. In a backbone without bottlenecks its depthwise\n"
+    "convolutions are transformed, which is not in the paper. The defaults are the paper's (COCO, 8 GPUs); here one\n"
+    "process on one device holds the whole --batch. --preset tiny runs in minutes on a CPU."
 )
 EPILOG = (
     "examples:\n"
     "  nasdet data digits --out digits                  make a small real data set\n"
     "  nasdet search nats --data digits --out runs/nats --preset tiny --no-flip\n"
     "  nasdet search nats --data coco --out runs/nats --weights resnet50.pth\n"
+    "  nasdet search nats --data coco --out runs/both --backbone runs/detnas/card.json --channel-groups 8\n"
     "  nasdet search nats --data digits --out runs/nats --preset tiny --no-flip --resume   go on after a stop\n"
-    "  nasdet train --card runs/nats/card.json --data digits --out runs/net     retrain the result\n"
+    "  nasdet train --card runs/nats/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
     "  nasdet train --card runs/nats/card.json --detector mask_rcnn --data coco --out runs/mask --weights resnet50.pth"
 )
 
@@ -74,7 +76,7 @@ def _add_model(group: Any) -> None:
     add_shared(
         group,
         detector="paper: faster_rcnn; tiny: fcos",
-        backbone="one with bottlenecks; resnet50",
+        backbone="resnet50",
         width="paper: 1; tiny: 0.25",
         weights="torchvision's format",
         norm="gn; with --weights sync_bn",

@@ -60,7 +60,7 @@ examples:
   nasdet train --data digits --out runs/plain --preset tiny --no-flip
   nasdet train --card fad-paper --data digits --out runs/fad --preset tiny --no-flip
   nasdet train --detector mask_rcnn --data digits --out runs/masks --preset tiny --no-flip
-  nasdet train --card runs/search/card.json --data digits --out runs/net --steps 2000
+  nasdet train --card runs/search/card.json --data digits --out runs/net --preset tiny --no-flip --steps 2000
   nasdet train --card runs/nats/card.json --detector cascade_rcnn --data coco --out runs/cascade --weights resnet50.pth
   nasdet train --data digits --out runs/plain --preset tiny --no-flip --resume   go on after a stop or a crash
   torchrun --nproc-per-node 8 -m nasdet train --card fad-paper --weights resnet50.pth --data coco --out runs/coco
@@ -70,9 +70,9 @@ then:
   nasdet detect runs/plain picture.jpg --out found
   nasdet report runs/plain
 
-A card from a search run brings the detector around it (the model.json beside it) unless --preset is given, and the
-search's split, so that no picture that chose the architecture is tested on. A plain --data folder without test
-annotations has a fifth of its pictures held out as the test part.
+A card from a search run brings the detector around it, with its picture size (the model.json beside it), unless
+--preset or --size is given, and the search's split, so that no picture that chose the architecture is tested on. A
+plain --data folder without test annotations has a fifth of its pictures held out as the test part.
 
 RUN holds run.json, model.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.safetensors,
 eval.json and detections.json. A run that was killed goes on with the same command and --resume, and ends with the same
@@ -98,7 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(add: Any) -> None:
     add("--detector", metavar="NAME", help=f"{names.DETECTORS} (fcos)")
-    add("--backbone", metavar="NAME", help=f"{names.BACKBONES} (paper: resnet50; tiny: resnet18)")
+    add("--backbone", metavar="NAME", help=f"{names.BACKBONES}, or a card (paper: resnet50; tiny: resnet18)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
     add("--weights", type=Path, metavar="FILE", help="torchvision's ImageNet weights for it, .pth or .safetensors")
     add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights frozen_bn)")
@@ -106,7 +106,7 @@ def _add_model(add: Any) -> None:
     add("--fpn-channels", type=int, metavar="N", help="pyramid and tower channels (paper: 256; tiny: 48)")
     add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on (paper: 5; tiny: 4)")
     add("--tower-convs", type=int, metavar="N", help="convolutions in each plain tower (paper: 4; tiny: 2)")
-    add("--inner-channels", type=int, metavar="N", help="channels c' in a card's operations (the card's; tiny: 24)")
+    add("--inner-channels", type=int, metavar="N", help="channels inside a card's operations (the card's; tiny: 24)")
     add("--cells", type=int, metavar="N", help="cells in each group of a card (default: the card's)")
     add("--size", metavar="SHORT[xLONG]", help="picture size in pixels (paper: 800x1333; tiny: 128x192)")
 
@@ -146,18 +146,22 @@ def run(
     """Train, and print the average precision and where everything lies."""
     from nasdet.data.errors import format_counts
     from nasdet.detectors import WITH_MASKS, parts_of
-    from nasdet.engine.distributed import is_main
+    from nasdet.engine.distributed import is_main, restarted
     from nasdet.engine.train import TrainConfig, train
+    from nasdet.spaces.assemble import backbone_name
 
+    resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
+    if "backbone" in given:
+        given["backbone"] = names.backbone_option(given["backbone"])
     settings = {**_preset(preset, card), **given}
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
-    names = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(**{name: value for name, value in settings.items() if name in names})
+    known = {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**{name: value for name, value in settings.items() if name in known})
     masks = settings.get("detector", _around(card, preset is None).detector) in WITH_MASKS
     folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=config.seed, masks=masks)
-    around = {name: value for name, value in settings.items() if name not in names}
+    around = {name: value for name, value in settings.items() if name not in known}
     model = model_config(card, folder, around, weights, beside=preset is None)
     if is_main():
         skipped = f", skipped {format_counts(folder.skipped)}" if folder.skipped else ""
@@ -165,7 +169,7 @@ def run(
         plain = "plain towers" if "towers" in parts_of(model.detector) else "plain heads"
         searched = plain if model.card is None else f"{model.card.name} ({model.card.method})"
         size = f"{model.short_side}x{model.long_side} pixels"
-        body = model.backbone if isinstance(model.backbone, str) else model.backbone["name"]
+        body = backbone_name(model.backbone)
         print(f"{model.detector} {body} x{model.width:g}, {searched}, {size}")
         rate = config.schedule().lr
         print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)

@@ -9,14 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
+
 
 class Classifier(nn.Module):
     """Images ``[N, 3, H, W]`` to logits ``[N, classes]``: the backbone's last map, averaged over its places, and a
     linear layer.
 
-    ``backbone`` gives a dict of maps, of which the last has ``channels`` channels. ``last`` puts a 1x1 convolution to
-    that many, batch norm and ReLU before the average, as in ShuffleNetV2 and DetNAS (1,024). Those layers begin as
-    DetNAS's: the convolution normal with standard deviation one over its inputs, the linear layer with 0.01, biases 0.
+    ``backbone`` gives a dict of maps, of which the last has ``channels`` channels. Of a pyramid, whose maps all have as
+    many, the mean over all maps counts, so that every part that a head will read learns. ``last`` puts a 1x1
+    convolution to that many, batch norm and ReLU before the average, as in ShuffleNetV2 and DetNAS (1,024). Those
+    layers begin as DetNAS's: the convolution normal with standard deviation one over its inputs, the linear layer with
+    0.01, biases 0.
 
     Like a detector it has a ``loss``: cross-entropy, with the targets' distribution smoothed by ``label_smoothing``.
     """
@@ -32,8 +36,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("classes", classes), ("last", 1 if last is None else last)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_whole(name, value)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.backbone = backbone
@@ -44,8 +47,11 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        *_, features = self.backbone(images).values()
-        logits: Tensor = self.fc(self.last(features).mean((2, 3)))
+        maps = [*self.backbone(images).values()]
+        if not getattr(self.backbone, "pyramid", False):
+            maps = maps[-1:]
+        pooled = torch.stack([self.last(map_).mean((2, 3)) for map_ in maps]).mean(0)
+        logits: Tensor = self.fc(pooled)
         return logits
 
     def loss(self, logits: Tensor, targets: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -42,17 +42,23 @@ def launched() -> bool:
 
 
 def local_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this process: ``device`` when given, else ``cuda:LOCAL_RANK`` when there is a GPU, else the CPU."""
-    if device is not None:
+    """The device of this process: ``device`` when given, else ``cuda:LOCAL_RANK`` when there is a GPU, else the CPU.
+
+    A GPU is made torch's current one, whose generator checkpoints hold.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None:
+        here = torch.cuda.is_available()
+        chosen = torch.device("cuda", local % torch.cuda.device_count()) if here else torch.device("cpu")
+    else:
         chosen = torch.device(device)
         if chosen.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that is here, got {chosen} but torch finds no GPU")
         if chosen.type == "cuda" and chosen.index is None:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return chosen
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
+            chosen = torch.device("cuda", local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 @contextlib.contextmanager
@@ -71,8 +77,17 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+        dist.barrier()  # gloo aborts a process whose peer is gone while it takes its leave
+    except BaseException:
+        if device.type != "cuda":  # nccl would wait for others who wait for this process: its end is what ends them
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether ``torchrun --max-restarts`` has started this process again: it then goes on where the last one was."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def barrier() -> None:
@@ -149,6 +164,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     module = LossModule(model)
     if not active():
         return module
+    if device.type == "cpu" and any(isinstance(part, nn.SyncBatchNorm) for part in model.modules()):
+        raise ValueError("norm must not be sync_bn for several processes on CPUs, which have none: use bn or gn")
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from nasdet._files import read_json, write_json
+from nasdet._files import read_json, write_json, write_json_once
 from nasdet.arch import Card
 from nasdet.search.evolution import Evolution
 
@@ -22,31 +24,25 @@ _UNKNOWN = 200.0
 
 
 class Scores:
-    """What is known of candidates, by the keys of their cards: a file for each process, which all processes read.
+    """What is known of candidates: a file for each, named by the card's key and written once, so that of two scores the
+    first counts for all processes (on a GPU two evaluations may differ by a rounding).
 
-    ``folder`` must be one that all of them see; ``of`` says in plain data what the scores are of, and those of anything
-    else are passed over. Files are replaced atomically.
+    ``folder`` must be one that all of them see; ``of`` says in plain data what the scores are of: those of anything
+    else lie in other folders in it. ``rank`` is noted beside a score.
     """
 
     def __init__(self, folder: Path, rank: int, of: Mapping[str, Any]) -> None:
-        self.folder, self.path, self.of = folder, folder / f"rank{rank}.json", dict(of)
-        self._own = self._read(self.path) if self.path.is_file() else {}
-
-    def _read(self, path: Path) -> dict[str, float]:
-        content = read_json(path)
-        return dict(content["scores"]) if content["of"] == self.of else {}
+        text = json.dumps(dict(of), sort_keys=True)
+        self.folder, self.rank = folder / hashlib.sha256(text.encode()).hexdigest()[:16], rank
 
     def add(self, card: Card, score: float) -> None:
-        """Store the score of a candidate that this process evaluated."""
-        self._own[card.key] = score
-        write_json(self.path, {"of": self.of, "scores": self._own})
+        """Store the score of a candidate that this process evaluated, unless one is there."""
+        write_json_once(self.folder / f"{card.key}.json", {"score": score, "rank": self.rank})
 
-    def known(self) -> dict[str, float]:
-        """All scores stored by now."""
-        found: dict[str, float] = {}
-        for path in sorted(self.folder.glob("rank*.json")):
-            found |= self._read(path)
-        return found
+    def known(self, keys: Iterable[str]) -> dict[str, float]:
+        """Those of these scores that are stored by now."""
+        paths = {key: self.folder / f"{key}.json" for key in keys}
+        return {key: float(read_json(path)["score"]) for key, path in paths.items() if path.is_file()}
 
 
 def evolve(
@@ -63,7 +59,7 @@ def evolve(
     """Run a search to its end; ``search`` then holds every candidate with its score.
 
     ``score(card)`` must depend on the card alone. The candidates of a generation are dealt to ``ranks`` processes, of
-    which this is ``rank``: each evaluates its own and stores the score in ``out/scores/rankN.json``; all learn of it
+    which this is ``rank``: each evaluates its own and stores the score in a file in ``out/scores``; all learn of it
     there. A process that waits for another's score three times as long as its own slowest candidate took evaluates
     that one too. Process 0 keeps ``out/evolution.json``: ``of``, what the scores are of, and the search's state,
     replaced atomically after every told score.
@@ -89,12 +85,12 @@ def evolve(
             slowest = generation.run(score, rank, ranks, slowest)
 
 
-def check_same(path: Path, of: Mapping[str, Any]) -> Any:
+def check_same(path: Path, of: Mapping[str, Any], but: Sequence[str] = ()) -> Any:
     """The content of a search's ``evolution.json``; ``ValueError`` where its scores are of something other than
-    ``of``."""
+    ``of``, the names in ``but`` aside."""
     content = read_json(path)
     theirs = content.get("of", {}) if isinstance(content, Mapping) else {}
-    names = [name for name in {**theirs, **of} if theirs.get(name) != of.get(name)]
+    names = [name for name in {**theirs, **of} if name not in but and theirs.get(name) != of.get(name)]
     if names:
         what = "; ".join(f"{name}: {theirs.get(name)!r:.60} -> {of.get(name)!r:.60}" for name in names)
         raise ValueError(
@@ -149,17 +145,19 @@ class _Generation:
         while self.left:
             patience = _PATIENCE * (max(took) if took else slowest)
             if time.monotonic() - since > patience:
-                evaluate(next(card for card in self.cards if card.key in self.left))
-            else:
-                time.sleep(_POLL)
-                self.tell()
+                due = [card for card in self.cards if card.key in self.left]
+                evaluate(due[rank % len(due)])  # others who wait begin elsewhere
+                left = len(self.left)
+                continue
+            time.sleep(_POLL)
+            self.tell()
             if len(self.left) < left:
                 since, left = time.monotonic(), len(self.left)
         return max(took) if took else slowest
 
     def tell(self) -> None:
         """Tell the search what is known by now."""
-        known = self.scores.known()
+        known = self.scores.known(self.left)
         for card in self.cards:
             if card.key in self.left and card.key in known:
                 self.left.remove(card.key)

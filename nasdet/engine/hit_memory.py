@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nasdet.measure.forecast import forecast_memory
-from nasdet.measure.memory import can_reset_high_water
+from nasdet.measure.memory import watch_peak
 from nasdet.spaces.hit import HitSpace, mixed_layers
 from nasdet.spaces.hit.steps import draw_the_largest
 
 if TYPE_CHECKING:
-    from nasdet.engine.search_hit import HitSearchConfig
+    from nasdet.engine.hit_config import HitSearchConfig
 
 
 def forecast_step(
@@ -25,29 +27,45 @@ def forecast_step(
 
     ``make`` makes another ``model``, with supernets of ``space``, to be traced. The step is traced on tensors without
     storage: forward of the whole detector on pictures of the largest size, a two-stage one with ``rois`` of each, and
-    backward. Losses and targets, small beside it, are left out; with ``memory="sampled"`` each layer draws the
-    candidates that need the most.
+    backward. Losses and targets, small beside it, are left out. ``most`` is the total in the worst case, where there is
+    one: pictures upright and lying in one batch, which is then padded to a square; and with ``memory="sampled"``, where
+    a step's peak depends on the draw and ``step`` is that of a random one, the candidates that need most everywhere.
     """
-    size = (_padded(config.short_side), _padded(config.long_side))
+    short, long = _padded(config.short_side), _padded(config.long_side)
     kept = torch.get_rng_state()  # tracing must not move the run's random numbers
-    step = forecast_memory(lambda: _step(config, space, make(), size))
-    torch.set_rng_state(kept)
+    step = forecast_memory(lambda: _step(config, make(), (short, long), lambda net: _draw_evenly(net, config)))
     state = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return {"step": step, "state": state, "total": step + state}
+    found = {"step": step, "state": state, "total": step + state}
+    worst = (long if config.batch > 1 else short, long)
+    if config.memory == "sampled" or worst != (short, long):
+        found["most"] = state + forecast_memory(
+            lambda: _step(config, make(), worst, lambda net: draw_the_largest(space, net, config.samples, worst))
+        )
+    torch.set_rng_state(kept)
+    return found
 
 
 def _padded(side: int) -> int:
     return -(-side // 32) * 32
 
 
-def _step(config: HitSearchConfig, space: HitSpace, model: Any, size: tuple[int, int]) -> Callable[[], None]:
+def _draw_evenly(model: nn.Module, config: HitSearchConfig) -> None:
+    """Any candidates, as a run draws at its start; its own draw needs the values of the alphas."""
+    rng = Random(config.seed)
+    for layers in mixed_layers(model).values():
+        for layer in layers:
+            layer.drawn = tuple(sorted(rng.sample(layer.kept, min(config.samples, len(layer.kept)))))
+
+
+def _step(
+    config: HitSearchConfig, model: Any, size: tuple[int, int], choose: Callable[[nn.Module], None]
+) -> Callable[[], None]:
     model.train()
     for layers in mixed_layers(model).values():
         for layer in layers:
             layer.alpha.requires_grad_(False)  # the weights' step, the larger of the two
     if config.memory == "sampled":
-        for part in space.parts:
-            draw_the_largest(space, model, part, config.samples, size)
+        choose(model)
     images = torch.randn(config.batch, 3, *size)
 
     def step() -> None:
@@ -68,18 +86,48 @@ def _learns(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def measurable(device: torch.device) -> bool:
-    """Whether a training's peak can be measured without slowing it down."""
-    return device.type == "cuda" or can_reset_high_water()
+class MeasuredPeak:
+    """The most memory that a training's first steps take beyond what was there before them; kept in its checkpoints.
+
+    Of tensors: on the CPU the process also has the heap's holes and the libraries' work space. The first step makes the
+    gradients and the optimiser's state, the second runs beside them. ``peak`` is None until both are done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak: int | None = None
+        self.device = device
+        self._found: Callable[[], int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak": self.peak}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        self.peak = state_dict["peak"]
+
+    @contextmanager
+    def watching(self, index: int, steps: int) -> Iterator[None]:
+        """The block is step ``index`` of ``steps``: watched from step 0 to the end of step 1, or of the only one."""
+        if index == 0:
+            self._found = watch_peak(self.device, tensors_only=True)
+        yield
+        if index == min(1, steps - 1) and self._found is not None:
+            self.peak = self.stop()
+
+    def stop(self) -> int | None:
+        """End a watch that is on, and return what it found: a profiler that nobody stops would go on for ever."""
+        found, self._found = self._found, None
+        return None if found is None else found()
 
 
 def in_words(forecast: dict[str, int], measured: int | None = None) -> str:
     """The forecast, and beside it the measured peak."""
     total = forecast["total"]
     words = f"memory beyond the weights: forecast {total / 2**30:.2f} GiB"
+    if "most" in forecast:
+        words += f" (at most {forecast['most'] / 2**30:.2f})"
     if measured is None:
         return words
-    return f"{words}, measured {measured / 2**30:.2f} GiB ({measured / total:.0%} of it)"
+    return f"{words}, measured {measured / 2**30:.2f} GiB ({measured / total:.0%} of the forecast)"
 
 
-__all__ = ["forecast_step", "in_words", "measurable"]
+__all__ = ["MeasuredPeak", "forecast_step", "in_words"]

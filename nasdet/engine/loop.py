@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nasdet._checks import check_whole
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import (
     LAST,
@@ -100,8 +101,7 @@ class Loop:
         tensorboard: bool = True,
     ) -> None:
         for name, value in (("steps", steps), ("log_every", log_every), ("checkpoint_every", checkpoint_every)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            check_whole(name, value)
         self.out, self.steps, self.state, self.seed = Path(out), steps, dict(state), seed
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.title, self.progress, self.tensorboard = title, progress, tensorboard

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +103,14 @@ class OneShotConfig:
     def schedule(self, total: int) -> Schedule:
         """The supernet's learning rate by step."""
         return Schedule(self.rate(), total, decay=self.decay, warmup_steps=self.warmup_steps)
+
+
+#: what is of the evolution and not of the supernet
+_SEARCH = (
+    *("tuning_steps", "tuning_batch", "tuning_lr", "recalibration", "recalibration_images", "eval_batch"),
+    *("population", "parents", "offspring", "algorithm", "max_macs", "max_parameters", "max_latency"),
+    *("latency_table", "target_macs", "tolerance", "macs_height", "macs_width"),
+)
 
 
 class OneShotRun(SupernetRun):
@@ -206,7 +214,9 @@ class OneShotRun(SupernetRun):
     def facts(self) -> dict[str, Any]:
         images = {"images": {"learnt": len(self.learnt), "scored": len(self.scored)}}
         limits = {one.name: [one.low, one.high] for one in self.search.constraints}
-        return {"space": self.space.settings(), "limits": limits, **images}
+        table = self.config.latency_table
+        timed = {} if table is None else {"latency": asdict(Record.load(table).setting)}
+        return {"space": self.space.settings(), "limits": limits, **images, **timed}
 
     def ready(self, out: Path, resume: bool) -> bool:
         """Whether the supernet is that of another run; ``ValueError`` where it cannot be taken from there."""
@@ -219,8 +229,8 @@ class OneShotRun(SupernetRun):
             if self.weights is not None:
                 raise ValueError(f"weights must be None with the supernet of another run, got {self.weights}")
             self._take_supernet(Path(self.config.supernet))
-            if STATE in found:
-                check_same(out / STATE, self._of())
+        if STATE in found:  # before anything is written; one's own supernet is not loaded yet
+            check_same(out / STATE, self._of(), () if taken else ("supernet",))
         distributed.barrier()  # no process may write there before all have looked
         return self.config.supernet is not None
 
@@ -244,7 +254,9 @@ class OneShotRun(SupernetRun):
         config = self.config
         offspring = self.children()
         if config.algorithm == "random":
-            offspring = (Offspring((RANDOM,), config.population, attempts=20 * config.population),)
+            # As many as evolution would make, of which a narrow window lets few pass.
+            wanted = sum(group.count for group in offspring)
+            offspring = (Offspring((RANDOM,), wanted, attempts=1000 * wanted),)
         return Evolution(
             self.space,
             constraints=self.limits(),
@@ -292,7 +304,10 @@ class OneShotRun(SupernetRun):
         return {**kept, "split": self.data.split.sha256, "supernet": digest(self.model.state_dict())}
 
     def loop(self, out: Path, settings: Mapping[str, Any], resume: bool, progress: bool) -> Loop:
-        loop = super().loop(out, settings, resume, progress)
+        # A supernet that took days may be searched with other settings than it was trained with; scores may not be
+        # mixed, which their own files see to.
+        training = {name: value for name, value in settings.items() if name not in _SEARCH}
+        loop = super().loop(out, training, resume, progress)
         if loop.start < self.steps and self.config.batch % self.ranks:
             raise ValueError(f"batch must be a multiple of {self.ranks} processes, got {self.config.batch}")
         return loop

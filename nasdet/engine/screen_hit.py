@@ -12,10 +12,11 @@ from torch import Tensor
 from nasdet._files import read_json, write_json
 from nasdet.arch import Card
 from nasdet.data import DataFolder
+from nasdet.engine.hit_config import HitSearchConfig, deviations
+from nasdet.engine.hit_run import HitRun
 from nasdet.engine.loop import Loop, Stateful
-from nasdet.engine.search_hit import HitRun, HitSearchConfig, deviations
 from nasdet.engine.supernet import SearchOptions, run_search
-from nasdet.spaces.hit import Screening, alpha_matrix, column_penalty, keep, kept_names, mixed_layers
+from nasdet.spaces.hit import PARTS, Screening, alpha_matrix, column_penalty, keep, kept_names, mixed_layers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,7 +31,7 @@ def screen_hit(
 
     A part's weights learn on ``data.search_train()``, its alphas on ``data.search_val()`` under the column penalty,
     and at the ends of the last epochs the operations with the least scores go, until ``keep`` are left. The backbone
-    has half its blocks, and random weights: ``weights`` are those of the plain one around the other parts.
+    has half its blocks, and ``config.screen_weights``; ``weights`` are those of the plain one around the other parts.
 
     Each part is a run of its own, in ``out/screen-PART`` (:func:`~nasdet.engine.supernet.run_search`, with
     ``screening.json``: scores and removals by epoch, and a card of what was best when it ended);
@@ -38,19 +39,32 @@ def screen_hit(
     ``candidates``. Killed and resumed it goes on in the part where it was.
     """
     out = Path(out)
-    records = {}
+    if config.searched_parts() == ("backbone",) and options.get("weights") is not None:
+        given = options["weights"]
+        raise ValueError(f"weights must be None where the backbone alone is screened (screen_weights), got {given}")
+    records: dict[str, Any] = {}
+    # What is the joint search's alone must not keep a screening from being resumed.
+    paper = {name: getattr(HitSearchConfig, name) for name in ("cost_weight", "target", "proposals", "latency_table")}
     for part in config.searched_parts():
         # A card's name may be given for the joint search: screening has one net for each part.
-        own = replace(config, stage="screen", parts=[part], name=config.name and f"{config.name}-screen-{part}")
+        name = config.name and f"{config.name}-screen-{part}"
+        own = replace(config, stage="screen", parts=[part], name=name, **paper)
         folder = out / f"screen-{part}"
         around = options.copy()
         if part == "backbone":
-            around["weights"] = None
+            around["weights"] = config.screen_weights
         run_search(_ScreenRun, own, data, folder, **around)
         records[part] = read_json(folder / RECORD)
     kept = {part: [*record["left"]] for part, record in records.items()}
-    write_json(out / RECORD, {"kept": kept, "parts": records})
+    _record(out / RECORD, records)
     return kept
+
+
+def _record(path: Path, records: Mapping[str, Any]) -> None:
+    """Write what was kept beside what other parts kept, screened into the same folder before."""
+    before = read_json(path)["parts"] if path.is_file() else {}
+    parts = {part: {**before, **records}[part] for part in PARTS if part in before or part in records}
+    write_json(path, {"kept": {part: [*record["left"]] for part, record in parts.items()}, "parts": parts})
 
 
 def load_screening(path: str | Path) -> dict[str, list[str]]:
@@ -66,8 +80,8 @@ def load_screening(path: str | Path) -> dict[str, list[str]]:
         raise ValueError(f"{path}: must be the {RECORD} of a screening, with parts, got {content!r:.80}")
     try:
         return {part: Screening.from_json(record).left for part, record in parts.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole screening: {type(error).__name__} {error}") from error
 
 
 class _Record:

@@ -19,6 +19,7 @@ from nasdet.engine.supernet import (
     check_settings,
     differences,
     model_around,
+    own_ways,
     run_search,
 )
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -61,7 +62,7 @@ class FADSearchConfig:
     score: str = "softmax"
     detector: str = "fcos"
     part: str | None = None
-    backbone: str = "resnet50"
+    backbone: str | Mapping[str, Any] = "resnet50"
     width: float = 1.0
     fpn_channels: int = 256
     levels: int = 5
@@ -126,7 +127,8 @@ class _FADRun(BilevelRun):
     def build(self, weights: str | Path | None) -> None:
         config = self.config
         self.space = config.search_space()
-        self.supernet = self.space.supernet(config.fpn_channels, config.inner_channels, config.cells, self.backend)
+        channels = self.model_config.fpn_channels  # a backbone that is a pyramid by itself sets them
+        self.supernet = self.space.supernet(channels, config.inner_channels, config.cells, self.backend)
         place: dict[str, Any] = {config.searched_part(): self.supernet}
         self.model = build_model(self.model_config, **place, weights=weights)
 
@@ -208,6 +210,4 @@ def deviations(config: FADSearchConfig, data: DataFolder, pretrained: bool) -> l
         found.append(
             "random backbone with group norm, all of it trained; the paper: ImageNet weights, two stages frozen"
         )
-    if config.amp:
-        found.append("bfloat16 autocast; the paper: float32")
-    return found
+    return found + own_ways(config)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nasdet._files import read_json
 from nasdet.arch import Card, save_card
 from nasdet.data.classification import ClassificationFolder
 from nasdet.data.split import require_selectable
 from nasdet.detectors.classifier import Classifier
 from nasdet.engine import distributed
-from nasdet.engine.checkpoint import digest, seed_everything
+from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, seed_everything
 from nasdet.engine.classify import evaluate_classifier
 from nasdet.engine.evolve import STATE, evolve
 from nasdet.engine.layout import training_layout
 from nasdet.engine.paths import Paths
-from nasdet.engine.pretrain import PretrainConfig, recalibrate_classifier
+from nasdet.engine.pretrain import PARTS, PretrainConfig, recalibrate_classifier
 from nasdet.engine.recalibrate import MODES
 from nasdet.engine.runs import recorded
+from nasdet.engine.trunks import Trunk, trunk
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Evolution, Offspring
 
@@ -63,6 +65,26 @@ class ClassificationSearchConfig:
         return tuple(replace(one, count=max(1, round(one.count * share))) for one in preset["offspring"])
 
 
+def load_supernet(run: str | Path, device: str | None = None) -> tuple[PretrainConfig, Trunk]:
+    """The settings and the supernet of paths of a run of ``nasdet pretrain --space``.
+
+    ``ValueError``, which names the run, for one of anything else.
+    """
+    info = read_json(Path(run) / "run.json")
+    space = info.get("space") if info.get("verb") == "pretrain" else None
+    network = None if space is None or space.startswith("hit") else trunk(space=space, width=info["width"])
+    if network is None or network.paths is None:
+        raise ValueError(f"{run}: must be a run of nasdet pretrain of a supernet of paths, got {space or 'none'}")
+    if (part := info["arguments"].get("part")) != PARTS[True]:
+        raise ValueError(f"{run}: its supernet must not have seen search-val, got one that learnt on {part}")
+    payload = load_checkpoint(Path(run) / LAST)
+    if payload["step"] < payload["steps"]:
+        raise ValueError(f"{run}: its supernet must be trained, got {payload['step']} of {payload['steps']} steps")
+    known = {field.name for field in fields(PretrainConfig)}
+    settings = {name: value for name, value in info["arguments"].items() if name in known}
+    return PretrainConfig(**settings | {"device": device}), network
+
+
 def search_classification(
     config: ClassificationSearchConfig,
     trained: PretrainConfig,
@@ -97,9 +119,10 @@ def search_classification(
     scored, learnt = data.search_val(), data.search_train()
     for dataset in (scored, learnt):
         require_selectable(dataset, data.split)
-    found = any((out / name).exists() for name in (STATE, "run.json"))
-    if not resume and rank == 0 and found:  # the others may come when process 0 has begun to write
-        raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
+    with distributed.process_group(device):
+        if not resume and any((out / name).exists() for name in (STATE, "run.json")):
+            raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
+        distributed.barrier()  # no process may write there before all have looked
     sizes: dict[str, Any] = {
         "population": config.population,
         "parents": config.parents,

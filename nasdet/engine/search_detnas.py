@@ -11,7 +11,7 @@ from nasdet.data import DataFolder
 from nasdet.detectors import TWO_STAGE
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
 from nasdet.engine.recalibrate import recalibrate
-from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search, unlike_coco
+from nasdet.engine.supernet import SearchOptions, differences, model_around, own_ways, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -71,7 +71,7 @@ class DetNASSearchConfig(OneShotConfig):
         if self.recalibration_images is not None and self.recalibration_images < 1:
             raise ValueError(f"recalibration_images must be at least 1, got {self.recalibration_images}")
         offspring(self.offspring, self.population)
-        constraints(self, self.search_space())
+        path_limits(self.search_space(), self.space, self.max_macs, self.max_parameters)
         self.model(("thing",))
 
     def rate(self) -> float:
@@ -102,14 +102,16 @@ def offspring(kind: str, population: int) -> tuple[Offspring, ...]:
     return tuple(Offspring(names, count, most, fill=most is not None) for names, count, most in groups if count)
 
 
-def constraints(config: DetNASSearchConfig, space: DetNASSpace) -> list[Constraint]:
-    """The limits on a path's MACs and parameters."""
-    most = LIMITS.get(config.space) if config.max_macs is None else config.max_macs
+def path_limits(
+    space: DetNASSpace, name: str, max_macs: float | None, max_parameters: float | None = None
+) -> list[Constraint]:
+    """The limits on a path's MACs (None: those of the space of this name in the paper) and parameters."""
+    most = LIMITS.get(name) if max_macs is None else max_macs
     return [
         Constraint(name, lambda card, table=table: table(card.genotype), None, high, table.reachable())  # type: ignore[misc]  # mypy cannot infer a lambda's default
         for name, table, high in (
             ("macs", space.macs, most),
-            ("parameters", space.parameters, config.max_parameters),
+            ("parameters", space.parameters, max_parameters),
         )
     ]
 
@@ -148,7 +150,8 @@ class _DetNASRun(OneShotRun):
         self.supernet = self.model.get_submodule("backbone")
 
     def constraints(self) -> list[Constraint]:
-        return constraints(self.config, self.space)
+        config = self.config
+        return path_limits(self.space, config.space, config.max_macs, config.max_parameters)
 
     def timed_blocks(self) -> DetNASBlocks:
         return DetNASBlocks(self.space)
@@ -181,6 +184,7 @@ _COMPARED = {
     "steps": "steps of the supernet",
     "batch": "images a step",
     "short_side": "pixels on the short side",
+    "long_side": "pixels on the long side at most",
     "optimizer": "optimiser",
     "momentum": "momentum",
     "weight_decay": "weight decay",
@@ -199,6 +203,7 @@ _COMPARED = {
     "val_images": "images to score on",
     "max_macs": "limit on MACs",
     "max_parameters": "limit on parameters",
+    "max_latency": "limit on milliseconds",
     "recalibration_images": "images for the batch norms' statistics",
 }
 
@@ -235,6 +240,4 @@ def deviations(config: DetNASSearchConfig, data: DataFolder, pretrained: bool) -
         found.append("from scratch, DetNAS-scratch in the paper: twice the steps in the place of pretraining")
     elif not pretrained:
         found.append("random supernet; the paper: pretrained for classification on ImageNet")
-    if config.amp:
-        found.append("bfloat16 autocast; the paper: float32")
-    return found
+    return found + own_ways(config)

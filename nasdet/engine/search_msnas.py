@@ -14,7 +14,7 @@ from nasdet.engine import distributed
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.step import train_step
-from nasdet.engine.supernet import SearchOptions, differences, model_around, run_search, unlike_coco
+from nasdet.engine.supernet import SearchOptions, differences, model_around, own_ways, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -162,6 +162,11 @@ class _MSNASRun(OneShotRun):
         return constraints(self.config, self.space)
 
     def timed_blocks(self) -> MSNASBlocks:
+        if self.config.detector not in TWO_STAGE or self.config.rpn_channels != RPN_CHANNELS:
+            raise ValueError(
+                f"latency_table must be None but for two stages and an RPN of {RPN_CHANNELS} channels, as tables are "
+                f"measured, got {self.config.detector} with {self.config.rpn_channels}"
+            )
         return MSNASBlocks(self.space)
 
     def children(self) -> tuple[Offspring, ...]:
@@ -217,6 +222,7 @@ _COMPARED = {
     "tolerance": "tolerance of MACs",
     "macs_height": "height that MACs are counted at",
     "macs_width": "width that MACs are counted at",
+    "max_latency": "limit on milliseconds",
     "tuning_steps": "steps of a candidate on its own",
     "tuning_batch": "images in such a step",
     "tuning_lr": "learning rate of such steps",
@@ -255,9 +261,7 @@ def deviations(config: MSNASSearchConfig, data: DataFolder, pretrained: bool) ->
         found.append(f"the supernet is that of {Path(config.supernet).name}")
     elif pretrained:
         found.append("pretrained supernet; the paper: random weights")
-    if config.amp:
-        found.append("bfloat16 autocast; the paper: float32")
-    return found
+    return found + own_ways(config)
 
 
 def _resolved(config: MSNASSearchConfig) -> MSNASSearchConfig:

@@ -21,10 +21,11 @@ from nasdet.engine.supernet import (
     check_settings,
     differences,
     model_around,
+    own_ways,
     run_search,
     unlike_coco,
 )
-from nasdet.spaces.assemble import ModelConfig, build_model
+from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model
 from nasdet.spaces.nats import NATSSpace
 from nasdet.spaces.nats.genotype import dilation_name, genotype_set
 
@@ -64,7 +65,7 @@ class NATSSearchConfig:
     channels_per_group: int | None = None
     index_preserving: bool = False
     detector: str = "faster_rcnn"
-    backbone: str = "resnet50"
+    backbone: str | Mapping[str, Any] = "resnet50"
     width: float = 1.0
     fpn_channels: int = 256
     levels: int = 5
@@ -126,8 +127,8 @@ def search_nats(config: NATSSearchConfig, data: DataFolder, out: str | Path, **o
     The weights learn on ``data.search_train()``, the alphas on ``data.search_val()``; test images are refused. The run
     folder and what is raised are :func:`~nasdet.engine.supernet.run_search`'s, the ``options``
     :class:`~nasdet.engine.supernet.SearchOptions`; pretrained weights are copied into every replica. The folder also
-    gets ``erf.json``, the receptive fields of the original and the derived backbone. A backbone without bottlenecks is
-    a ``ValueError``.
+    gets ``erf.json``, the receptive fields of the original and the derived backbone. A backbone without bottlenecks and
+    depthwise convolutions is a ``ValueError``.
     """
     return run_search(_NATSRun, config, data, out, **options)
 
@@ -169,7 +170,7 @@ class _NATSRun(BilevelRun):
 
     def derive(self, source: Mapping[str, Any]) -> Card:
         config = self.config
-        name = config.name or f"nats-{config.dilations}-{config.backbone}-seed{config.seed}"
+        name = config.name or f"nats-{config.dilations}-{backbone_name(config.backbone)}-seed{config.seed}"
         settings = {"backbone": config.backbone, "width": config.width}
         return self.space.derive(self.supernet, name, settings=settings, source=source)
 
@@ -182,7 +183,7 @@ class _NATSRun(BilevelRun):
         """``erf.json``: the backbone before and after, with the weights that both begin retraining from."""
         seed_everything(self.config.seed)
         backbone = build_model(self.model_config, weights=self.weights).get_submodule("backbone").to(self.device)
-        fields = [measure_field(backbone, f"original {self.config.backbone}")]
+        fields = [measure_field(backbone, f"original {backbone_name(self.config.backbone)}")]
         fields.append(measure_field(NATSSpace.build(card, backbone), f"derived, {card.name}"))
         random = "random weights, those of the seed"
         write_fields(out, fields, random if self.weights is None else "the pretrained weights")
@@ -231,6 +232,4 @@ def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> 
         found.append(f"random backbone with {norm}, all of it trained; the paper: ImageNet weights")
     elif config.norm not in (None, "sync_bn"):
         found.append(f"norm of the backbone: {config.norm}; the paper: sync_bn")
-    if config.amp:
-        found.append("bfloat16 autocast; the paper: float32")
-    return found
+    return found + own_ways(config)

@@ -362,5 +362,13 @@ def differences(config: Any, paper: Any, words: Mapping[str, str]) -> list[str]:
     return [f"{text}: {_short(ours)}; the paper: {_short(theirs)}" for text, ours, theirs in pairs if ours != theirs]
 
 
+def own_ways(config: Any) -> list[str]:
+    """The lines of deviations for what no paper does: other arithmetic, pictures that are never mirrored."""
+    found = [] if config.flip else ["no picture is mirrored; the paper: half of them"]
+    return found + (["bfloat16 autocast; the paper: float32"] if config.amp else [])
+
+
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):  # a card
+        return str(value["name"])
     return f"{value:g}" if isinstance(value, float) else str(value)

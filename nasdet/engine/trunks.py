@@ -14,6 +14,8 @@ from nasdet.detectors import BACKBONES
 from nasdet.engine.paths import Paths, binned_draw, uniform_draw
 from nasdet.spaces import SPACES, part_of, space_class
 from nasdet.spaces.detnas import DetNASSpace, macs_table
+from nasdet.spaces.hit import LAYOUTS, HitSpace
+from nasdet.spaces.hit.space import Candidates
 
 Bins = tuple[float, float, float]
 _ONE_OF = "one of backbone, space and card must be given"
@@ -42,10 +44,16 @@ def trunk(
     width: float = 1.0,
     classes: int = 1000,
     bins: Bins | None = None,
+    candidates: Candidates | None = None,
+    memory: str | None = None,
     seed: int = 0,
 ) -> Trunk:
     """The network of one of: ``backbone``, a name of :data:`nasdet.detectors.BACKBONES`; ``space``, the supernet of a
     method and its size, such as ``"detnas-small"``; ``card``, an architecture whose space makes backbones.
+
+    ``"hit-LAYOUT"`` is the whole mixture that Hit-Detector's joint search begins from, ``"hit-LAYOUT-half"`` that of
+    its screening, both with alphas that stay as drawn. ``candidates`` are those of :class:`HitSpace` (the published
+    sub-space; for screening all 32), and ``memory`` of its mixed layers is ``"full"`` or ``"recompute"`` (the default).
 
     A supernet learns uniformly random paths, drawn with ``seed``; with ``bins = (low, high, width)``, in MACs with the
     last convolution and a classifier for ``classes`` classes, those of :func:`~nasdet.engine.paths.binned_draw`.
@@ -57,6 +65,9 @@ def trunk(
         raise ValueError(f"{_ONE_OF}, got {' and '.join(given) or 'none'}")
     if bins is not None and space is None:
         raise ValueError(f"bins must be of a space, got them with a {given[0]}")
+    mixture = space is not None and space.partition("-")[0] == HitSpace.method
+    if not mixture and (candidates is not None or memory is not None):
+        raise ValueError(f"candidates and memory must be of a hit space, got them with {space or given[0]}")
     options: dict[str, Any] = {"width": width, "norm": "bn", "outputs": ("c5",)}
     if backbone is not None:
         if backbone not in BACKBONES:
@@ -68,7 +79,31 @@ def trunk(
         maker, named = space_class(card.method).backbone, {"card": card.to_json(), "width": width}
         return Trunk(partial(maker, card, **options), named, last=card.settings.get("last"))
     assert space is not None  # the only one left of the three
+    if mixture:
+        if bins is not None:
+            raise ValueError(f"bins must be of a {DetNASSpace.method} space, got them with {space!r}")
+        return _mixture(space, candidates, memory or "recompute", width)
     return _supernet(space, options, classes, bins, seed)
+
+
+def _mixture(name: str, candidates: Candidates | None, memory: str, width: float) -> Trunk:
+    layout, half, rest = name.removeprefix(f"{HitSpace.method}-").partition("-half")
+    if layout not in LAYOUTS or rest:
+        raise ValueError(f"space must be hit-LAYOUT or hit-LAYOUT-half ({', '.join(LAYOUTS)}), got {name!r}")
+    if memory not in ("full", "recompute"):
+        raise ValueError(f"memory must be full or recompute, got {memory!r}")
+    if width != 1:
+        raise ValueError(f"width must be 1 for {name!r}, got {width:g}")
+    sizes = LAYOUTS[layout].halved() if half else LAYOUTS[layout]
+    space = HitSpace(sizes, candidates or ("full" if half else "screened"), ("backbone",))
+
+    def make() -> nn.Module:
+        made = space.supernet("backbone", memory=memory, outputs=("c5",))
+        for alpha in space.arch_parameters(made):
+            alpha.requires_grad_(False)
+        return made
+
+    return Trunk(make, {"space": name, "candidates": list(space.candidates["backbone"])}, space=space)
 
 
 def _supernet(name: str, options: dict[str, Any], classes: int, bins: Bins | None, seed: int) -> Trunk:

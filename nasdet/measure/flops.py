@@ -52,8 +52,8 @@ def count(model: nn.Module, *inputs: Any) -> list[PartCost]:
     hooks = []
     training = [module for module in model.modules() if module.training]
     try:
-        for name, child in children.items():
-            hooks += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
+        for module, name in _owners(children).items():
+            hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
         model.eval()
         with torch.no_grad(), counter:
             torch.func.functional_call(model, _shapes(model), tuple(_to_meta(value) for value in inputs))
@@ -64,6 +64,15 @@ def count(model: nn.Module, *inputs: Any) -> list[PartCost]:
             module.training = True
     macs[REST] = counter.get_total_flops() // 2 - sum(macs.values())
     return _with_parameters(model, children, macs)
+
+
+def _owners(children: dict[str, nn.Module]) -> dict[nn.Module, str]:
+    """Every module with the part that it belongs to, the first if several: a list's modules are called one by one."""
+    owners: dict[nn.Module, str] = {}
+    for name, child in children.items():
+        for module in child.modules():
+            owners.setdefault(module, name)
+    return owners
 
 
 def _with_parameters(model: nn.Module, children: dict[str, nn.Module], macs: dict[str, int]) -> list[PartCost]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet._files import write_json
 from nasdet.measure.latency_table import Block, Blocks, Latency, LatencyTable, Net, Record, Setting
 from nasdet.measure.machine import device_name, versions
@@ -78,7 +79,7 @@ class Conditions:
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that is here, got {self.device} but torch finds no GPU")
         if self.threads is not None:
-            check_count("threads", self.threads, 1)
+            check_whole("threads", self.threads, 1)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         clocks = ("cuda",) if kind == "cuda" else ("wall", "thread")
@@ -184,8 +185,8 @@ def run_rounds(
     there count: a call takes part from the round that it lacks. ``after(done)`` is called after each round with the
     number of rounds that all have.
     """
-    check_count("rounds", rounds, 1)
-    check_count("warmup", warmup, 0)
+    check_whole("rounds", rounds, 1)
+    check_whole("warmup", warmup, 0)
     if not calls:
         return
     have = min(len(samples[name]) for name in calls)
@@ -228,8 +229,8 @@ def measure_table(
     Raises ``ValueError`` for a file that holds something else, or was measured under other settings: it is left alone.
     """
     conditions = Conditions(device, threads, dtype, channels_last, clock)
-    check_count("rounds", rounds, 1)
-    check_count("nets", nets, 0)
+    check_whole("rounds", rounds, 1)
+    check_whole("nets", nets, 0)
     setting = conditions.setting(blocks, size)
     record = _opened(Path(path), setting)
     parts: dict[tuple[str, str], Block] = {("block", part[0]): part for part in blocks.blocks(setting.size)}
@@ -274,9 +275,3 @@ def _calls(parts: Mapping[Name, Block], conditions: Conditions) -> dict[Name, Ca
     """What runs each part on its input; parts of one shape share it."""
     inputs = {shape: conditions.input(shape) for shape in {shape for _, _, shape in parts.values()}}
     return {name: partial(conditions.prepared(make()), inputs[shape]) for name, (_, make, shape) in parts.items()}
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

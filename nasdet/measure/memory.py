@@ -43,9 +43,23 @@ def peak_memory(
     for _ in range(warmup):
         fn()
     gc.collect()
-    if where.type == "cuda":
-        return _peak_cuda(fn, where)
-    return _peak_profiled(fn) if tensors_only or not can_reset_high_water() else _peak_resident(fn)
+    peak = watch_peak(where, tensors_only=tensors_only)
+    try:
+        result = fn()
+    finally:
+        found = peak()
+    del result
+    return found
+
+
+def watch_peak(device: torch.device, *, tensors_only: bool = False) -> Callable[[], int]:
+    """From now on, the most bytes held beyond those held now: as :func:`peak_memory`, for what is not one call.
+
+    The result is called once, at the end.
+    """
+    if device.type == "cuda":
+        return _watch_cuda(device)
+    return _watch_profiled() if tensors_only or not can_reset_high_water() else _watch_resident()
 
 
 def can_reset_high_water() -> bool:
@@ -58,38 +72,39 @@ def can_reset_high_water() -> bool:
     return True
 
 
-def _peak_cuda(fn: Callable[[], Any], device: torch.device) -> int:
+def _watch_cuda(device: torch.device) -> Callable[[], int]:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    result = fn()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    del result
-    return max(0, peak - before)
+
+    def peak() -> int:
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - before)
+
+    return peak
 
 
-def _peak_resident(fn: Callable[[], Any]) -> int:
+def _watch_resident() -> Callable[[], int]:
     trim_heap()
     _reset_high_water()
     before = _status_bytes("VmRSS")
-    result = fn()
-    peak = _status_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
+    return lambda: max(0, _status_bytes("VmHWM") - before)
 
 
-def _peak_profiled(fn: Callable[[], Any]) -> int:
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = fn()
-    del result
-    # The profile's own event list folds allocations into the operators that made them; the raw one has each by itself.
-    raw = profile.kineto_results
-    assert raw is not None
-    held = peak = 0
-    for event in sorted((e for e in raw.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+def _watch_profiled() -> Callable[[], int]:
+    profile = torch.autograd.profiler.profile(profile_memory=True)
+    profile.__enter__()
+
+    def peak() -> int:
+        profile.__exit__(None, None, None)
+        # The profile's own event list folds allocations into the operators that made them; the raw one has each alone.
+        raw: Any = profile.kineto_results
+        held = most = 0
+        for event in sorted((e for e in raw.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return most
+
     return peak
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.ops import depthwise_conv2d
-from nasdet.ops._dilation import Pair, pair, positive
+from nasdet.ops._dilation import Pair, pair
 from nasdet.ops.depthwise_conv2d import checked_padding
 
 
@@ -35,11 +36,11 @@ class DepthwiseConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        if positive("kernel_size", kernel_size) % 2 == 0:
+        if check_whole("kernel_size", kernel_size) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         dilations = pair("dilation", dilation)
         super().__init__(
-            positive("channels", channels),
+            check_whole("channels", channels),
             channels,
             kernel_size,
             pair("stride", stride),

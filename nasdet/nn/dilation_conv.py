@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
-from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair, positive
+from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair
 
 
 def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
@@ -57,13 +58,13 @@ class _DilationConv2d(nn.Module):
         backend: str | None,
     ) -> None:
         super().__init__()
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
-        if positive("kernel_size", kernel_size) % 2 == 0:
+        self.in_channels = check_whole("in_channels", in_channels)
+        self.out_channels = check_whole("out_channels", out_channels)
+        if check_whole("kernel_size", kernel_size) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.kernel_size = (kernel_size, kernel_size)
         self.stride = pair("stride", stride)
-        self.groups = positive("groups", groups)
+        self.groups = check_whole("groups", groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
@@ -210,7 +211,7 @@ class MixedDilationConv2d(_DilationConv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, dilations, stride, groups, algorithm, precision, backend
         )
-        self.channel_groups = positive("channel_groups", channel_groups)
+        self.channel_groups = check_whole("channel_groups", channel_groups)
         if out_channels % channel_groups:
             raise ValueError(f"channel_groups must divide the {out_channels} output channels, got {channel_groups}")
         self._make_parameters(len(self.dilations), bias)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasdet import _library
+from nasdet._checks import check_whole
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import FLOATS
 
@@ -21,13 +22,6 @@ FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGO
 PRECISIONS = ("fast", "exact")
 _LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 _BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
-
-
-def positive(name: str, value: Any) -> int:
-    """``value`` as a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
 
 
 def pair(name: str, value: Any) -> Pair:
@@ -56,7 +50,7 @@ def checked_splits(splits: Any, count: int, channels: int, groups: int) -> tuple
         raise TypeError(f"splits must be a sequence of integers, got {type(splits).__name__}")
     if len(splits) != count:
         raise ValueError(f"splits must have one entry for each of the {count} dilations, got {len(splits)}")
-    sizes = tuple(positive(f"splits[{index}]", value) for index, value in enumerate(splits))
+    sizes = tuple(check_whole(f"splits[{index}]", value) for index, value in enumerate(splits))
     if sum(sizes) != channels:
         raise ValueError(f"splits must sum to the {channels} output channels, got {sizes} with sum {sum(sizes)}")
     width = channels // groups
@@ -209,7 +203,7 @@ def checked_operands(x: Tensor, weight: Tensor, weight_axes: str, groups: int) -
     *_, out_channels, fan, height, width = weight.shape
     if height != width or height % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size, got {height}x{width}")
-    positive("groups", groups)
+    check_whole("groups", groups)
     if x.shape[1] % groups or out_channels % groups or out_channels == 0:
         raise ValueError(
             f"groups must divide the {x.shape[1]} input and the {out_channels} output channels, got {groups}"

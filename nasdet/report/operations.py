@@ -76,7 +76,7 @@ def operation_figure(rows: Sequence[tuple[str, list[str]]]) -> str:
 def score_section(run: Run) -> str:
     """Scores of the operations over time for each part, and the expected cost by part."""
     found = [_scores(part, lines, gone) for part, lines, gone in _parts(run)]
-    return grid([*found, _expected(run.metrics)]) + kept_table(run.screening)
+    return grid([*found, _expected(run.metrics, run.info.get("cost"))]) + kept_table(run.screening)
 
 
 def _parts(run: Run) -> list[tuple[str, dict[str, Series], dict[str, float]]]:
@@ -139,7 +139,8 @@ def _scores(part: str, scores: Mapping[str, Series], gone: Mapping[str, float]) 
     )
 
 
-def _expected(rows: Sequence[Mapping[str, Any]]) -> str:
+def _expected(rows: Sequence[Mapping[str, Any]], cost: Any = None) -> str:
+    unit, words = ("ms", "milliseconds") if cost == "milliseconds" else ("G", "G multiply-accumulates")
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("expected_"))
     lines = [
         Line(key.removeprefix("expected_"), points, _BRIGHT[index % len(_BRIGHT)])
@@ -151,8 +152,8 @@ def _expected(rows: Sequence[Mapping[str, Any]]) -> str:
     told = "; ".join(f"{line.name}: {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in lines)
     return figure(
         legend((line.name, css(line.color)) for line in lines)
-        + chart(lines, f"Expected cost by part in G. {told}", floor=0),
-        "<b>Expected cost by part</b>, in G multiply-accumulates: the mean over nets drawn by the softmax.",
+        + chart(lines, f"Expected cost by part in {unit}. {told}", floor=0),
+        f"<b>Expected cost by part</b>, in {words}: the mean over nets drawn by the softmax.",
     )
 
 

@@ -53,13 +53,14 @@ class Constraint:
                 return abs(value - bound) / max(abs(bound), 1e-12)
         return 0.0
 
-    def demand(self, least: float, most: float) -> str:
-        """What is asked for, and the range that can be reached, in words."""
+    def demand(self, least: float, most: float, met: bool = False) -> str:
+        """What is asked for, and the range that can be reached, or was ``met`` with, in words."""
         if self.low is None or self.high is None:
             bound = f"at most {_number(self.high)}" if self.high is not None else f"at least {_number(self.low or 0)}"
         else:
             bound = f"within {_number(self.low)} to {_number(self.high)}"
-        return f"{self.name} must be {bound}, reachable are {_number(least)} to {_number(most)}"
+        seen = "met were" if met else "reachable are"
+        return f"{self.name} must be {bound}, {seen} {_number(least)} to {_number(most)}"
 
 
 @dataclass
@@ -80,12 +81,6 @@ class Ranges:
 def finite(value: Any) -> bool:
     """Whether a value is a number that can be compared."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def _number(value: float) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
 
+from nasdet._checks import check_whole
 from nasdet.arch import Card
-from nasdet.search.constraints import Constraint, Ranges, check_positive, finite
+from nasdet.search.constraints import Constraint, Ranges, finite
 
 RANDOM = "random"
 _WALKS = 5
@@ -57,9 +58,9 @@ class Offspring:
     def __post_init__(self) -> None:
         if not self.operators:
             raise ValueError("operators must not be empty")
-        check_positive("count", self.count)
+        check_whole("count", self.count)
         if self.attempts is not None:
-            check_positive("attempts", self.attempts)
+            check_whole("attempts", self.attempts)
 
 
 _MSNAS = ("crossover_encoder", "mutate_encoder", "crossover_heads", "mutate_heads")
@@ -159,7 +160,7 @@ class Evolution:
     ) -> None:
         sizes = {"population": population, "parents": parents, "generations": generations, "draws": draws}
         for name, value in sizes.items():
-            check_positive(name, value)
+            check_whole(name, value)
         if parents > population:
             raise ValueError(f"parents must not exceed the population of {population}, got {parents}")
         names = [constraint.name for constraint in constraints]
@@ -389,7 +390,7 @@ class Evolution:
         bounded = [one for one in self.constraints if one.low is not None or one.high is not None]
         words = []
         for one in bounded:
-            words.append(one.demand(*(one.reachable or seen.of[one.name])))
+            words.append(one.demand(*(one.reachable or seen.of[one.name]), met=one.reachable is None))
         if self.legal is not None:
             words.append("legal must hold")
         what = "; ".join(words) or "the space must not be empty"

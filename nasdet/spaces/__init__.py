@@ -5,11 +5,15 @@ One more space is one more folder here and one more line in :data:`SPACES`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nasdet.arch import Card
+
+Block = tuple[str, Callable[[], Any], tuple[int, ...]]
+"""What is timed as one: a key, what makes the module, and the shape of its input."""
 
 # Loaded on demand: a card of one method needs no other method's modules.
 SPACES: dict[str, str] = {

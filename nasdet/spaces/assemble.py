@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nasdet._checks import check_whole
 from nasdet._files import read_json, write_json
 from nasdet.arch import Card
 from nasdet.detectors import BACKBONES, DETECTORS, TWO_STAGE, parts_of
@@ -69,7 +70,7 @@ class ModelConfig:
             if not (name == "backbone" and isinstance(value, Mapping)) and value not in names:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
         for name in ("fpn_channels", "levels", "num_classes", "tower_convs", "short_side", "long_side"):
-            _positive(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         if isinstance(self.frozen_stages, bool) or not isinstance(self.frozen_stages, int) or self.frozen_stages < 0:
             raise ValueError(f"frozen_stages must be a non-negative integer, got {self.frozen_stages!r}")
         if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not 0 < self.width < 100:
@@ -77,7 +78,7 @@ class ModelConfig:
         if self.long_side < self.short_side:
             raise ValueError(f"long_side must be at least short_side {self.short_side}, got {self.long_side}")
         if self.cells is not None:
-            _positive("cells", self.cells)
+            check_whole("cells", self.cells)
         if isinstance(self.categories, str) or not all(isinstance(name, str) for name in self.categories):
             raise TypeError(f"categories must be a list of names, got {self.categories!r}")
         object.__setattr__(self, "categories", tuple(self.categories))
@@ -154,11 +155,6 @@ class ModelConfig:
             raise type(error)(f"{path}: {error}") from error
 
 
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
 def searched_fields(card: Card | None) -> dict[str, Any]:
     """The fields of a :class:`ModelConfig` that say what is searched: the card's own part, all others plain."""
     plain: dict[str, Any] = {"towers": PLAIN, "mask_trunk": None, "backbone_card": None, "detector_card": None}
@@ -175,6 +171,11 @@ def build_part(config: ModelConfig, part: str, *, backend: str | None = None) ->
         card, config.fpn_channels, inner_channels=config.inner_channels, cells=config.cells, backend=backend
     )
     return made
+
+
+def backbone_name(backbone: str | Mapping[str, Any]) -> str:
+    """The name of a configured backbone, or that of its card."""
+    return backbone if isinstance(backbone, str) else str(backbone["name"])
 
 
 def backbone_maker(backbone: str | Mapping[str, Any]) -> str | Callable[..., nn.Module]:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-PRIVATE = {"_files", "_version"}  # everything may import these
+PRIVATE = {"_checks", "_files", "_version"}  # everything may import these
 PARTS = {"spaces", "search", "data", "arch", "measure"}
 
 # part -> the parts it may import, besides itself and PRIVATE
 MAY: dict[str, set[str]] = {
     "": {"_dispatch", *PARTS, "compat", "nn", "ops", "detectors", "engine", "report"},  # nasdet/__init__.py, lazily
     "__main__": {"cli"},
+    "_checks": set(),
     "_files": set(),
     "_version": set(),
     "_library": set(),
@@ -44,6 +45,8 @@ NO_TORCH = (
     "nasdet.search.constraints",
     "nasdet.spaces.detnas.costs",
     "nasdet.spaces.detnas.genotype",
+    "nasdet.spaces.hit.costs",
+    "nasdet.spaces.hit.genotype",
     "nasdet.spaces.msnas.costs",
     "nasdet.spaces.msnas.genotype",
     "nasdet.spaces.msnas.sampling",

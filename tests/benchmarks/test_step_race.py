@@ -29,6 +29,7 @@ class FakeWorker:
     """Answers from a script in the place of a process."""
 
     log: list[str] = []
+    facts: dict[str, Any] = {}
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options

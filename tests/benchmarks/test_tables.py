@@ -116,7 +116,7 @@ def test_writing_twice_changes_nothing_and_keeps_the_rest(results: Path, tmp_pat
     assert tables.main(options) == 0
     assert readme.read_text() == once
     assert tables.main([*options, "--check"]) == 0
-    assert "10.5 ms | 4.0x faster |" in once and "Promises: 1 of 2 met" in page.read_text()
+    assert "10.5 ms | **4.0x** faster |" in once and "Promises: 1 of 2 met" in page.read_text()
     readme.write_text(once.replace("10.5 ms", "1.5 ms"))
     assert tables.main([*options, "--check"]) == 1
     readme.write_text(once)
@@ -222,7 +222,7 @@ def test_a_nats_step_is_shown_fused_and_by_reference(results: Path, tmp_path: Pa
     record.record(document(tmp_path / "more.json", *rows), results)
     text = tables.headline(results)
     assert "Weights, then alphas, 1 threads; time and peak memory:" in text
-    line = "| 1x3x416x416 | 1.50 s, 500 MB | 6.00 s, 1,700 MB | 4.0x faster | 3.4x less memory |"
+    line = "| 1x3x416x416 | 1.50 s, 500 MB | 6.00 s, 1,700 MB | **4.0x** faster | 3.4x less memory |"
     assert line in text and "800x1216" not in text, "one alone is no comparison"
     page = tables.render(results)
     assert "**One NATS search step of ResNet-50" in page and "*resident* | 1,000 MB | 3,400 MB |" in page

@@ -98,3 +98,17 @@ def test_hooks_go_even_when_the_model_fails() -> None:
 
 def test_total_of_nothing() -> None:
     assert total([]) == PartCost("total", 0, 0)
+
+
+def test_modules_of_a_list_are_the_lists_cost() -> None:
+    """As the predictors of a pyramid's levels are, which nobody calls together."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 5, 1, bias=False)])
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return [head(x) for head in self.heads]
+
+    assert count(Heads(), torch.empty(1, 3, 2, 2)) == [("heads", 3 * 9, 4 * 3 * 9)]

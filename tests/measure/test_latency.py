@@ -136,9 +136,9 @@ def test_cuda_events_time_a_module() -> None:
     ("options", "message"),
     [
         ({"device": "meta"}, "device must be a cpu or cuda device, got 'meta'"),
-        ({"threads": 0}, "threads must be an integer of at least 1, got 0"),
+        ({"threads": 0}, "threads must be a positive integer, got 0"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"rounds": 0}, "rounds must be a positive integer, got 0"),
         ({"warmup": -1}, "warmup must be an integer of at least 0, got -1"),
         ({"clock": "cuda"}, "clock must be wall or thread on cpu, got 'cuda'"),
         ({"clock": "thread", "threads": 2}, "threads must be 1 for the thread's clock, got 2"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasdet.arch import load_card
 from nasdet.cli import main
 from nasdet.detectors import BACKBONES, load_backbone_weights
 from nasdet.detectors.classifier import Classifier
@@ -76,8 +77,13 @@ def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
         ({"backbone": "resnet19"}, "backbone must be one of .*got 'resnet19'"),
         ({"space": "fad-small"}, "space must be the name of a supernet of paths .*got 'fad-small'"),
         ({"backbone": "resnet18", "bins": (1.0, 2.0, 1.0)}, "bins must be of a space, got them with a backbone"),
+        ({"space": "hit-huge"}, "space must be hit-LAYOUT or hit-LAYOUT-half .*got 'hit-huge'"),
+        ({"space": "hit-tiny", "width": 0.5}, "width must be 1 for 'hit-tiny', got 0.5"),
+        ({"space": "hit-tiny", "bins": (1.0, 2.0, 1.0)}, "bins must be of a detnas space, got them with 'hit-tiny'"),
+        ({"space": "hit-tiny", "memory": "sampled"}, "memory must be full or recompute, got 'sampled'"),
+        ({"space": "detnas-tiny", "memory": "full"}, "candidates and memory must be of a hit space, got .*detnas-tiny"),
     ],
-    ids=["none", "two", "backbone", "space", "bins"],
+    ids=["none", "two", "backbone", "space", "bins", "layout", "width", "bins-of-hit", "memory", "memory-of-paths"],
 )
 def test_bad_names(given, message):
     with pytest.raises(ValueError, match=message):
@@ -85,8 +91,6 @@ def test_bad_names(given, message):
 
 
 def test_a_card_of_towers_is_no_backbone():
-    from nasdet.arch import load_card
-
     with pytest.raises(ValueError, match="card must be a whole backbone, got 'fad-paper', one of towers"):
         trunk(card=load_card("fad-paper"))
 
@@ -104,8 +108,6 @@ def test_the_supernet_of_a_space_learns_its_paths(bins):
 
 
 def test_a_published_card_is_retrained():
-    from nasdet.arch import load_card
-
     card = load_card("detnas-coco-fpn-300m")
     made = trunk(card=card)
     assert made.last == 1024 and made.named["card"]["genotype"] == card.genotype
@@ -114,12 +116,69 @@ def test_a_published_card_is_retrained():
     assert macs == macs_table(SPACES["small"], classes=1000)(card.genotype)
 
 
-def test_a_supernet_from_the_command_line(pretrained, capsys):
+@pytest.fixture(scope="module")
+def supernet(pretrained):
     arguments = ["--space", "detnas-tiny", "--data", str(pretrained / "classes"), "--out", str(pretrained / "super")]
     assert main(["pretrain", *arguments, *TINY, "--last", "16"]) == 0
+    return pretrained / "super"
+
+
+def test_a_supernet_from_the_command_line(supernet, pretrained, capsys):
+    arguments = ["--space", "detnas-tiny", "--data", str(pretrained / "classes"), "--out", str(supernet)]
+    assert main(["pretrain", *arguments, *TINY, "--last", "16", "--resume"]) == 0
     assert "one path on search-val: top-1" in capsys.readouterr().out
     net = DetNASSpace("tiny").supernet(width=0.125, outputs=("c3", "c4", "c5"))
-    load_backbone_weights(net, pretrained / "super" / "weights.pt")
+    load_backbone_weights(net, supernet / "weights.pt")
+
+
+def test_a_classification_search_from_the_command_line(supernet, pretrained, tmp_path, capsys):
+    small = ["--population", "2", "--parents", "1", "--generations", "2", "--top", "1", "--device", "cpu"]
+    arguments = ["search", "classification", "--data", str(pretrained / "classes"), "--out", str(tmp_path / "run")]
+    most = DetNASSpace("tiny").macs.reachable()[1]
+    assert main([*arguments, "--supernet", str(supernet), *small, "--max-macs", str(0.9 * most)]) == 0
+    said = capsys.readouterr().out
+    card = load_card(tmp_path / "run" / "card.json")
+    assert f"classification: {tmp_path / 'run' / 'card.json'}, top-1 {card.source['top1']:.4f}" in said
+    assert DetNASSpace("tiny").macs(card.genotype) <= 0.9 * most
+    evolution = json.loads((tmp_path / "run" / "evolution.json").read_text())["state"]["generations"]
+    assert len(evolution) == 2 and card.source["top1"] == max(one["score"] for row in evolution for one in row)
+    assert main([*arguments, "--supernet", str(supernet), *small]) == 2
+    assert "already holds a search" in capsys.readouterr().err
+    assert main([*arguments, "--supernet", str(pretrained / "run"), *small, "--resume"]) == 2
+    assert "must be a run of nasdet pretrain of a supernet of paths, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("space", ["hit-tiny", "hit-tiny-half"])
+def test_a_mixture_learns_with_its_alphas_fixed(space, pretrained, tmp_path, capsys):
+    """All candidates learn, by the same alphas, and a search begins with them."""
+    from nasdet.engine.checkpoint import seed_everything
+    from nasdet.spaces.hit import LAYOUTS, HitSpace
+
+    names = ["ir_k3_d1_e1", "sep_k3_d2"]
+    arguments = ["--space", space, "--candidates", *names, "--data", str(pretrained / "classes")]
+    assert main(["pretrain", *arguments, "--out", str(tmp_path / "run"), *TINY]) == 0
+    assert "test: top-1 0." in capsys.readouterr().out
+    sizes = LAYOUTS["tiny"].halved() if space.endswith("half") else LAYOUTS["tiny"]
+    net = HitSpace(sizes, names, ("backbone",)).supernet("backbone", memory="recompute")
+    load_backbone_weights(net, tmp_path / "run" / "weights.pt")
+    seed_everything(0)
+    drawn = trunk(space=space, candidates=names).make()
+    learnt, before = dict(net.named_parameters()), dict(drawn.named_parameters())
+    alphas = [name for name in learnt if name.endswith("alpha")]
+    assert len(alphas) == sum(blocks for _, blocks, _ in sizes.stages)
+    assert all(torch.equal(learnt[name], before[name]) for name in alphas)
+    weights = [name for name in learnt if name.endswith("weight") and learnt[name].dim() == 4]
+    assert all(not torch.equal(learnt[name], before[name]) for name in weights)
+
+
+def test_the_mixtures_of_hit_detector():
+    from nasdet.spaces.hit import OPERATIONS, SUBSPACES
+
+    joint, screened = trunk(space="hit-released"), trunk(space="hit-released-half")
+    assert joint.named["candidates"] == list(SUBSPACES["backbone"]) and joint.paths is None
+    assert screened.named["candidates"] == list(OPERATIONS)
+    with torch.device("meta"):
+        assert len(joint.make().blocks) == 20 and len(screened.make().blocks) == 10
 
 
 def test_bad_folders_are_one_line_and_exit_code_2(tmp_path, capsys):

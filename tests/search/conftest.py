@@ -14,10 +14,11 @@ import pytest
 
 from nasdet.data import DataFolder, open_data, write_digits
 from nasdet.engine import receptive_field
+from nasdet.engine.hit_config import HitSearchConfig
 from nasdet.engine.records import read_lines
 from nasdet.engine.search import FADSearchConfig, search_fad
 from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
-from nasdet.engine.search_hit import HitSearchConfig, search_hit
+from nasdet.engine.search_hit import search_hit
 from nasdet.engine.search_msnas import MSNASSearchConfig, search_msnas
 from nasdet.engine.search_nats import NATSSearchConfig, search_nats
 

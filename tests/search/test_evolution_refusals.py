@@ -36,7 +36,7 @@ def test_an_infeasible_bound_ends_with_what_was_reached() -> None:
     """The walks go all the way to the least, so the range that is stated begins with it."""
     least, _ = SMALL.macs.reachable()
     with pytest.raises(
-        ValueError, match=rf"after \d+ were tried: macs must be at most 237000000, reachable are {least} "
+        ValueError, match=rf"after \d+ were tried: macs must be at most 237000000, met were {least} "
     ):
         Evolution(SMALL, constraints=[Constraint("macs", detnas_macs, high=237e6)], draws=500)
 
@@ -45,12 +45,12 @@ IMPOSSIBLE: dict[str, tuple[Any, str]] = {
     "predicate": ({"legal": lambda card: False}, "legal must hold"),
     "window": (
         {"constraints": [Constraint("weight", weight, 4.2, 4.8)]},
-        "weight must be within 4.2 to 4.8, reachable are",
+        "weight must be within 4.2 to 4.8, met were",
     ),
-    "above": ({"constraints": [Constraint("weight", weight, 19)]}, "weight must be at least 19, reachable are . to 18"),
+    "above": ({"constraints": [Constraint("weight", weight, 19)]}, "weight must be at least 19, met were . to 18"),
     "jointly": (
         {"constraints": [Constraint("weight", weight, high=3), Constraint("less", lambda c: -weight(c), high=-9)]},
-        "weight must be at most 3, reachable are . to 1.; less must be at most -9, reachable are -1. to -?.$",
+        "weight must be at most 3, met were . to 1.; less must be at most -9, met were -1. to -?.$",
     ),
 }
 

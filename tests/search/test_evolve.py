@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -44,13 +46,29 @@ def test_scores_of_something_else_do_not_count(tmp_path: Path) -> None:
     cards = [candidate.card for candidate in toy().candidates[0]]
     Scores(tmp_path, 0, {"supernet": "a"}).add(cards[0], 0.5)
     other = Scores(tmp_path, 1, {"supernet": "b"})
-    assert other.known() == {}
+    keys = [card.key for card in cards]
+    assert other.known(keys) == {}
     other.add(cards[1], 0.25)
-    assert other.known() == {cards[1].key: 0.25}
-    assert Scores(tmp_path, 1, {"supernet": "b"}).known() == {cards[1].key: 0.25}
-    assert Scores(tmp_path, 0, {"supernet": "b"}).known() == {cards[1].key: 0.25}
-    Scores(tmp_path, 0, {"supernet": "b"}).add(cards[2], 0.75)
-    assert Scores(tmp_path, 2, {"supernet": "a"}).known() == {}, "replaced"
+    assert other.known(keys) == {cards[1].key: 0.25} and other.known(keys[2:]) == {}
+    assert Scores(tmp_path, 0, {"supernet": "b"}).known(keys) == {cards[1].key: 0.25}
+    assert Scores(tmp_path, 2, {"supernet": "a"}).known(keys) == {cards[0].key: 0.5}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_the_first_score_counts(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes may evaluate one candidate, and differ by a rounding: all are told the same."""
+    if not links:
+
+        def refuse(*paths: Any) -> None:
+            raise OSError("no links here")
+
+        monkeypatch.setattr("os.link", refuse)
+    card = toy().candidates[0][0].card
+    for rank, score in enumerate((0.5, 0.5000001)):
+        Scores(tmp_path, rank, {}).add(card, score)
+        assert Scores(tmp_path, 7, {}).known([card.key]) == {card.key: 0.5}
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert json.loads(file.read_text()) == {"score": 0.5, "rank": 0}
 
 
 def test_a_process_that_is_gone_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

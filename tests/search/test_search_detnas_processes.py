@@ -100,7 +100,12 @@ def state(out: Path) -> Any:
 
 
 def stored(out: Path) -> list[dict[str, float]]:
-    return [json.loads(path.read_text())["scores"] for path in sorted((out / "scores").glob("rank*.json"))]
+    """Scores by key, of each process in turn."""
+    files = {path.stem: json.loads(path.read_text()) for path in (out / "scores").glob("*/*.json")}
+    return [
+        {key: one["score"] for key, one in files.items() if one["rank"] == rank}
+        for rank in sorted({one["rank"] for one in files.values()})
+    ]
 
 
 def test_two_processes_find_what_one_does(

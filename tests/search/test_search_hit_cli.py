@@ -12,7 +12,7 @@ import pytest
 from nasdet.arch import load_card
 from nasdet.cli import arch, report, search, search_hit, train
 from nasdet.data import write_digits
-from nasdet.engine.search_hit import HitSearchConfig
+from nasdet.engine.hit_config import HitSearchConfig
 from nasdet.spaces.assemble import ModelConfig
 
 Call = Callable[..., int]
@@ -88,10 +88,10 @@ def test_every_option_of_the_configuration_is_reachable() -> None:
     ids=["none", "a-name", "one-operation", "two-operations"],
 )
 def test_candidates(words: list[str] | None, found: object) -> None:
-    assert search_hit._candidates(words) == found
+    assert search_hit.parse_candidates(words) == found
 
 
 def test_candidates_that_are_no_operations(digits: Path, tmp_path: Path, call: Call) -> None:
-    with pytest.raises(ValueError, match="candidates of backbone must be among .*, got 'runs/none' at 0"):
+    with pytest.raises(ValueError, match="candidates of backbone: operation must be .*, got 'runs/none' at 0"):
         call(search, "hit", "--data", digits, "--out", tmp_path / "run", *SMALL, "--candidates", "runs/none")
     assert not (tmp_path / "run").exists()

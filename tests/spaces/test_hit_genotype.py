@@ -177,7 +177,7 @@ CALLS: dict[str, tuple[Any, str]] = {
         "genotype must have head or towers, got both",
     ),
     "names": (lambda: check_genotype({"head": "conv_k3_d1"}), "genotype.head must be a list of operations, got 'conv"),
-    "name": (lambda: check_genotype({"head": ["conv_k9"]}), "genotype.head must be among .*, got 'conv_k9' at 0"),
+    "name": (lambda: check_genotype({"head": ["conv_k9"]}), "genotype.head: operation must be .*, got 'conv_k9' at 0"),
     "count": (
         lambda: check_genotype({"head": ["conv_k3_d1"]}, Sizes()),
         "genotype.head must have 4 operations, one for each place, got 1",
@@ -187,12 +187,12 @@ CALLS: dict[str, tuple[Any, str]] = {
     "missing": (lambda: HitSpace(candidates={"neck": ["conv_k3_d1"]}), "candidates must have backbone, got neck"),
     "unknown": (
         lambda: HitSpace(candidates=["conv_k1"]),
-        "candidates of backbone must be among .*, got 'conv_k1' at 0",
+        "candidates of backbone: operation must be .*, got 'conv_k1' at 0",
     ),
     "twice": (lambda: HitSpace(candidates=["conv_k3_d1"] * 2), "candidates of backbone must be different, got conv"),
     "parts": (lambda: HitSpace(parts=("head", "towers")), "parts must be different ones, and not both head and towers"),
     "no-part": (lambda: HitSpace(parts=("tail",)), "part must be one of backbone, neck, head, towers, got 'tail'"),
-    "stem": (lambda: Sizes(stem=0), "stem must be an integer of at least 1, got 0"),
+    "stem": (lambda: Sizes(stem=0), "stem must be a positive integer, got 0"),
     "stage": (
         lambda: Sizes(stages=((8, 1, 3),)),
         "stages must be .channels, blocks, stride 1 or 2., got .* for stage 1",
@@ -201,7 +201,7 @@ CALLS: dict[str, tuple[Any, str]] = {
         lambda: Sizes(stages=((8, 1, 2), (8, 1, 1))),
         r"stages must have 4 of stride 2, .* got strides \[2, 1\]",
     ),
-    "blocks": (lambda: Sizes(stages=((8, 0, 2),)), "blocks of stage 1 must be an integer of at least 1, got 0"),
+    "blocks": (lambda: Sizes(stages=((8, 0, 2),)), "blocks of stage 1 must be a positive integer, got 0"),
     "tail": (lambda: Sizes(tail=(8,)), r"tail must be empty or two numbers of channels, got \(8,\)"),
     "inputs": (lambda: Sizes(inputs=("c3",)), "inputs must be the last of c2, c3, c4, c5, got .'c3',."),
     "extra": (lambda: Sizes(extra="none"), "extra must be one of pool, convs, got 'none'"),

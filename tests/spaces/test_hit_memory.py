@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import nn
 
 from nasdet.measure.forecast import forecast_memory
 from nasdet.measure.memory import peak_memory
 from nasdet.spaces.hit import HitSpace, Sizes, mixed_layers
 from nasdet.spaces.hit.costs import activations_table
-from nasdet.spaces.hit.steps import part_step
+from nasdet.spaces.hit.steps import PartStep
 
 STAGES = ((16, 1, 2), (24, 1, 2), (32, 1, 2), (48, 1, 2))
 SIZES = Sizes(stem=8, stages=STAGES, tail=(64, 96), channels=24, inputs=("c3", "c4", "c5"), blocks=1, hidden=32)
@@ -37,14 +36,14 @@ def test_the_forecast_is_what_is_held(part: str, memory: str, learns: str) -> No
     options = OPTIONS | {"memory": memory, "learns": learns}
     if part == "neck":  # larger maps: on the smallest the weights' gradients are most of all
         options["size"] = (192, 256)
-    forecast = forecast_memory(lambda: part_step(SPACE, part, **options))
-    assert forecast == pytest.approx(measured(part_step(SPACE, part, **options)), rel=0.15)
+    forecast = forecast_memory(lambda: PartStep(SPACE, part, **options))
+    assert forecast == pytest.approx(measured(PartStep(SPACE, part, **options)), rel=0.15)
 
 
 def test_the_forecast_of_towers_on_five_levels() -> None:
     options: dict[str, Any] = {"size": (96, 160), "batch": 2, "memory": "recompute"}
-    forecast = forecast_memory(lambda: part_step(RETINA, "towers", **options))
-    assert forecast == pytest.approx(measured(part_step(RETINA, "towers", **options)), rel=0.15)
+    forecast = forecast_memory(lambda: PartStep(RETINA, "towers", **options))
+    assert forecast == pytest.approx(measured(PartStep(RETINA, "towers", **options)), rel=0.15)
 
 
 def test_the_modes_in_their_order() -> None:
@@ -56,7 +55,7 @@ def test_the_modes_in_their_order() -> None:
     space = HitSpace(Sizes(channels=24, blocks=2, hidden=32), "full")
     peaks = {
         memory: forecast_memory(
-            lambda memory=memory: part_step(space, "head", **OPTIONS, memory=memory, learns="alphas")
+            lambda memory=memory: PartStep(space, "head", **OPTIONS, memory=memory, learns="alphas")
         )
         for memory in ("full", "recompute", "sampled")
     }
@@ -68,32 +67,30 @@ def test_kept_numbers_are_most_of_the_full_modes_peak() -> None:
     """The table of what is kept for backward, summed over all candidates, against the traced peak."""
     table = activations_table(SPACE.sizes, SPACE.candidates, (96, 128), 32).parts["backbone"]
     kept = 4 * (table.fixed + sum(sum(row.values()) for row in table.rows))
-    peak = forecast_memory(lambda: part_step(SPACE, "backbone", **OPTIONS))
+    peak = forecast_memory(lambda: PartStep(SPACE, "backbone", **OPTIONS))
     assert 0.8 * peak < kept < peak
 
 
 def test_a_sampled_steps_forecast_is_for_the_largest_candidates() -> None:
     """Of the 32 at every place of the neck an inverted residual of expansion 6; more candidates need more."""
-    step = part_step(ALL, "neck", **OPTIONS, memory="sampled", samples=1)
-    closed = [cell.cell_contents for cell in step.__closure__ or ()]
-    (net,) = [value for value in closed if isinstance(value, nn.Module)]
-    chosen = [layer.names[index] for layer in mixed_layers(net)["neck"] for index in layer.drawn or ()]
+    step = PartStep(ALL, "neck", **OPTIONS, memory="sampled", samples=1)
+    chosen = [layer.names[index] for layer in mixed_layers(step.model)["neck"] for index in layer.drawn or ()]
     assert len(chosen) == 6 and all(name.endswith("_e6") for name in chosen)
     one, two = (
-        forecast_memory(lambda n=n: part_step(SPACE, "neck", **OPTIONS, memory="sampled", samples=n)) for n in (1, 2)
+        forecast_memory(lambda n=n: PartStep(SPACE, "neck", **OPTIONS, memory="sampled", samples=n)) for n in (1, 2)
     )
-    assert one < two < forecast_memory(lambda: part_step(SPACE, "neck", **OPTIONS))
+    assert one < two < forecast_memory(lambda: PartStep(SPACE, "neck", **OPTIONS))
 
 
 def test_nothing_is_allocated_for_a_forecast() -> None:
     """A step that no machine of ours could hold: 8 operations on 16 images' RoIs, 256 channels of 28 x 28."""
     space = HitSpace(Sizes(pooled=28, blocks=1), parts=("head",))
-    peak = forecast_memory(lambda: part_step(space, "head", rois=1000, batch=16))
+    peak = forecast_memory(lambda: PartStep(space, "head", rois=1000, batch=16))
     assert peak > 100e9
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="learns must be one of weights, alphas, got 'both'"):
-        part_step(SPACE, "neck", learns="both")
+        PartStep(SPACE, "neck", learns="both")
     with pytest.raises(ValueError, match="samples must be a positive integer, got 0"):
-        part_step(SPACE, "neck", memory="sampled", samples=0)
+        PartStep(SPACE, "neck", memory="sampled", samples=0)

@@ -167,7 +167,7 @@ def test_a_neck_needs_the_maps_that_it_was_made_for() -> None:
         HitSpace.build(card, "neck", in_channels={"c2": 8, "c3": 12, "c4": 17, "c5": 32})
     with pytest.raises(ValueError, match="part must be one of backbone, neck, head for hit-random, got 'towers'"):
         HitSpace.build(card, "towers")
-    with pytest.raises(ValueError, match="operation must be one of .*, got 'conv_k9'"):
+    with pytest.raises(ValueError, match="operation must be .*, got 'conv_k9'"):
         operation("conv_k9", 3, 3)
     with pytest.raises(TypeError, match="options of head must be none, got outputs"):
         HitSpace.build(card, "head", outputs=("c2",))

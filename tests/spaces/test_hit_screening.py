@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "keep": (lambda: sizes_after(1, 4, 5), "keep must be in 1..4, got 5"),
     "epochs": (lambda: sizes_after(1, 9, 8, 5, 4), "first must be in 1..4, got 5"),
     "count": (lambda: worst({"a": 1.0}, 1), "count must be in 0..0, got 1"),
-    "names": (lambda: Screening("head", ["conv_k9"]), "names must be among .*, got 'conv_k9' at 0"),
+    "names": (lambda: Screening("head", ["conv_k9"]), "names: operation must be .*, got 'conv_k9' at 0"),
     "few": (lambda: Screening("head", list(NAMES[:3])), "keep must be in 1..3, got 8"),
     "key": (lambda: Screening.from_json({"part": "head"}), "screening must have the key 'names', got part"),
 }

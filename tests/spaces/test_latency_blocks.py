@@ -12,6 +12,8 @@ from torch import nn
 from nasdet.arch import Card, load_card
 from nasdet.measure import count, total
 from nasdet.spaces.detnas.latency import DetNASBlocks
+from nasdet.spaces.hit import LAYOUTS, HitSpace
+from nasdet.spaces.hit.latency import HitBlocks
 from nasdet.spaces.msnas import MSNASSpace
 from nasdet.spaces.msnas.latency import MSNASBlocks
 
@@ -79,7 +81,44 @@ def test_msnas_nets_run_and_compute_what_their_blocks_do(block: str) -> None:
         assert scores.shape == (1, 3, 64 // head, 128 // head) and offsets.shape == (1, 12, 64 // head, 128 // head)
 
 
-@pytest.mark.parametrize("blocks", [DetNASBlocks.of("small"), MSNASBlocks.of("r18")], ids=["detnas", "msnas"])
+@pytest.mark.parametrize("variant", HitBlocks.variants)
+def test_hit_blocks_have_the_macs_of_its_nets(variant: str) -> None:
+    """Of a random net in every layout, detector and choice of candidates; each operation is a block of its own."""
+    blocks, size = HitBlocks.of(variant), (64, 96)
+    card, macs = blocks.random(Random(1)), block_macs(blocks, size)
+    expected = blocks.space.macs(size, blocks.proposals)
+    assert sum(macs[key] for key in blocks.keys(card)) == expected(card.genotype) == net_macs(blocks, card, size)
+    assert [len(set(place.values())) for place in blocks.places] == [len(place) for place in blocks.places]
+    in_parts = blocks.costs(macs).by_part(card.genotype)
+    assert in_parts == expected.by_part(card.genotype)
+
+
+def test_hit_blocks_have_the_macs_of_the_published_net() -> None:
+    blocks, card = HitBlocks.of("released-screened"), load_card("hit-detector")
+    macs = block_macs(blocks, (800, 1216))
+    assert sum(macs[key] for key in blocks.keys(card)) == blocks.space.macs((800, 1216), 1000)(card.genotype)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-retinanet"])
+def test_hit_nets_run(variant: str) -> None:
+    blocks = HitBlocks(HitBlocks.of(variant).space, proposals=3)
+    _, make, shape = blocks.network(blocks.random(Random(2)), (64, 96))
+    found = make().eval()(torch.zeros(shape))
+    if variant == "tiny":
+        assert [tuple(map_.shape[-2:]) for map_ in found[:-1]] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+        assert found[-1].shape == (3, blocks.space.sizes.hidden)
+    else:
+        assert len(found) == 10 and found[0].shape == found[1].shape == (1, 32, 8, 12)
+    with pytest.raises(ValueError, match="parts must be all of a detector, to be timed as one, got neck"):
+        alone = HitBlocks(HitSpace(LAYOUTS["tiny"], parts=("neck",)))
+        alone.network(alone.random(Random(3)), (64, 96))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [DetNASBlocks.of("small"), MSNASBlocks.of("r18"), HitBlocks.of("released")],
+    ids=["detnas", "msnas", "hit"],
+)
 def test_blocks_are_for_their_own_cards(blocks: Any) -> None:
     foreign = load_card("msnas-r18-1" if isinstance(blocks, DetNASBlocks) else "detnasnet")
     for other in (foreign, load_card("msnas-r34-1" if isinstance(blocks, MSNASBlocks) else "detnasnet")):
@@ -94,8 +133,9 @@ def test_blocks_are_for_their_own_cards(blocks: Any) -> None:
     [
         (DetNASBlocks.of("small"), (0, 64), "size must be a positive"),
         (MSNASBlocks.of("r18"), (800, 1216), "size must be .* divisible by 64"),
+        (HitBlocks.of("tiny"), (800, 1200), "size must be .* divisible by 32"),
     ],
-    ids=["detnas", "msnas"],
+    ids=["detnas", "msnas", "hit"],
 )
 def test_sizes_that_do_not_fit(blocks: Any, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from nasdet.arch import Card
+from nasdet.spaces import Block
 from nasdet.spaces.detnas.genotype import CHOICES, SPACES
 from nasdet.spaces.detnas.space import DetNASSpace
 
 if TYPE_CHECKING:
     from torch import nn
 
-Block = tuple[str, Callable[[], "nn.Module"], tuple[int, ...]]
-"""A key, what makes the module, and the shape of its input."""
 _STEM = "stem"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.nn import group_norm_relu
 from nasdet.spaces.fad.genotype import INPUTS, NODES
 from nasdet.spaces.fad.transformations import Mixing, norm_groups
@@ -85,8 +86,7 @@ class CellGroup(nn.Module):
 
     def __init__(self, channels: int, cells: int, edges: Callable[[], EdgeModules]) -> None:
         super().__init__()
-        if isinstance(cells, bool) or not isinstance(cells, int) or cells < 1:
-            raise ValueError(f"cells must be a positive integer, got {cells!r}")
+        check_whole("cells", cells)
         self.channels = channels
         self.cells = nn.ModuleList(Cell(edges()) for _ in range(cells))
         self.reductions = nn.ModuleList(Reduction(NODES * channels, channels) for _ in range(cells - 1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.arch import Card
 from nasdet.spaces.fad.blocks import RepShareBlock, UnsharedBlock
 from nasdet.spaces.fad.cells import CellGroup, Edge, FADStack, FADTower
@@ -249,9 +250,7 @@ def _check_method(card: Card, transformations: Sequence[str]) -> tuple[str, ...]
 
 
 def _width(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+    return check_whole(name, value)
 
 
 def _per_group(inner_channels: int | Mapping[str, int], groups: Sequence[str]) -> dict[str, int]:

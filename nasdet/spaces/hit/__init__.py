@@ -15,6 +15,7 @@ from nasdet.spaces.hit.genotype import (
     Sizes,
     check_genotype,
     decode,
+    named_operation,
     places,
 )
 from nasdet.spaces.hit.mixture import recomputed_mix
@@ -67,6 +68,7 @@ __all__ = [
     "kept_names",
     "macs_table",
     "mixed_layers",
+    "named_operation",
     "network",
     "operation",
     "parameters_table",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nasdet.spaces.detnas.costs import Layer
-from nasdet.spaces.hit.genotype import LEVELS, OPERATIONS, Place, Sizes, check_genotype, places
+from nasdet.spaces.hit.genotype import LEVELS, Place, Sizes, check_genotype, named_operation, places
 
 INPUT = (800, 1200)
 PROPOSALS = 1000
@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 def operation_layers(name: str, inp: int, out: int, before: int, after: int) -> list[Layer]:
     """The convolutions of an operation, over ``before`` places (pixels) of its input and ``after`` of its output."""
-    op = OPERATIONS[name]
+    op = named_operation(name)
     if op.kind == "conv":
         return [Layer(inp, out, op.kernel, 1, after)]
     inner = inp * (op.expansion or 1)

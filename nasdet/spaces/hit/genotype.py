@@ -14,9 +14,12 @@ section 3.2, Figure 2 and the appendix (operations, sub-spaces), section 3.3 (su
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from nasdet._checks import check_whole
 
 PARTS = ("backbone", "neck", "head", "towers")
 TWO_STAGE = ("backbone", "neck", "head")
@@ -50,6 +53,25 @@ def _operations() -> tuple[Operation, ...]:
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _operations()}
 """The 32 operations in the appendix's order: 20 inverted residuals, 6 separable and 6 plain convolutions."""
+_NAME = re.compile(r"(?:ir_k(\d+)_d(\d+)_e(\d+)|(sep|conv)_k(\d+)_d(\d+))")
+
+
+def named_operation(name: Any) -> Operation:
+    """One of :data:`OPERATIONS`, or another of these kinds by a name like theirs, such as ``ir_k9_d1_e4``.
+
+    ``ValueError`` unless the kernel is odd and all numbers are at least 1.
+    """
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is not None:
+        ir, kind = match.group(1, 2, 3), match[4]
+        numbers = [int(text) for text in (match.group(5, 6) if kind else ir)]
+        found = Operation(kind or "ir", *numbers)
+        if found.name == name and min(numbers) >= 1 and found.kernel % 2:
+            return found
+    raise ValueError(
+        "operation must be ir_kK_dD_eE, sep_kK_dD or conv_kK_dD with an odd kernel K, dilation D and expansion E, got "
+        f"{name!r}"
+    )
 
 _HEAD = ("ir_k3_d1_e3", "ir_k3_d1_e6", "ir_k3_d2_e6", "ir_k5_d1_e3", "ir_k5_d1_e6", "ir_k7_d1_e6")
 SUBSPACES: dict[str, tuple[str, ...]] = {
@@ -63,11 +85,6 @@ SUBSPACES: dict[str, tuple[str, ...]] = {
 }
 """What the paper's screening kept, 8 operations a part (appendix). Its backbone prints ``ir k5 d1 e3`` twice; the found
 net needs ``ir k5 d1 e6``, which stands for the second. Towers, of which it says nothing, have the head's."""
-
-
-def _whole(name: str, value: Any, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -94,19 +111,19 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name in ("stem", "channels", "blocks", "hidden", "pooled"):
-            _whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         for index, stage in enumerate(self.stages, 1):
             if len(stage) != 3 or stage[2] not in (1, 2):
                 raise ValueError(f"stages must be (channels, blocks, stride 1 or 2), got {stage!r} for stage {index}")
-            _whole(f"channels of stage {index}", stage[0])
-            _whole(f"blocks of stage {index}", stage[1])
+            check_whole(f"channels of stage {index}", stage[0])
+            check_whole(f"blocks of stage {index}", stage[1])
         strides = [stage[2] for stage in self.stages]
         if strides.count(2) != len(LEVELS) or strides[0] != 2:
             raise ValueError(f"stages must have {len(LEVELS)} of stride 2, the first among them, got strides {strides}")
         if len(self.tail) not in (0, 2):
             raise ValueError(f"tail must be empty or two numbers of channels, got {self.tail!r}")
         for value in self.tail:
-            _whole("tail", value)
+            check_whole("tail", value)
         ladder = LEVELS[-len(self.inputs) :] if self.inputs else ()
         if not self.inputs or tuple(self.inputs) != ladder:
             raise ValueError(f"inputs must be the last of {', '.join(LEVELS)}, got {self.inputs!r}")
@@ -201,13 +218,17 @@ def check_part(part: Any) -> None:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
 
 
-def check_names(names: Any, where: str, among: Sequence[str] = tuple(OPERATIONS)) -> None:
-    """Raise ``ValueError`` with the place and the reason unless ``names`` is a list of operations."""
+def check_names(names: Any, where: str, among: Sequence[str] | None = None) -> None:
+    """Raise ``ValueError`` with the place and the reason unless ``names`` is a list of operations (``among`` these)."""
     if isinstance(names, str) or not isinstance(names, (list, tuple)) or not names:
         raise ValueError(f"{where} must be a list of operations, got {names!r}")
     for index, name in enumerate(names):
-        if not isinstance(name, str) or name not in among:
+        if among is not None and (not isinstance(name, str) or name not in among):
             raise ValueError(f"{where} must be among {', '.join(among)}, got {name!r} at {index}")
+        try:
+            named_operation(name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error} at {index}") from error
 
 
 def check_genotype(genotype: Any, sizes: Sizes | None = None) -> tuple[str, ...]:

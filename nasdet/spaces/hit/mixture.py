@@ -15,7 +15,9 @@ from nasdet.ops import mix
 
 
 @torch.compiler.disable
-def recomputed_mix(candidates: Sequence[nn.Module], x: Tensor, weights: Tensor) -> Tensor:
+def recomputed_mix(
+    candidates: Sequence[nn.Module], x: Tensor, weights: Tensor, *, backend: str | None = None
+) -> Tensor:
     """``sum_o weights[o] * candidates[o](x)``, the mixture of Equation 5, for the memory of its largest candidate.
 
     Forward keeps ``x`` alone. Backward runs each candidate again and takes its gradient before it goes on to the next,
@@ -30,18 +32,26 @@ def recomputed_mix(candidates: Sequence[nn.Module], x: Tensor, weights: Tensor) 
         candidates: modules from ``[N, C, H, W]`` to maps of one shape; they must not change ``x`` in place.
         x: their input.
         weights: ``[len(candidates)]``, used in float32 (float64 with float64 maps), as by :func:`nasdet.ops.mix`.
+        backend: that of :func:`nasdet.ops.mix`, which weights a map in backward.
 
     Sums are kept in float32 or wider. There is no second derivative.
     """
     parameters = [parameter for candidate in candidates for parameter in candidate.parameters()]
-    out: Tensor = _Mixture.apply(tuple(candidates), x, weights, *parameters)  # type: ignore[no-untyped-call]  # torch's
+    out: Tensor = _Mixture.apply(tuple(candidates), backend, x, weights, *parameters)  # type: ignore[no-untyped-call]  # torch's
     return out
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, candidates: tuple[nn.Module, ...], x: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.candidates, ctx.autocast, ctx.again = candidates, _autocast(x), _random_state(x)
+    def forward(
+        ctx: Any,
+        candidates: tuple[nn.Module, ...],
+        backend: str | None,
+        x: Tensor,
+        weights: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.candidates, ctx.backend, ctx.autocast, ctx.again = candidates, backend, _autocast(x), _random_state(x)
         ctx.save_for_backward(x, weights, *parameters)
         total, dtype = None, x.dtype
         with ctx.autocast():
@@ -57,7 +67,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weights, *parameters = ctx.saved_tensors
-        _, need_x, need_weights, *needed = ctx.needs_input_grad
+        _, _, need_x, need_weights, *needed = ctx.needs_input_grad
         dx = torch.zeros_like(x, dtype=_wide(x.dtype)) if need_x else None
         dweights, dparameters = torch.zeros_like(weights), []
         given, wanted = iter(parameters), iter(needed)
@@ -67,7 +77,7 @@ class _Mixture(torch.autograd.Function):
                 own = {name: next(given).detach().requires_grad_(next(wanted)) for name in names}
                 source = x.detach().requires_grad_(need_x)
                 weight = weights[index : index + 1].detach().requires_grad_(need_weights)
-                found = _gradients(candidate, own, source, weight, grad)
+                found = _gradients(candidate, own, source, weight, grad, ctx.backend)
                 if dx is not None:
                     dx.add_(found[0])
                 if need_weights:
@@ -75,19 +85,22 @@ class _Mixture(torch.autograd.Function):
                 dparameters += found[2:]
         return (
             None,
+            None,
             dx if dx is None else dx.to(x.dtype),
             dweights if need_weights else None,
             *(value if need else None for value, need in zip(dparameters, needed, strict=True)),
         )
 
 
-def _gradients(candidate: nn.Module, own: dict[str, Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> list[Any]:
+def _gradients(
+    candidate: nn.Module, own: dict[str, Tensor], x: Tensor, weight: Tensor, grad: Tensor, backend: str | None
+) -> list[Any]:
     """Gradients of ``weight * candidate(x)`` for ``x``, ``weight`` and its own parameters; None where none is wanted.
 
     What the candidate does to its buffers goes into copies.
     """
     buffers = {name: buffer.clone() for name, buffer in candidate.named_buffers()}
-    out = mix([functional_call(candidate, own | buffers, (x,))], weight)
+    out = mix([functional_call(candidate, own | buffers, (x,))], weight, backend=backend)
     leaves = [x, weight, *own.values()]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nasdet.detectors.norm import FoldingSequential, norm_layer
 from nasdet.detectors.parts.layers import he_init
 from nasdet.nn import DepthwiseConv2d
-from nasdet.spaces.hit.genotype import OPERATIONS
+from nasdet.spaces.hit.genotype import named_operation
 
 
 def spatial(inp: int, out: int, kernel: int, stride: int, dilation: int, norm: str) -> list[nn.Module]:
@@ -46,15 +46,13 @@ class Residual(nn.Module):
 
 
 def operation(name: str, inp: int, out: int, stride: int = 1, norm: str = "bn") -> nn.Module:
-    """The module of an operation of :data:`~nasdet.spaces.hit.genotype.OPERATIONS`, weights drawn by He's normal.
+    """The module of an operation by name (:func:`~nasdet.spaces.hit.named_operation`), weights drawn by He's normal.
 
     ``ir``: 1x1 to ``expansion * inp`` channels, norm, ReLU; depthwise with the stride, norm, ReLU; 1x1, norm. ``sep``:
     depthwise, norm, ReLU; 1x1, norm. Both add their input where the shape stays. ``conv``: convolution, norm, ReLU (the
     paper names neither for it). ``norm`` is one of :data:`nasdet.detectors.norm.NORMS`.
     """
-    if name not in OPERATIONS:
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {name!r}")
-    op = OPERATIONS[name]
+    op = named_operation(name)
     made: nn.Module
     if op.kind == "conv":
         made = FoldingSequential(*spatial(inp, out, op.kernel, stride, op.dilation, norm))

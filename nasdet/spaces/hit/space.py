@@ -37,7 +37,7 @@ class HitSpace:
     Args:
         sizes: ``"released"`` or ``"paper"`` (the two layouts of the backbone), or :class:`Sizes`.
         candidates: ``"screened"``, the published 8 operations of each part; ``"full"``, all 32; a list of operations
-            for all parts alike (Table 4); or a list for each part, such as a screening's result.
+            (:func:`named_operation`) for all parts alike (Table 4); or a list for each part, as a screening's result.
         parts: what is searched: all three, or some alone (Table 5); ``towers`` in the place of ``head`` for a
             one-stage detector.
 

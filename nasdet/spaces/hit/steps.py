@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nasdet._checks import check_whole
 from nasdet.spaces.hit.costs import INPUT, Size, activations_table
 from nasdet.spaces.hit.space import HitSpace
-from nasdet.spaces.hit.supernet import mixed_layers, positive
+from nasdet.spaces.hit.supernet import mixed_layers
 
 LEARNS = ("weights", "alphas")
 STRIDES = (4, 8, 16, 32, 64, 128)  # of c2 to c7
 
 
-def part_step(
-    space: HitSpace,
-    part: str,
-    *,
-    size: Size = INPUT,
-    batch: int = 1,
-    rois: int = 512,
-    memory: str = "full",
-    samples: int = 2,
-    learns: str = "weights",
-    norm: str = "bn",
-) -> Callable[[], None]:
-    """A function that runs ``part``'s supernet forward and backward once, as in a search, on inputs of noise.
+class PartStep:
+    """``part``'s supernet by itself; a call runs it forward and backward once, as in a search, on inputs of noise, and
+    returns the mean of its outputs.
 
     ``size``: (height, width) of the images; ``rois``: of each image, for the head; ``memory`` as for
     :meth:`HitSpace.supernet`, with ``samples`` candidates drawn for ``"sampled"``, here the most expensive ones of each
     layer, so that no draw needs more; ``learns``: ``"weights"`` or ``"alphas"``, the two halves of a search step.
 
-    What it needs, as the peak of a search step of the part, is ``forecast_memory(lambda: part_step(...))`` before and
-    ``peak_memory(part_step(...))`` after; parameters and inputs are made here and are in neither.
+    What it needs, as the peak of a search step of the part, is ``forecast_memory(lambda: PartStep(...))`` before and
+    ``peak_memory(PartStep(...))`` after; parameters and inputs are made here and are in neither.
     """
-    if learns not in LEARNS:
-        raise ValueError(f"learns must be one of {', '.join(LEARNS)}, got {learns!r}")
-    net = space.supernet(part, memory=memory, norm=norm).train()
-    alphas = space.arch_parameters(net)
-    of_alphas = {id(alpha) for alpha in alphas}
-    for parameter in net.parameters():
-        parameter.requires_grad_((id(parameter) in of_alphas) == (learns == "alphas"))
-    if memory == "sampled":
-        positive("samples", samples)
-        draw_the_largest(space, net, part, samples, size)
-    inputs = _inputs(space, part, size, batch, rois)
 
-    def step() -> None:
-        net.zero_grad(set_to_none=True)
-        outputs = [net(value) for value in inputs]
-        torch.stack([value.float().mean() for value in tree_leaves(outputs)]).sum().backward()
+    def __init__(
+        self,
+        space: HitSpace,
+        part: str,
+        *,
+        size: Size = INPUT,
+        batch: int = 1,
+        rois: int = 512,
+        memory: str = "full",
+        samples: int = 2,
+        learns: str = "weights",
+        norm: str = "bn",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if learns not in LEARNS:
+            raise ValueError(f"learns must be one of {', '.join(LEARNS)}, got {learns!r}")
+        with torch.device(device):
+            self.model = space.supernet(part, memory=memory, norm=norm).train()
+            self.inputs = _inputs(space, part, size, batch, rois)
+        of_alphas = {id(alpha) for alpha in space.arch_parameters(self.model)}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_((id(parameter) in of_alphas) == (learns == "alphas"))
+        if memory == "sampled":
+            check_whole("samples", samples)
+            draw_the_largest(space, self.model, samples, size)
 
-    return step
+    def __call__(self) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        outputs = [self.model(value) for value in self.inputs]
+        mean = torch.stack([value.float().mean() for value in tree_leaves(outputs)]).sum()
+        mean.backward()
+        return mean.detach()
 
 
-def draw_the_largest(space: HitSpace, net: nn.Module, part: str, samples: int, size: Size) -> None:
-    """Draw the candidates of a part that keep the most for backward, so that no draw needs more memory."""
-    stored = activations_table(space.sizes, {part: space.candidates[part]}, size).parts[part]
-    for layer, row in zip(mixed_layers(net)[part], stored.rows, strict=True):
-        order = sorted(range(len(layer.names)), key=[row[name] for name in layer.names].__getitem__, reverse=True)
-        layer.drawn = tuple(sorted(order[:samples]))
+def draw_the_largest(space: HitSpace, net: nn.Module, samples: int, size: Size) -> None:
+    """Draw in each mixed layer of ``net`` the candidates that keep the most for backward: no draw needs more memory."""
+    for part, layers in mixed_layers(net).items():
+        stored = activations_table(space.sizes, {part: space.candidates[part]}, size).parts[part]
+        for layer, row in zip(layers, stored.rows, strict=True):
+            order = sorted(range(len(layer.names)), key=[row[name] for name in layer.names].__getitem__, reverse=True)
+            layer.drawn = tuple(sorted(order[:samples]))
 
 
 def _inputs(space: HitSpace, part: str, size: Size, batch: int, rois: int) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.ops import mix
 from nasdet.spaces.hit.costs import CostTable, PartTable
 from nasdet.spaces.hit.genotype import Place, check_genotype
@@ -72,7 +73,7 @@ class MixedLayer(nn.Module):
         modules = [self.candidates[self.names[index]] for index in chosen]
         if self.memory == "full" or sampled:
             return mix([module(x) for module in modules], self.weights(chosen), backend=self.backend)
-        return recomputed_mix(modules, x, self.weights(chosen))
+        return recomputed_mix(modules, x, self.weights(chosen), backend=self.backend)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Leave these candidates alone in the layer."""
@@ -93,12 +94,6 @@ def checked_memory(memory: str) -> str:
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     return memory
-
-
-def positive(name: str, value: int) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def mixed_layers(model: nn.Module) -> dict[str, list[MixedLayer]]:
@@ -127,7 +122,7 @@ def draw(model: nn.Module, samples: int, *, generator: torch.Generator | None = 
     output stays a weighted mean. With ``samples`` of all kept ones that is the whole layer. The other candidates and
     their alphas get no gradient, or a zero one. ``generator``: on the CPU; torch's global one by default.
     """
-    positive("samples", samples)
+    check_whole("samples", samples)
     layers = [layer for part in mixed_layers(model).values() for layer in part]
     alphas = torch.cat([layer.alpha.detach() for layer in layers]).float().cpu()  # one wait for the device
     for layer, alpha in zip(layers, alphas.split([len(layer.names) for layer in layers]), strict=True):

@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasdet._checks import check_whole
 from nasdet.detectors.backbone import scaled
 from nasdet.detectors.norm import FoldingSequential, in_sequence, norm_layer
 from nasdet.detectors.resnet import BasicBlock, Bottleneck
@@ -22,6 +23,20 @@ from nasdet.spaces.msnas.genotype import GROUPS, START, check_genotype, head_blo
 
 HEADS = tuple(f"h{group}" for group in range(1, GROUPS + 1))
 """Names of the maps: one for each head, of small objects first."""
+
+
+def residual_block(inp: int, inner: int, stride: float, kind: str, norm: str) -> nn.Module:
+    """A block of a chain, ``"basic"`` to ``inner`` channels, ``"bottleneck"`` to four times as many; one of stride 1/2
+    reads a map that was upsampled before."""
+    made = (BasicBlock if kind == "basic" else Bottleneck)(inp, inner, 2 if stride == 2 else 1, norm, False, 1, inner)
+    if stride == 0.5 and made.downsample is None:  # the paper's FLOPs have one wherever the resolution changes
+        made.downsample = conv_norm(inp, inp, norm)
+    return made
+
+
+def conv_norm(inp: int, out: int, norm: str) -> FoldingSequential:
+    """A 1x1 convolution and its norm."""
+    return FoldingSequential(nn.Conv2d(inp, out, 1, bias=False), norm_layer(norm, out))
 
 
 class StrideChain(nn.Module, ABC):
@@ -49,8 +64,7 @@ class StrideChain(nn.Module, ABC):
         super().__init__()
         if block not in BLOCKS:
             raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {block!r}")
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be a positive integer, got {channels!r}")
+        check_whole("channels", channels)
         if not width > 0:
             raise ValueError(f"width must be positive, got {width}")
         if not 0 <= frozen_stages <= blocks + 1:
@@ -86,23 +100,15 @@ class StrideChain(nn.Module, ABC):
         """All blocks at a place."""
 
     def _make_block(self, place: int, stride: float) -> nn.Module:
-        inp = self.stem_channels if place == 1 else self.out
-        kind = BasicBlock if self.block == "basic" else Bottleneck
-        made = kind(inp, self.inner, 2 if stride == 2 else 1, self.norm, False, 1, self.inner)
-        if stride == 0.5 and made.downsample is None:  # the paper's FLOPs have one wherever the resolution changes
-            made.downsample = self._conv_norm(inp, self.out)
-        return made
+        return residual_block(self.stem_channels if place == 1 else self.out, self.inner, stride, self.block, self.norm)
 
     def _make_lateral(self) -> nn.Module:
-        return self._conv_norm(self.out, self.out)
+        return conv_norm(self.out, self.out, self.norm)
 
     def _make_reductions(self, present: Iterable[int]) -> nn.ModuleDict:
         """By resolution; empty where maps have C channels as they are."""
         needed = () if self.out == self.inner else sorted(present)
-        return nn.ModuleDict({str(resolution): self._conv_norm(self.out, self.inner) for resolution in needed})
-
-    def _conv_norm(self, inp: int, out: int) -> FoldingSequential:
-        return FoldingSequential(nn.Conv2d(inp, out, 1, bias=False), norm_layer(self.norm, out))
+        return nn.ModuleDict({str(place): conv_norm(self.out, self.inner, self.norm) for place in needed})
 
     def sizes(self) -> dict[str, Any]:
         """What two chains must have in common to share weights."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from nasdet.arch import Card
+from nasdet.spaces import Block
 from nasdet.spaces.msnas.costs import INPUT, STEM_CHANNELS, VARIANTS
 from nasdet.spaces.msnas.genotype import RESOLUTIONS, START, STRIDES, resolutions
 from nasdet.spaces.msnas.space import MSNASSpace
@@ -15,8 +16,6 @@ from nasdet.spaces.msnas.space import MSNASSpace
 if TYPE_CHECKING:
     from torch import nn
 
-Block = tuple[str, Callable[[], "nn.Module"], tuple[int, ...]]
-"""A key, what makes the module, and the shape of its input."""
 
 
 class MSNASBlocks:

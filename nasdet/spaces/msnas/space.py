@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from nasdet._checks import check_whole
 from nasdet.arch import Card
 from nasdet.spaces.msnas import variation
 from nasdet.spaces.msnas.costs import BLOCKS, INPUT, RPN_CHANNELS, VARIANTS, macs, parameters
@@ -46,9 +47,7 @@ class MSNASSpace:
         own = (self.blocks, self.channels, self.block)
         self.target = sizes.target if own == (sizes.blocks, sizes.channels, sizes.block) else None
         for name in ("blocks", "channels"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_whole(name, getattr(self, name))
         if self.block not in BLOCKS:
             raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
         if not pair_count(self.blocks):

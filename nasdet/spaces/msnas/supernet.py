@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nasdet._checks import check_whole
 from nasdet.spaces.msnas.encoder import MSNASEncoder, StrideChain
 from nasdet.spaces.msnas.genotype import RESOLUTIONS, START, STRIDES, check_genotype, genotype
 
@@ -37,8 +38,7 @@ class MSNASSupernet(StrideChain):
         norm: str = "bn",
         frozen_stages: int = 0,
     ) -> None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 2:
-            raise ValueError(f"blocks must be an integer of at least 2, got {blocks!r}")
+        check_whole("blocks", blocks, 2)
         super().__init__(channels, block, width, norm, frozen_stages, blocks)
         self.blocks = nn.ModuleList(
             nn.ModuleDict(

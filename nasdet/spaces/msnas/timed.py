@@ -9,33 +9,28 @@ from torch import Tensor, nn
 
 from nasdet.arch import Card
 from nasdet.detectors.norm import FoldingSequential, norm_layer
-from nasdet.detectors.resnet import BasicBlock, Bottleneck
 from nasdet.detectors.rpn import RPN
 from nasdet.spaces.msnas.costs import RPN_CHANNELS, STEM_CHANNELS
+from nasdet.spaces.msnas.encoder import conv_norm, residual_block
 from nasdet.spaces.msnas.space import MSNASSpace
 
 
 def stem() -> nn.Module:
     """7x7 stride 2 and max-pooling."""
-    layers = [*_conv_norm(3, STEM_CHANNELS, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)]
-    return FoldingSequential(*layers)
+    conv = nn.Conv2d(3, STEM_CHANNELS, 7, stride=2, padding=3, bias=False)
+    pooled = (nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1))
+    return FoldingSequential(conv, norm_layer("bn", STEM_CHANNELS), *pooled)
 
 
 def block(inp: int, channels: int, stride: float, kind: str) -> nn.Module:
     """A residual block; upsampling comes before it."""
-    made = (BasicBlock if kind == "basic" else Bottleneck)(
-        inp, channels, 2 if stride == 2 else 1, "bn", False, 1, channels
-    )
-    if stride != 0.5:
-        return made
-    if made.downsample is None:
-        made.downsample = FoldingSequential(*_conv_norm(inp, inp))
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), made)
+    made = residual_block(inp, channels, stride, kind, "bn")
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), made) if stride == 0.5 else made
 
 
 def reduction(inp: int, out: int) -> nn.Module:
     """From a bottleneck's channels to those that heads read."""
-    return FoldingSequential(*_conv_norm(inp, out))
+    return conv_norm(inp, out, "bn")
 
 
 class Lateral(nn.Module):
@@ -43,7 +38,7 @@ class Lateral(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = FoldingSequential(*_conv_norm(channels, channels))
+        self.conv = conv_norm(channels, channels, "bn")
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` stands for both maps."""
@@ -70,8 +65,3 @@ def network(card: Card) -> nn.Module:
     """A card's encoder with its RPN."""
     encoder = MSNASSpace.backbone(card)
     return RPNOn(encoder.inner, card.genotype["heads"], encoder)
-
-
-def _conv_norm(inp: int, out: int, kernel: int = 1, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    conv = nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
-    return conv, norm_layer("bn", out)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from nasdet.detectors.backbone import Backbone
 from nasdet.nn import check_same_conv2d
 
 #: network -> {module path of a convolution: stage (3, 4 or 5)}
@@ -48,16 +49,36 @@ def bottleneck_convs(network: nn.Module) -> dict[str, int]:
     return found
 
 
+def depthwise_convs(network: nn.Module) -> dict[str, int]:
+    """The depthwise convolutions of stages 3, 4 and 5 (strides 8, 16 and 32) of a :class:`nasdet.detectors.Backbone`:
+    all that looks around in a ShuffleNetV2, a DetNAS net or a MobileNetV2. Other networks have none."""
+    if not isinstance(network, Backbone):
+        return {}
+    found = {}
+    names = {module: name for name, module in network.named_modules()}
+    stages = {level: part for level, part in network.parts().items() if level in ("c3", "c4", "c5")}
+    for level, part in stages.items():
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d) and 1 < module.in_channels == module.groups:
+                found[names[module]] = int(level[1:])
+    return found
+
+
+def spatial_convs(network: nn.Module) -> dict[str, int]:
+    """:func:`bottleneck_convs`, or in a network without bottlenecks :func:`depthwise_convs`."""
+    return bottleneck_convs(network) or depthwise_convs(network)
+
+
 def find_layers(network: nn.Module, selector: Selector | None = None) -> tuple[Layer, ...]:
-    """The layers of a network in its own order; ``selector`` is :func:`bottleneck_convs` by default.
+    """The layers of a network in its own order; ``selector`` is :func:`spatial_convs` by default.
 
     Raises ``ValueError`` when there is none, a name is no module's, a stage is not 3, 4 or 5, or a convolution has a
     dilation already; ``TypeError`` for anything but a plain ``nn.Conv2d``.
     """
-    chosen = (selector or bottleneck_convs)(network)
+    chosen = (selector or spatial_convs)(network)
     if not chosen:
         raise ValueError(
-            f"network must have 3x3 convolutions in bottlenecks of its stages 3 to 5, got none in "
+            f"network must have 3x3 convolutions in bottlenecks of its stages 3 to 5, or depthwise ones, got none in "
             f"{type(network).__name__}; name them with selector="
         )
     known = {name for name, _ in network.named_modules()}

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nasdet._checks import check_whole
 from nasdet.arch import Card
 from nasdet.detectors import BACKBONES
 from nasdet.nn import GroupedDilationConv2d, MixedDilationConv2d
+from nasdet.spaces import space_class
 from nasdet.spaces.nats.genotype import (
     Pair,
     check_genotype,
@@ -41,9 +43,11 @@ class NATSSpace:
             ablation: 1, 2, 4, 8, 16, 32; 16 when neither is given; 1 is the path-level search).
         channels_per_group: channels of a group in the place of their number: N then differs by stage (the paper: 1, 8,
             16, 32, 64; 32 for ResNet-101 and ResNeXt-101).
-        backbone: a name of :data:`nasdet.detectors.BACKBONES`, or any network with such convolutions.
+        backbone: a name of :data:`nasdet.detectors.BACKBONES`, the JSON of a card that is a backbone, or any network
+            with such convolutions.
         width: of a named backbone, as for :class:`nasdet.detectors.ResNet`.
-        selector: which convolutions, and of which stage; default :func:`bottleneck_convs`.
+        selector: which convolutions, and of which stage; default :func:`spatial_convs`, which finds the depthwise
+            ones of a backbone without bottlenecks (not in the paper).
         index_preserving: derived nets keep each channel group in its place. By default, as in the paper, the groups
             of one dilation stand together, in the order of the set.
 
@@ -60,7 +64,7 @@ class NATSSpace:
         *,
         channel_groups: int | None = None,
         channels_per_group: int | None = None,
-        backbone: str | nn.Module = "resnet50",
+        backbone: str | Mapping[str, Any] | nn.Module = "resnet50",
         width: float = 1.0,
         selector: Selector | None = None,
         index_preserving: bool = False,
@@ -70,16 +74,16 @@ class NATSSpace:
         if channel_groups is None and channels_per_group is None:
             channel_groups = CHANNEL_GROUPS
         for name, value in (("channel_groups", channel_groups), ("channels_per_group", channels_per_group)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if value is not None:
+                check_whole(name, value)
         self.dilations = genotype_set(dilations)
         self.channel_groups, self.channels_per_group = channel_groups, channels_per_group
-        self.backbone = backbone if isinstance(backbone, str) else None
+        self.backbone = None if isinstance(backbone, nn.Module) else backbone
         self.width = width
         self.selector = selector
         self.index_preserving = index_preserving
         with torch.device("meta"):
-            network = named_backbone(backbone, width) if isinstance(backbone, str) else backbone
+            network = backbone if isinstance(backbone, nn.Module) else named_backbone(backbone, width)
         self.layers = find_layers(network, selector)
         self._name = dilations if isinstance(dilations, str) else None
         for layer in self.layers:
@@ -239,9 +243,9 @@ class NATSSpace:
         _check_method(card)
         check_genotype(card.genotype)
         if network is None:
-            if not isinstance(name := card.settings.get("backbone"), str):
+            if (body := card.settings.get("backbone")) is None:
                 raise ValueError(f"{card.name}: network must be given, as the card names no backbone")
-            network = named_backbone(name, card.settings.get("width", 1.0))
+            network = named_backbone(body, card.settings.get("width", 1.0))
         stages = dict.fromkeys((prefix + name for name in card.genotype), 3)
         try:
             layers = {layer.name: layer for layer in find_layers(network, lambda _: stages)}
@@ -268,8 +272,12 @@ class NATSSpace:
         return lines
 
 
-def named_backbone(name: str, width: float = 1.0) -> nn.Module:
-    """A fresh backbone of :data:`nasdet.detectors.BACKBONES`."""
+def named_backbone(name: str | Mapping[str, Any], width: float = 1.0) -> nn.Module:
+    """A fresh backbone of :data:`nasdet.detectors.BACKBONES`, or that of a card's JSON."""
+    if isinstance(name, Mapping):
+        body = Card.from_json(name)
+        own: nn.Module = space_class(body.method).backbone(body, width=width)
+        return own
     if name not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
     made: nn.Module = BACKBONES[name](width=width)

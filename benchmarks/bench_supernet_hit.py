@@ -1,0 +1,56 @@
+"""A step of a part of Hit-Detector's supernet, weights' half: all candidates' maps kept, one candidate's at a time, and
+two candidates a layer. Peak memory and time, beside the forecast; and the forecast for the paper's 800 x 1200 pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rows import race_once, replay
+from step_race import run_workers, step_info, step_threads
+
+CASES: dict[str, dict[str, Any]] = {
+    "backbone, 8 operations, 224x320": {"part": "backbone", "candidates": "screened", "size": [224, 320]},
+    "backbone halved, 32 operations, 128x192": {"part": "backbone", "candidates": "full", "size": [128, 192]},
+    "neck, 32 operations, 224x320": {"part": "neck", "candidates": "full", "size": [224, 320]},
+    "head, 32 operations, 32 RoIs": {"part": "head", "candidates": "full", "rois": 32},
+}
+CONTESTANTS: dict[str, dict[str, Any]] = {mode: {"memory": mode} for mode in ("full", "recompute", "sampled")}
+TWINS = {"recompute": "full"}  # the other computes something else
+WITHIN = 0.15
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_supernet_hit(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    races: dict[Any, Any],
+    bench_machine: dict[str, Any],
+    bench_device: str,
+    case: str,
+    contestant: str,
+) -> None:
+    option = request.config.getoption
+    rounds, threads = int(option("--bench-step-rounds")), step_threads(int(option("--bench-step-threads")))
+    common = {**CASES[case], "worker": "hit_worker.py", "device": bench_device, "threads": threads}
+    outcome = race_once(races, ("hit", case), lambda: run_workers(CONTESTANTS, common, TWINS, rounds))
+    info = step_info(
+        outcome,
+        contestant,
+        bench="supernet_hit",
+        case=case,
+        phase="step",
+        images=1,
+        setting=dict(CASES[case]),
+        environment={**bench_machine, "threads": threads},
+    )
+    measured, facts = info["peak_memory"]["step"], outcome.facts[contestant]
+    info["peak_memory"] |= {
+        "step, forecast": facts["forecast"],
+        "step, forecast at 800x1200, 512 RoIs": facts["forecast_at_the_papers_size"],
+    }
+    off = abs(facts["forecast"] / measured - 1)
+    info["targets"] = [{"quantity": "forecast of memory", "off": off, "within": WITHIN, "met": off <= WITHIN}]
+    replay(benchmark, f"supernet hit {case}", outcome.race.seconds[contestant], info)

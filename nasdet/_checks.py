@@ -1,0 +1,13 @@
+"""A check of arguments that many parts share. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """``value``, if it is an integer (and no bool) of at least ``least``; else a ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return value

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nasdet._checks import check_whole
 from nasdet.cli import measure_tau
 from nasdet.cli.arch_info import parse_size
 
@@ -64,6 +65,7 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=15, metavar="N", help="samples of each block (15)")
     add("--check", type=int, default=0, metavar="N", help="random nets to time whole (0)")
     add("--seed", type=int, default=0, metavar="N", help="of the random nets (0)")
+    add("--proposals", type=int, metavar="N", help="of hit: RoIs that the head runs on, as in the search (1000)")
     add("--json", action="store_true", help="print the table and the check as JSON")
 
 
@@ -94,6 +96,7 @@ def _latency(
     device: str | None,
     check: int,
     json: bool,
+    proposals: int | None,
     **options: Any,
 ) -> int:
     from nasdet.engine.distributed import local_device
@@ -102,7 +105,9 @@ def _latency(
     known = spaces()
     if space not in known:
         raise ValueError(f"space must be one of {', '.join(known)}, got {space!r}")
-    blocks = known[space]()
+    if proposals is not None and not space.startswith("hit-"):
+        raise ValueError(f"proposals must be left out for {space}, whose blocks see whole pictures, got {proposals}")
+    blocks = known[space]() if proposals is None else known[space](proposals=check_whole("proposals", proposals))
     pixels = blocks.usual_size if size is None else parse_size(size)
     table = measure_table(blocks, pixels, out, local_device(device), nets=check, after=_tell, **options)
     if json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def _watch_resident() -> Callable[[], int]:
 
 
 def _watch_profiled() -> Callable[[], int]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and end on standard error
     profile = torch.autograd.profiler.profile(profile_memory=True)
     profile.__enter__()
 

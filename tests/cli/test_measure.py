@@ -34,6 +34,16 @@ def test_help_of_the_actions_teaches(action: str, capsys: pytest.CaptureFixture[
     assert ("detnas-small" in text and "msnas-r50" in text) == (action == "latency")
 
 
+def test_a_table_of_a_detectors_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head's blocks run on as many RoIs as the search's cost has."""
+    out = tmp_path / "table.json"
+    arguments = latency("--space", "hit-tiny-screened", "--size", "64x96", "--proposals", "3", out=out)
+    assert main([*arguments, "--check", "1"]) == 0
+    assert "ir_k3_d1_e3 32>32 stride 1 on 3 RoIs" in capsys.readouterr().out
+    stored = json.loads(out.read_text())
+    assert stored["space"]["proposals"] == 3 and len(stored["rows"]) == 114 and len(stored["nets"]) == 1
+
+
 def latency(*more: str, out: Path) -> list[str]:
     base = ["measure", "latency", "--space", "detnas-small", "--out", str(out), "--size", "32x64", "--device", "cpu"]
     return [*base, "--threads", "1", "--rounds", "1", *more]
@@ -66,10 +76,12 @@ def test_a_table_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.Captu
     [
         (["--space", "detnas-huge"], "space must be one of detnas-small, detnas-large, .*, got 'detnas-huge'"),
         (["--size", "32"], "size must be HEIGHTxWIDTH in pixels, got '32'"),
+        (["--proposals", "3"], "proposals must be left out for detnas-small, whose blocks see whole pictures, got 3"),
+        (["--space", "hit-tiny", "--proposals", "0"], "proposals must be a positive integer, got 0"),
         (["--space", "msnas-r18"], "size must be .* divisible by 64, got .*32, 64"),
         (["--check", "-1"], "nets must be an integer of at least 0, got -1"),
     ],
-    ids=["space", "size", "msnas-size", "check"],
+    ids=["space", "size", "no-proposals", "proposals", "msnas-size", "check"],
 )
 def test_what_cannot_be_measured(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

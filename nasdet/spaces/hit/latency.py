@@ -48,15 +48,15 @@ class HitBlocks:
         )
 
     @classmethod
-    def of(cls, variant: str) -> HitBlocks:
+    def of(cls, variant: str, proposals: int = PROPOSALS) -> HitBlocks:
         """Those of a layout by name: all 32 operations, or with ``-screened`` the published sub-spaces; the parts of a
         two-stage detector, or of ``-retinanet``."""
         layout, *words = variant.split("-")
         candidates = "screened" if "screened" in words else "full"
         if "retinanet" not in words:
-            return cls(HitSpace(layout, candidates, TWO_STAGE))
+            return cls(HitSpace(layout, candidates, TWO_STAGE), proposals)
         sizes = replace(LAYOUTS[layout], inputs=LEVELS[1:], extra="convs")
-        return cls(HitSpace(sizes, candidates, ONE_STAGE))
+        return cls(HitSpace(sizes, candidates, ONE_STAGE), proposals)
 
     def costs(self, ms: Mapping[str, float]) -> CostTable:
         """Measured milliseconds, by key of a block, as a cost by part, place and operation."""

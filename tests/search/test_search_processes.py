@@ -1,4 +1,4 @@
-"""A DetNAS search of two processes: the supernet in DDP, the candidates dealt to both; killed, and with one again."""
+"""Searches of two processes: the supernet's steps together, candidates dealt to both; killed, resumed, restarted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.records import read_lines
 from nasdet.engine.search_detnas import DetNASSearchConfig
+from nasdet.engine.search_msnas import MSNASSearchConfig
 from nasdet.spaces.detnas import DetNASSpace
 
 # Each process may evaluate as many candidates as it is told, and dies in the midst of the next.
@@ -32,12 +33,19 @@ PROGRAM = """
 
     from nasdet.data import Split, open_data
     from nasdet.engine import evolve, one_shot
+    from nasdet.engine.distributed import restarted
     from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
+    from nasdet.engine.search_msnas import MSNASSearchConfig, search_msnas
 
     torch.set_num_threads(1)
-    settings, data, out, resume = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "resume"
+    settings, data, out = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+    resume = sys.argv[4] == "resume" or restarted()
     rank, count = int(os.environ.get("RANK", 0)), 0
-    allowed = json.loads(sys.argv[5])[rank]
+    allowed = 99 if restarted() else json.loads(sys.argv[5])[rank]
+    make, search = {
+        "detnas": (DetNASSearchConfig, search_detnas),
+        "msnas": (MSNASSearchConfig, search_msnas),
+    }[sys.argv[6]]
     real = one_shot.evaluate
 
     def evaluate(*arguments, **options):
@@ -50,7 +58,7 @@ PROGRAM = """
 
     one_shot.evaluate = evaluate
     evolve._PATIENCE = 30.0 if min(json.loads(sys.argv[5])) > 50 else 3.0
-    card = search_detnas(DetNASSearchConfig(**settings), open_data(data), out, resume=resume, progress=False)
+    card = search(make(**settings), open_data(data), out, resume=resume, progress=False)
     (Path(out) / f"found{rank}.json").write_text(json.dumps([card.to_json(), count]))
 """
 MANY = 99
@@ -65,7 +73,7 @@ def launch(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     root = Path(__file__).resolve().parents[2]
 
     def run(
-        config: DetNASSearchConfig, out: Path, allowed: Sequence[int], resume: bool = False
+        config: Any, out: Path, allowed: Sequence[int], resume: bool = False, launcher: Sequence[str] = ()
     ) -> tuple[list[int], str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -73,7 +81,11 @@ def launch(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         words = [json.dumps(dataclasses.asdict(config)), str(folder), str(out), "resume" if resume else "fresh"]
-        command, processes = [sys.executable, str(script), *words, json.dumps(list(allowed))], []
+        words += [json.dumps(list(allowed)), "msnas" if isinstance(config, MSNASSearchConfig) else "detnas"]
+        command, processes = [sys.executable, *launcher, str(script), *words], []
+        if launcher:
+            result = subprocess.run(command, env={**os.environ, **shared}, capture_output=True, text=True, timeout=300)
+            return [result.returncode], result.stderr
         for rank in range(len(allowed)):
             several = {"WORLD_SIZE": str(len(allowed)), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment = {**os.environ, **shared, **(several if len(allowed) > 1 else {})}
@@ -143,6 +155,31 @@ def test_both_die_and_one_resumes(
     assert codes == [0], said[-3000:]
     assert state(tmp_path) == state(whole)
     assert json.loads((tmp_path / "found0.json").read_text())[1] == 8 - known, "what was known is not evaluated again"
+
+
+def test_msnas_candidates_are_dealt_too(
+    launch: Callable[..., Any], cases: dict[str, Any], finished: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Each is trained for some steps before it is scored, by the process that has it alone."""
+    whole = finished("msnas")
+    config = dataclasses.replace(cases["msnas"].config, supernet=str(whole))
+    codes, said = launch(config, tmp_path, [MANY, MANY])
+    assert codes == [0, 0], said[-3000:]
+    assert state(tmp_path) == state(whole)
+    assert all(stored(tmp_path)) and len(stored(tmp_path)) == 2
+
+
+def test_torchrun_starts_all_again(
+    launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
+) -> None:
+    """When a process dies the launcher ends the others; started again, both go on where they were."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    codes, said = launch(config, tmp_path, [MANY, 1], launcher=launcher)
+    assert codes == [0], said[-3000:]
+    assert "exitcode: 9" in said or "exitcode  : 9" in said, said[-3000:]
+    assert state(tmp_path) == state(whole)
+    evaluated = sum(json.loads((tmp_path / f"found{rank}.json").read_text())[1] for rank in (0, 1))
+    assert evaluated < 8, "what was known is not evaluated again"
 
 
 def test_the_supernet_learns_as_in_one_process(

@@ -69,7 +69,7 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the table and the check as JSON")
 
 
-def spaces() -> dict[str, Callable[[], Any]]:
+def spaces() -> dict[str, Callable[..., Any]]:
     """What can be measured, by name: one more method is one more import and entry."""
     from nasdet.spaces.detnas.latency import DetNASBlocks
     from nasdet.spaces.hit.latency import HitBlocks

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nasdet.measure.forecast import forecast_memory
 from nasdet.measure.memory import watch_peak
-from nasdet.spaces.hit import HitSpace, mixed_layers
+from nasdet.spaces.hit import HitSpace, MixedLayer, draw, mixed_layers
 from nasdet.spaces.hit.steps import draw_the_largest
 
 if TYPE_CHECKING:
@@ -27,13 +27,18 @@ def forecast_step(
 
     ``make`` makes another ``model``, with supernets of ``space``, to be traced. The step is traced on tensors without
     storage: forward of the whole detector on pictures of the largest size, a two-stage one with ``rois`` of each, and
-    backward. Losses and targets, small beside it, are left out. ``most`` is the total in the worst case, where there is
-    one: pictures upright and lying in one batch, which is then padded to a square; and with ``memory="sampled"``, where
-    a step's peak depends on the draw and ``step`` is that of a random one, the candidates that need most everywhere.
+    backward. Losses and targets, small beside it, are left out. With ``memory="sampled"`` a step's peak depends on the
+    draw: ``step`` is the larger one of the first two steps'. ``most`` is the total in the worst case, where there is
+    one: pictures upright and lying in one batch, which is then padded to a square, and the candidates that need most
+    drawn everywhere.
     """
     short, long = _padded(config.short_side), _padded(config.long_side)
     kept = torch.get_rng_state()  # tracing must not move the run's random numbers
-    step = forecast_memory(lambda: _step(config, make(), (short, long), lambda net: _draw_evenly(net, config)))
+    draws = [_drawn(model, config, index) for index in (0, 1)] if config.memory == "sampled" else [[]]
+    step = max(
+        forecast_memory(lambda drawn=drawn: _step(config, make(), (short, long), lambda net: _give(net, drawn)))  # type: ignore[misc]  # mypy cannot infer a lambda's default
+        for drawn in draws
+    )
     state = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     found = {"step": step, "state": state, "total": step + state}
     worst = (long if config.batch > 1 else short, long)
@@ -49,21 +54,33 @@ def _padded(side: int) -> int:
     return -(-side // 32) * 32
 
 
-def _draw_evenly(model: nn.Module, config: HitSearchConfig) -> None:
-    """Any candidates, as a run draws at its start; its own draw needs the values of the alphas."""
-    rng = Random(config.seed)
-    for layers in mixed_layers(model).values():
-        for layer in layers:
-            layer.drawn = tuple(sorted(rng.sample(layer.kept, min(config.samples, len(layer.kept)))))
+def draw_for(model: nn.Module, config: HitSearchConfig, index: int, half: str = "weights") -> None:
+    """Draw the candidates of a half of step ``index``: a function of seed, step and alphas."""
+    seed = Random(f"draw {config.seed} {index} {half}").getrandbits(63)
+    draw(model, config.samples, generator=torch.Generator().manual_seed(seed))
+
+
+def _layers(model: nn.Module) -> list[MixedLayer]:
+    return [layer for layers in mixed_layers(model).values() for layer in layers]
+
+
+def _drawn(model: nn.Module, config: HitSearchConfig, index: int) -> list[tuple[int, ...] | None]:
+    draw_for(model, config, index)
+    return [layer.drawn for layer in _layers(model)]
+
+
+def _give(model: nn.Module, drawn: list[tuple[int, ...] | None]) -> None:
+    """The draw of another model."""
+    for layer, own in zip(_layers(model), drawn, strict=True):
+        layer.drawn = own
 
 
 def _step(
     config: HitSearchConfig, model: Any, size: tuple[int, int], choose: Callable[[nn.Module], None]
 ) -> Callable[[], None]:
     model.train()
-    for layers in mixed_layers(model).values():
-        for layer in layers:
-            layer.alpha.requires_grad_(False)  # the weights' step, the larger of the two
+    for layer in _layers(model):
+        layer.alpha.requires_grad_(False)  # the weights' step, the larger of the two
     if config.memory == "sampled":
         choose(model)
     images = torch.randn(config.batch, 3, *size)
@@ -105,13 +122,17 @@ class MeasuredPeak:
         self.peak = state_dict["peak"]
 
     @contextmanager
-    def watching(self, index: int, steps: int) -> Iterator[None]:
-        """The block is step ``index`` of ``steps``: watched from step 0 to the end of step 1, or of the only one."""
+    def watching(self, index: int, steps: int, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The block is step ``index`` of ``steps``: watched from step 0 to the end of step 1, or of the only one.
+
+        What ``optimizer`` will keep of parameters that had no gradient yet (candidates that were not drawn) is added.
+        """
         if index == 0:
             self._found = watch_peak(self.device, tensors_only=True)
         yield
         if index == min(1, steps - 1) and self._found is not None:
-            self.peak = self.stop()
+            owners = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self.peak = (self.stop() or 0) + sum(p.nbytes for p in owners if p not in optimizer.state)
 
     def stop(self) -> int | None:
         """End a watch that is on, and return what it found: a profiler that nobody stops would go on for ever."""
@@ -130,4 +151,4 @@ def in_words(forecast: dict[str, int], measured: int | None = None) -> str:
     return f"{words}, measured {measured / 2**30:.2f} GiB ({measured / total:.0%} of the forecast)"
 
 
-__all__ = ["MeasuredPeak", "forecast_step", "in_words"]
+__all__ = ["MeasuredPeak", "draw_for", "forecast_step", "in_words"]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nasdet.engine.hit_config import HitSearchConfig
-from nasdet.engine.hit_memory import MeasuredPeak, forecast_step, in_words
+from nasdet.engine.hit_memory import MeasuredPeak, draw_for, forecast_step, in_words
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.supernet import BilevelRun
 from nasdet.spaces.assemble import ModelConfig, build_model
-from nasdet.spaces.hit import HitSpace, draw
+from nasdet.spaces.hit import HitSpace
 
 
 def build_supernet(config: HitSearchConfig, space: HitSpace, model_config: ModelConfig, **options: Any) -> nn.Module:
@@ -88,24 +88,26 @@ class HitRun(BilevelRun):
         def step(index: int) -> Mapping[str, Tensor]:
             # Both before the memory is watched: the first one starts the processes that read pictures.
             batch, other = next(weight_batches), next(arch_batches) if index >= first else None
-            with self.measured.watching(index, self.steps):
+            with self.measured.watching(index, self.steps, self.bilevel.weight_optimizer):
                 return self._step(index, batch, other)
 
         return step
 
     def _step(self, index: int, batch: Any, other: Any) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        values: dict[str, Tensor] = {**self.bilevel.weight_step(index, lambda: self._drawn_loss(batch, terms))}
+        loss = partial(self._drawn_loss, index, "weights", batch, terms)
+        values: dict[str, Tensor] = {**self.bilevel.weight_step(index, loss)}
         if other is not None:
             extra: dict[str, Tensor] = {}
-            values["arch_loss"] = self.bilevel.arch_step(lambda: self._drawn_loss(other, {}) + self.term(extra))
+            again = partial(self._drawn_loss, index, "alphas", other, {})
+            values["arch_loss"] = self.bilevel.arch_step(lambda: again() + self.term(extra))
             values |= extra
         self.end_of_step(index + 1)
         return {**values, **terms}
 
-    def _drawn_loss(self, batch: Any, terms: dict[str, Any]) -> Tensor:
+    def _drawn_loss(self, index: int, half: str, batch: Any, terms: dict[str, Any]) -> Tensor:
         if self.config.memory == "sampled":
-            draw(self.model, self.config.samples)
+            draw_for(self.model, self.config, index, half)
         return self.loss(batch, terms)
 
     def learn(self, loop: Loop) -> None:

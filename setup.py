@@ -1,8 +1,8 @@
 """Drives CMakeLists.txt, the one description of the build.
 
 Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS,
-NASDET_PYBIND=1|0, NASDET_SANITIZE=1|native, NASDET_BUILD_DIR (where CMake works; a second build there compiles only what
-changed), MAX_JOBS, CMAKE_ARGS.
+NASDET_PYBIND=1|0, NASDET_SANITIZE=1|native, NASDET_BUILD_DIR (where CMake works; a second build there compiles only
+what changed), MAX_JOBS, CMAKE_ARGS.
 """
 
 from __future__ import annotations

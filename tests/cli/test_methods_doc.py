@@ -20,7 +20,8 @@ ROWS = [match.groupdict() for match in ROW.finditer(TEXT)]
 
 
 def test_every_row_of_the_tables_is_seen() -> None:
-    tables = [line for line in TEXT.splitlines() if line.startswith("|") and "`" in line and "arch info" not in line]
+    counted = TEXT.partition("## Run here")[0].splitlines()
+    tables = [line for line in counted if line.startswith("|") and "`" in line and "arch info" not in line]
     assert len(ROWS) == len(tables) >= 25
 
 

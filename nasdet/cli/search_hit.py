@@ -152,7 +152,7 @@ def run(settings: dict[str, Any], folder: Any, out: Path, **options: Any) -> lis
     if config.stage == "screen":
         kept = screen_hit(config, folder, out, **options)
         lines = [f"{out / 'screening.json'}", *(f"  {part}: {' '.join(names)}" for part, names in kept.items())]
-        again = [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in ("detector", "layout")]
+        again = [f"--detector {config.detector}", f"--layout {config.layout}"]
         again += ["--parts " + " ".join(config.parts)] if config.parts is not None else []
         words = f"--candidates {out} --data {folder.path} --out RUN {' '.join(again)}"
         return [*lines, f"search them (as here with --preset):  nasdet search hit {words}"]

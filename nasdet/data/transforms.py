@@ -154,6 +154,11 @@ class Batch:
         return Batch(images, list(self.sizes), list(self.scales), targets)
 
 
+def padded(side: int, divisor: int = 32) -> int:
+    """A height or width as pictures are padded: the next multiple of ``divisor``."""
+    return -(-side // divisor) * divisor
+
+
 def collate(
     items: Sequence[tuple[torch.Tensor, Target]],
     divisor: int = 32,
@@ -175,7 +180,7 @@ def collate(
         if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
             raise ValueError(f"image must be uint8 of shape (3, h, w), got {image.dtype} of {tuple(image.shape)}")
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image, _ in items]
-    height, width = (-(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True))
+    height, width = (padded(max(lengths), divisor) for lengths in zip(*sizes, strict=True))
     images = torch.zeros(len(items), 3, height, width)
     offset = torch.tensor(mean).view(3, 1, 1) * 255
     scale = (torch.tensor(std).view(3, 1, 1) * 255).reciprocal()

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from nasdet import __version__, use_backend
 from nasdet._files import write_atomic
-from nasdet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from nasdet.data.transforms import IMAGENET_MEAN, IMAGENET_STD, padded
 from nasdet.detectors import FasterRCNN
 from nasdet.detectors.parts.postprocess import Selection
 from nasdet.detectors.static import StaticDetector
@@ -57,7 +57,7 @@ def export_detector(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if batch < 1:
         raise ValueError(f"batch must be positive, got {batch}")
-    height, width = size or (-(-side // 32) * 32 for side in (config.short_side, config.long_side))
+    height, width = size or (padded(side) for side in (config.short_side, config.long_side))
     if height < 32 or width < 32 or height % 32 or width % 32:
         raise ValueError(f"size must be multiples of 32, as pictures are padded, got {height}x{width}")
     model = model.cpu().eval()

@@ -11,6 +11,7 @@ import torch
 
 from nasdet.data import DataFolder
 from nasdet.detectors import BACKBONES
+from nasdet.engine.epochs import FrozenEpochs
 from nasdet.engine.optim import Schedule
 from nasdet.engine.supernet import check_settings, differences, model_around, own_ways, unlike_coco
 from nasdet.spaces.assemble import ModelConfig, backbone_maker
@@ -24,7 +25,7 @@ _PARTS = {"faster_rcnn": TWO_STAGE, "retinanet": ONE_STAGE}
 
 
 @dataclass(frozen=True)
-class HitSearchConfig:
+class HitSearchConfig(FrozenEpochs):
     """A Hit-Detector search; the defaults are the paper's (CVPR 2020, section 4.1: COCO, 8 GPUs of 4 images).
 
     ``stage``: ``"screen"`` finds the ``keep`` best operations of each part, ``"joint"`` searches the parts together,
@@ -106,8 +107,7 @@ class HitSearchConfig:
             "checkpoint_every",
         )
         check_settings("hit", self, whole, ("lr", "arch_lr", "clip", "target"))
-        if not 0 <= self.frozen_epochs < self.epochs:
-            raise ValueError(f"frozen_epochs must be in 0..{self.epochs - 1}, got {self.frozen_epochs}")
+        self.check_epochs()
         for name in ("cost_weight", "penalty", "arch_weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -127,17 +127,9 @@ class HitSearchConfig:
         """``parts``, or all that the detector has."""
         return _PARTS[self.detector] if self.parts is None else tuple(self.parts)
 
-    def total_steps(self, images: int) -> int:
-        """Steps of the weights on ``images`` images."""
-        return self.steps or self.epochs * math.ceil(images / self.batch)
-
     def epoch_ends(self, total: int) -> list[int]:
         """Steps that are done after each epoch."""
         return [total * epoch // self.epochs for epoch in range(1, self.epochs + 1)]
-
-    def alphas_from(self, total: int) -> int:
-        """The first step after which the alphas move; at least one does."""
-        return min(total * self.frozen_epochs // self.epochs, total - 1)
 
     def schedule(self, total: int) -> Schedule:
         """The weights' learning rate by step."""

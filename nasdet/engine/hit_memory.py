@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nasdet.data.transforms import padded
 from nasdet.measure.forecast import forecast_memory
 from nasdet.measure.memory import watch_peak
-from nasdet.spaces.hit import HitSpace, MixedLayer, draw, mixed_layers
+from nasdet.spaces.hit import HitSpace, all_mixed_layers, draw
 from nasdet.spaces.hit.steps import draw_the_largest
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def forecast_step(
     one: pictures upright and lying in one batch, which is then padded to a square, and the candidates that need most
     drawn everywhere.
     """
-    short, long = _padded(config.short_side), _padded(config.long_side)
+    short, long = padded(config.short_side), padded(config.long_side)
     kept = torch.get_rng_state()  # tracing must not move the run's random numbers
     draws = [_drawn(model, config, index) for index in (0, 1)] if config.memory == "sampled" else [[]]
     step = max(
@@ -50,28 +51,20 @@ def forecast_step(
     return found
 
 
-def _padded(side: int) -> int:
-    return -(-side // 32) * 32
-
-
 def draw_for(model: nn.Module, config: HitSearchConfig, index: int, half: str = "weights") -> None:
     """Draw the candidates of a half of step ``index``: a function of seed, step and alphas."""
     seed = Random(f"draw {config.seed} {index} {half}").getrandbits(63)
     draw(model, config.samples, generator=torch.Generator().manual_seed(seed))
 
 
-def _layers(model: nn.Module) -> list[MixedLayer]:
-    return [layer for layers in mixed_layers(model).values() for layer in layers]
-
-
 def _drawn(model: nn.Module, config: HitSearchConfig, index: int) -> list[tuple[int, ...] | None]:
     draw_for(model, config, index)
-    return [layer.drawn for layer in _layers(model)]
+    return [layer.drawn for layer in all_mixed_layers(model)]
 
 
 def _give(model: nn.Module, drawn: list[tuple[int, ...] | None]) -> None:
     """The draw of another model."""
-    for layer, own in zip(_layers(model), drawn, strict=True):
+    for layer, own in zip(all_mixed_layers(model), drawn, strict=True):
         layer.drawn = own
 
 
@@ -79,7 +72,7 @@ def _step(
     config: HitSearchConfig, model: Any, size: tuple[int, int], choose: Callable[[nn.Module], None]
 ) -> Callable[[], None]:
     model.train()
-    for layer in _layers(model):
+    for layer in all_mixed_layers(model):
         layer.alpha.requires_grad_(False)  # the weights' step, the larger of the two
     if config.memory == "sampled":
         choose(model)

@@ -16,7 +16,7 @@ from nasdet.engine.hit_config import HitSearchConfig
 from nasdet.engine.hit_memory import MeasuredPeak, draw_for, forecast_step, in_words
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.supernet import BilevelRun
-from nasdet.spaces.assemble import ModelConfig, build_model
+from nasdet.spaces.assemble import ModelConfig, build_model, makers_of
 from nasdet.spaces.hit import HitSpace
 
 
@@ -26,18 +26,14 @@ def build_supernet(config: HitSearchConfig, space: HitSpace, model_config: Model
     ``options``: ``weights``, the backbone's, and ``backend``, that of the mixing operator.
     """
     own: dict[str, Any] = {"memory": config.memory, "backend": options.get("backend")}
-    makers: dict[str, Any] = {}
-    if "backbone" in space.parts:
-        makers["backbone"] = lambda *, width, **given: space.supernet("backbone", **own, **given)
-    if "neck" in space.parts:
-        makers["neck"] = lambda channels, strides: space.supernet(
-            "neck", norm=config.norm, in_channels=channels, strides=strides, **own
-        )
-    if "head" in space.parts:
-        makers["box_trunk"] = lambda: space.supernet("head", norm=config.norm, **own)
-    if "towers" in space.parts:
-        makers["towers"] = space.supernet("towers", norm=config.norm, **own)
+    backbone = partial(_searched_backbone, space, **own)
+    makers = makers_of(space.parts, backbone, partial(space.supernet, norm=config.norm, **own))
     return build_model(model_config, **makers, **options)
+
+
+def _searched_backbone(space: HitSpace, *, width: float, **given: Any) -> nn.Module:
+    """Called as other backbones' makers are; channels are the layout's, whatever ``width``."""
+    return space.supernet("backbone", **given)
 
 
 class HitRun(BilevelRun):
@@ -51,7 +47,8 @@ class HitRun(BilevelRun):
 
     def build(self, weights: str | Path | None) -> None:
         self.space = self.config.search_space()
-        self.model = self._make(weights)
+        given: dict[str, Any] = {"weights": weights, "backend": self.backend}
+        self.model = build_supernet(self.config, self.space, self.model_config, **given)
         self.supernet = self.model
         self.alphas_from = self.config.alphas_from(self.steps)
         self.forecast: dict[str, int] = {}
@@ -70,9 +67,6 @@ class HitRun(BilevelRun):
 
     def outcome(self) -> dict[str, Any]:
         return {"memory_measured": self.measured.peak}
-
-    def _make(self, weights: str | Path | None = None) -> nn.Module:
-        return build_supernet(self.config, self.space, self.model_config, weights=weights, backend=self.backend)
 
     @abstractmethod
     def term(self, values: dict[str, Any]) -> Tensor:

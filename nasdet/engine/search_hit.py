@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nasdet.arch import Card
 from nasdet.data import DataFolder
+from nasdet.data.transforms import padded
 from nasdet.engine.hit_config import HitSearchConfig, deviations
 from nasdet.engine.hit_run import HitRun
 from nasdet.engine.loop import Loop
@@ -62,8 +63,8 @@ def measured_costs(config: HitSearchConfig, space: HitSpace) -> CostTable:
     (padded to multiples of 32), and one that lacks an operation.
     """
     blocks = HitBlocks(space, config.proposals)
-    size = tuple(-(-side // 32) * 32 for side in (config.short_side, config.long_side))
-    table = LatencyTable.load(str(config.latency_table), blocks, (size[0], size[1]))
+    size = padded(config.short_side), padded(config.long_side)
+    table = LatencyTable.load(str(config.latency_table), blocks, size)
     return blocks.costs({key: latency.ms for key, latency in table.latencies.items()})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from nasdet.arch import Card
 from nasdet.data import DataFolder
 from nasdet.engine.checkpoint import seed_everything
+from nasdet.engine.epochs import FrozenEpochs
 from nasdet.engine.optim import Schedule
 from nasdet.engine.receptive_field import measure_field, write_fields
 from nasdet.engine.supernet import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class NATSSearchConfig:
+class NATSSearchConfig(FrozenEpochs):
     """A NATS search; the defaults are the paper's (NeurIPS 2019, section 4.1: COCO, 8 GPUs with an image each).
 
     ``epochs`` over the images that train the weights, in steps of ``batch`` images; in the first ``frozen_epochs`` the
@@ -83,21 +83,12 @@ class NATSSearchConfig:
     def __post_init__(self) -> None:
         whole = ("epochs", "batch", "steps", "log_every", "checkpoint_every")
         check_settings("nats", self, whole, ("lr", "arch_lr", "clip"))
-        if not 0 <= self.frozen_epochs < self.epochs:
-            raise ValueError(f"frozen_epochs must be in 0..{self.epochs - 1}, got {self.frozen_epochs}")
+        self.check_epochs()
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must be between 0 and lr {self.lr}, got {self.final_lr}")
         genotype_set(self.dilations)
         self.schedule(self.steps or self.epochs)
         self.model(("thing",))
-
-    def total_steps(self, images: int) -> int:
-        """Steps of the weights on ``images`` images."""
-        return self.steps or self.epochs * math.ceil(images / self.batch)
-
-    def alphas_from(self, total: int) -> int:
-        """The first step after which the alphas move; at least one does."""
-        return min(total * self.frozen_epochs // self.epochs, total - 1)
 
     def schedule(self, total: int) -> Schedule:
         """The weights' learning rate by step."""

@@ -17,7 +17,7 @@ from nasdet.arch import save_card
 from nasdet.data.base import DetectionDataset
 from nasdet.data.folder import DataFolder
 from nasdet.data.loader import make_loader
-from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize
+from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize, padded
 from nasdet.detectors import countable
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
@@ -170,7 +170,7 @@ def write_cost(out: Path, model_config: ModelConfig) -> None:
 
     Two-stage detectors are counted with 1,000 proposals and 100 detections.
     """
-    height, width = (-(-side // 32) * 32 for side in (model_config.short_side, model_config.long_side))
+    height, width = (padded(side) for side in (model_config.short_side, model_config.long_side))
     state = torch.get_rng_state()  # building a model to count it must not move the run's random numbers
     costs = count(countable(build_model(model_config)), torch.empty(1, 3, height, width, device="meta"))
     torch.set_rng_state(state)

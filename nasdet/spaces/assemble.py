@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -197,10 +197,14 @@ def piece_makers(config: ModelConfig) -> dict[str, Any]:
     space = space_class(card.method)
     # A frozen norm around layers that nobody has trained normalises nothing.
     build = partial(space.build, card, norm="sync_bn" if config.norm == "frozen_bn" else config.norm)
+    return makers_of(pieces_of(card), partial(space.backbone, card), build)
+
+
+def makers_of(pieces: Sequence[str], backbone: Callable[..., nn.Module], build: Callable[..., Any]) -> dict[str, Any]:
+    """What makes these parts of a detector: ``backbone``, and for the others ``build(part, ...)``; towers are made."""
     makers: dict[str, Any] = {}
-    pieces = pieces_of(card)
     if "backbone" in pieces:
-        makers["backbone"] = partial(space.backbone, card)
+        makers["backbone"] = backbone
     if "neck" in pieces:
         makers["neck"] = lambda channels, strides: build("neck", in_channels=channels, strides=strides)
     if "head" in pieces:

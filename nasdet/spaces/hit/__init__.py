@@ -26,6 +26,7 @@ from nasdet.spaces.hit.space import HitSpace, card_sizes
 from nasdet.spaces.hit.supernet import (
     MEMORY,
     MixedLayer,
+    all_mixed_layers,
     alpha_matrix,
     draw,
     expected_cost,
@@ -56,6 +57,7 @@ __all__ = [
     "Place",
     "Screening",
     "Sizes",
+    "all_mixed_layers",
     "alpha_matrix",
     "card_sizes",
     "check_genotype",

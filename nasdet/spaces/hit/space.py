@@ -26,7 +26,7 @@ from nasdet.spaces.hit.genotype import (
     random_genotype,
 )
 from nasdet.spaces.hit.networks import network, plain
-from nasdet.spaces.hit.supernet import MixedLayer, inherited_state, kept_names, mixed_layers, restrict
+from nasdet.spaces.hit.supernet import MixedLayer, all_mixed_layers, inherited_state, kept_names, mixed_layers, restrict
 
 Candidates = str | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -100,7 +100,7 @@ class HitSpace:
     @staticmethod
     def arch_parameters(model: nn.Module) -> list[nn.Parameter]:
         """The alphas of all mixed layers in ``model``, a vector per layer."""
-        return [layer.alpha for layers in mixed_layers(model).values() for layer in layers]
+        return [layer.alpha for layer in all_mixed_layers(model)]
 
     @staticmethod
     def alphas(model: nn.Module) -> dict[str, list[list[float]]]:

@@ -107,11 +107,15 @@ def mixed_layers(model: nn.Module) -> dict[str, list[MixedLayer]]:
     return {part: sorted(layers, key=lambda layer: layer.place.index) for part, layers in found.items()}
 
 
+def all_mixed_layers(model: nn.Module) -> list[MixedLayer]:
+    """Those of all parts in one list, part by part."""
+    return [layer for layers in mixed_layers(model).values() for layer in layers]
+
+
 def set_memory(model: nn.Module, memory: str) -> None:
     """Choose how all mixed layers hold activations, one of :data:`MEMORY`."""
-    for layers in mixed_layers(model).values():
-        for layer in layers:
-            layer.memory = checked_memory(memory)
+    for layer in all_mixed_layers(model):
+        layer.memory = checked_memory(memory)
 
 
 def draw(model: nn.Module, samples: int, *, generator: torch.Generator | None = None) -> None:
@@ -123,7 +127,7 @@ def draw(model: nn.Module, samples: int, *, generator: torch.Generator | None = 
     their alphas get no gradient, or a zero one. ``generator``: on the CPU; torch's global one by default.
     """
     check_whole("samples", samples)
-    layers = [layer for part in mixed_layers(model).values() for layer in part]
+    layers = all_mixed_layers(model)
     alphas = torch.cat([layer.alpha.detach() for layer in layers]).float().cpu()  # one wait for the device
     for layer, alpha in zip(layers, alphas.split([len(layer.names) for layer in layers]), strict=True):
         scores = alpha - torch.empty(len(alpha)).exponential_(generator=generator).log()

@@ -30,7 +30,7 @@ class OnLevels(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``x`` is the largest map."""
-        return [self.module(map_) for map_ in ([x] if len(self.levels) == 1 else self.cut(x))]
+        return [self.module(map_) for map_ in self.cut(x)]
 
 
 class _Neck(OnLevels):

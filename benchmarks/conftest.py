@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-step-rounds", type=int, default=3, help="rounds of a step at 1 image (3); at 4: a third")
     group.addoption("--bench-step-scale", type=float, default=1.0, help="of the papers' widths in a step (1)")
     group.addoption(
-        "--bench-detector-rounds", type=int, default=3, help="rounds of a detector (3); at 2 images: a third"
+        "--bench-detector-rounds", type=int, default=3, help="rounds of a detector (3)"
     )
     group.addoption("--bench-detector-size", default="800x1333", help="of a detector's pictures (800x1333)")
     group.addoption("--bench-large-step", action="store_true", help="also a NATS step at 800 x 1216 px")

@@ -29,10 +29,9 @@ class Run:
         self.theirs = options["library"] == "torchvision"
         self.training = options["phase"] != "inference"
         self.model: Any = _made(options["detector"], self.theirs, options["size"]).to(self.device).train(self.training)
-        if not self.theirs:
-            self.model.to(memory_format=torch.channels_last)
-            if options["accelerated"]:
-                nasdet.accelerate(self.model)
+        self.model.to(memory_format=torch.channels_last)
+        if options["accelerated"]:
+            nasdet.accelerate(self.model)
         generator = torch.Generator().manual_seed(1)
         size = options["size"]
         self.pictures = [torch.rand(3, *size, generator=generator).to(self.device) for _ in range(options["images"])]

@@ -136,7 +136,8 @@ def _memory(rows: list[Row], resident: bool) -> str:
             plain, _, what = kind.partition(", ")
             if what == "resident" and not resident:
                 continue
-            label = f"{race_name((key[0], key[1], plain))}{what and f', *{what}*'}"
+            phase = key[2] if plain == "step" else plain
+            label = f"{race_name((key[0], key[1], phase))}{what and f', *{what}*'}"
             peaks = [race[name]["peak_memory"].get(kind) if name in race else None for name in names]
             lines.append(cells([label, *("" if peak is None else size(peak) for peak in peaks)]))
     return with_rule(lines)

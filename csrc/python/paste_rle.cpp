@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <system_error>
+#include <exception>
 #include <thread>
 
 namespace nasdet {
@@ -273,7 +273,7 @@ std::vector<std::string> paste_to_rle(const float* masks, const float* boxes, st
   helpers.reserve(static_cast<std::size_t>(threads));
   try {
     while (static_cast<int>(helpers.size()) + 1 < threads) helpers.emplace_back(work);
-  } catch (const std::system_error&) {  // the system gives no more threads: those that began share the work
+  } catch (const std::exception&) {  // the system gives no more threads or memory: those that began share the work
   }
   work();
   for (std::thread& helper : helpers) helper.join();

@@ -125,6 +125,9 @@ def _detect(
         {"category": names[label], "score": round(score, 4), "box": [round(value, 2) for value in box]}
         for label, score, box in zip(*(detection[key].tolist() for key in ("labels", "scores", "boxes")), strict=True)
     ]
+    if "mask_scores" in detection:
+        for row, score in zip(rows, detection["mask_scores"].tolist(), strict=True):
+            row["mask_score"] = round(score, 4)
     if masks is not None:
         masks = [mask for mask, kept in zip(masks, sure.tolist(), strict=True) if kept]
         for row, mask in zip(rows, masks, strict=True):

@@ -66,6 +66,7 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     add("--check", type=int, default=0, metavar="N", help="random nets to time whole (0)")
     add("--seed", type=int, default=0, metavar="N", help="of the random nets (0)")
     add("--proposals", type=int, metavar="N", help="of hit: RoIs that the head runs on, as in the search (1000)")
+    add("--shuffle", choices=("even_odd", "halves"), help="of detnas: permutation between blocks (even_odd)")
     add("--json", action="store_true", help="print the table and the check as JSON")
 
 
@@ -97,6 +98,7 @@ def _latency(
     check: int,
     json: bool,
     proposals: int | None,
+    shuffle: str | None,
     **options: Any,
 ) -> int:
     from nasdet.engine.distributed import local_device
@@ -107,7 +109,12 @@ def _latency(
         raise ValueError(f"space must be one of {', '.join(known)}, got {space!r}")
     if proposals is not None and not space.startswith("hit-"):
         raise ValueError(f"proposals must be left out for {space}, whose blocks see whole pictures, got {proposals}")
-    blocks = known[space]() if proposals is None else known[space](proposals=check_whole("proposals", proposals))
+    if shuffle is not None and not space.startswith("detnas-"):
+        raise ValueError(f"shuffle must be left out for {space}, whose blocks have none, got {shuffle!r}")
+    ways: dict[str, Any] = {} if shuffle is None else {"shuffle": shuffle}
+    if proposals is not None:
+        ways["proposals"] = check_whole("proposals", proposals)
+    blocks = known[space](**ways)
     pixels = blocks.usual_size if size is None else parse_size(size)
     table = measure_table(blocks, pixels, out, local_device(device), nets=check, after=_tell, **options)
     if json:

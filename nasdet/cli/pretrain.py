@@ -105,6 +105,7 @@ def _add_network(add: Any) -> None:
         metavar=("LOW", "HIGH", "WIDTH"),
         help="of a space: draw the MACs of a step's path (at width 1) first, uniformly by bins, in millions (any path)",
     )
+    add("--shuffle", choices=("even_odd", "halves"), help="of detnas: permutation between blocks (even_odd)")
     add("--candidates", nargs="+", metavar="OP", help="of hit: as for nasdet search hit (screened; -half: full)")
     add("--memory", choices=("full", "recompute"), help="of hit: how activations are held (recompute)")
 
@@ -195,6 +196,7 @@ def _network(settings: dict[str, Any], classes: int) -> Trunk:
         width=1.0 if str(settings.get("space")).startswith("hit-") else settings.get("width", 1.0),
         classes=classes,
         bins=None if bins is None else (bins[0] * 1e6, bins[1] * 1e6, bins[2] * 1e6),
+        shuffle=settings.get("shuffle"),
         candidates=parse_candidates(settings.get("candidates")),
         memory=settings.get("memory"),
         seed=settings.get("seed", 0),

@@ -62,7 +62,7 @@ EPILOG = (
     "  nasdet train --card runs/msnas/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
     "\n"
     "Several processes and machines, and what a resumption loses: see nasdet search detnas --help. A candidate is\n"
-    "trained on one device: there --tuning-batch images must fit."
+    "trained on one device: where --tuning-batch images do not fit, --tuning-micro-batch takes fewer at a time."
 )
 
 
@@ -127,6 +127,7 @@ def _add_search(group: Any) -> None:
         help="steps of a candidate on its own before it is scored (100; tiny: 20)",
     )
     add("--tuning-batch", type=int, metavar="N", help="images in such a step (as --batch)")
+    add("--tuning-micro-batch", type=int, metavar="N", help="of which so many go through the net at a time (all)")
     add("--tuning-lr", type=float, metavar="X", help="learning rate of such steps (paper: 0.004; tiny: 0.002)")
     add_shared(
         group,

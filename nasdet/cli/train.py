@@ -104,7 +104,7 @@ def _add_model(add: Any) -> None:
     add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights frozen_bn)")
     add("--frozen-stages", type=int, metavar="N", help="backbone stages that do not learn (with --weights 2, else 0)")
     add("--fpn-channels", type=int, metavar="N", help="pyramid and tower channels (paper: 256; tiny: 48)")
-    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 on (paper: 5; tiny: 4)")
+    add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 (two stages: 4) on (paper: 5; tiny: 4)")
     add("--tower-convs", type=int, metavar="N", help="convolutions in each plain tower (paper: 4; tiny: 2)")
     add("--inner-channels", type=int, metavar="N", help="channels inside a card's operations (the card's; tiny: 24)")
     add("--cells", type=int, metavar="N", help="cells in each group of a card (default: the card's)")

@@ -107,7 +107,8 @@ class OneShotConfig:
 
 #: what is of the evolution and not of the supernet
 _SEARCH = (
-    *("tuning_steps", "tuning_batch", "tuning_lr", "recalibration", "recalibration_images", "eval_batch"),
+    *("tuning_steps", "tuning_batch", "tuning_micro_batch", "tuning_lr"),
+    *("recalibration", "recalibration_images", "eval_batch"),
     *("population", "parents", "offspring", "algorithm", "max_macs", "max_parameters", "max_latency"),
     *("latency_table", "target_macs", "tolerance", "macs_height", "macs_width"),
 )

@@ -72,7 +72,8 @@ def load_supernet(run: str | Path, device: str | None = None) -> tuple[PretrainC
     """
     info = read_json(Path(run) / "run.json")
     space = info.get("space") if info.get("verb") == "pretrain" else None
-    network = None if space is None or space.startswith("hit") else trunk(space=space, width=info["width"])
+    named = {"space": space, "width": info.get("width"), "shuffle": info.get("shuffle")}
+    network = None if space is None or space.startswith("hit") else trunk(**named)
     if network is None or network.paths is None:
         raise ValueError(f"{run}: must be a run of nasdet pretrain of a supernet of paths, got {space or 'none'}")
     if (part := info["arguments"].get("part")) != PARTS[True]:

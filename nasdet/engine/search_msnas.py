@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ class MSNASSearchConfig(OneShotConfig):
     Candidates have MACs of encoder and RPN within ``tolerance`` (a share) of ``target_macs``, for a picture of
     ``macs_height`` by ``macs_width``; None: the variant's, and no limit for other sizes. ``max_parameters`` limits the
     encoder's. Before it is scored, a candidate is trained on its own for ``tuning_steps`` (0: none) of
-    ``tuning_batch`` images (None: ``batch``) at ``tuning_lr``, from the shared weights, which it leaves as they were.
+    ``tuning_batch`` images (None: ``batch``) at ``tuning_lr``, from the shared weights, which it leaves as they were;
+    ``tuning_micro_batch`` of them, a divisor, go through the net at a time (None: all), and norms see no more.
     """
 
     epochs: int = 48
@@ -62,6 +64,7 @@ class MSNASSearchConfig(OneShotConfig):
     max_parameters: float | None = None
     tuning_steps: int = 100
     tuning_batch: int | None = None
+    tuning_micro_batch: int | None = None
     tuning_lr: float = 0.004
     population: int = _PAPER["population"]
     parents: int = _PAPER["parents"]
@@ -69,10 +72,13 @@ class MSNASSearchConfig(OneShotConfig):
 
     def __post_init__(self) -> None:
         self.check("msnas")
-        for name in ("epochs", "rpn_channels", "head_channels", "tuning_batch"):
+        for name in ("epochs", "rpn_channels", "head_channels", "tuning_batch", "tuning_micro_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        batch = self.tuning_batch or self.batch
+        if self.tuning_micro_batch is not None and batch % self.tuning_micro_batch:
+            raise ValueError(f"tuning_micro_batch must divide {batch} images, got {self.tuning_micro_batch}")
         if self.tuning_steps < 0:
             raise ValueError(f"tuning_steps must be at least 0, got {self.tuning_steps}")
         if not (math.isfinite(self.tuning_lr) and self.tuning_lr > 0):
@@ -189,10 +195,13 @@ class _MSNASRun(OneShotRun):
         module = distributed.LossModule(self.model.train())
         rates = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         optimizer = make_optimizer(config.optimizer, self.model, config.tuning_lr, **rates)
-        steps, batch = config.tuning_steps, config.tuning_batch or config.batch
-        for images in self.batches(self.learnt, seed=config.seed, start=0, steps=steps, batch=batch):
-            images = images.to(self.device, self.format, non_blocking=True)
-            train_step(module, optimizer, images, config.tuning_lr, clip=config.clip, amp=config.amp)
+        batch = config.tuning_batch or config.batch
+        size = config.tuning_micro_batch or batch
+        parts = batch // size
+        images = self.batches(self.learnt, seed=config.seed, start=0, steps=config.tuning_steps * parts, batch=size)
+        moved = (part.to(self.device, self.format, non_blocking=True) for part in images)
+        while step := list(islice(moved, parts)):
+            train_step(module, optimizer, step, config.tuning_lr, clip=config.clip, amp=config.amp)
 
     def deviations(self) -> list[str]:
         return deviations(self.config, self.data, self.weights is not None)
@@ -253,6 +262,8 @@ def deviations(config: MSNASSearchConfig, data: DataFolder, pretrained: bool) ->
     found += differences(_resolved(config), paper, _COMPARED)
     if config.warmup_steps is not None:
         found.append(f"steps of warm-up: {config.warmup_steps}; the paper: an epoch")
+    if config.tuning_micro_batch is not None:
+        found.append(f"norms of a candidate on its own see {config.tuning_micro_batch} images; the paper does not say")
     if config.max_parameters is not None:
         found.append(f"at most {config.max_parameters:g} parameters; the paper: no such limit")
     if config.clip is not None:

@@ -14,6 +14,7 @@ from nasdet.detectors import BACKBONES
 from nasdet.engine.paths import Paths, binned_draw, uniform_draw
 from nasdet.spaces import SPACES, part_of, space_class
 from nasdet.spaces.detnas import DetNASSpace, macs_table
+from nasdet.spaces.detnas.space import SHUFFLES
 from nasdet.spaces.hit import LAYOUTS, HitSpace
 from nasdet.spaces.hit.space import Candidates
 
@@ -44,6 +45,7 @@ def trunk(
     width: float = 1.0,
     classes: int = 1000,
     bins: Bins | None = None,
+    shuffle: str | None = None,
     candidates: Candidates | None = None,
     memory: str | None = None,
     seed: int = 0,
@@ -57,6 +59,7 @@ def trunk(
 
     A supernet learns uniformly random paths, drawn with ``seed``; with ``bins = (low, high, width)``, in MACs with the
     last convolution and a classifier for ``classes`` classes, those of :func:`~nasdet.engine.paths.binned_draw`.
+    ``shuffle`` is that of a :class:`DetNASSpace`: weights learnt with one are of no use to the other.
 
     Raises ``ValueError`` for an unknown name, a card of another part, or more or fewer than one of the three.
     """
@@ -65,6 +68,8 @@ def trunk(
         raise ValueError(f"{_ONE_OF}, got {' and '.join(given) or 'none'}")
     if bins is not None and space is None:
         raise ValueError(f"bins must be of a space, got them with a {given[0]}")
+    if shuffle is not None and (space or "").partition("-")[0] != DetNASSpace.method:
+        raise ValueError(f"shuffle must be of a {DetNASSpace.method} space, got it with {space or given[0]}")
     mixture = space is not None and space.partition("-")[0] == HitSpace.method
     if not mixture and (candidates is not None or memory is not None):
         raise ValueError(f"candidates and memory must be of a hit space, got them with {space or given[0]}")
@@ -83,7 +88,7 @@ def trunk(
         if bins is not None:
             raise ValueError(f"bins must be of a {DetNASSpace.method} space, got them with {space!r}")
         return _mixture(space, candidates, memory or "recompute", width)
-    return _supernet(space, options, classes, bins, seed)
+    return _supernet(space, options, classes, bins, shuffle, seed)
 
 
 def _mixture(name: str, candidates: Candidates | None, memory: str, width: float) -> Trunk:
@@ -106,14 +111,18 @@ def _mixture(name: str, candidates: Candidates | None, memory: str, width: float
     return Trunk(make, {"space": name, "candidates": list(space.candidates["backbone"])}, space=space)
 
 
-def _supernet(name: str, options: dict[str, Any], classes: int, bins: Bins | None, seed: int) -> Trunk:
+def _supernet(
+    name: str, options: dict[str, Any], classes: int, bins: Bins | None, shuffle: str | None, seed: int
+) -> Trunk:
     method, _, sizes = name.partition("-")
     if method not in SPACES or not hasattr(space_class(method), "activate"):
         known = ", ".join(f"{one}-SIZE" for one in SPACES if hasattr(space_class(one), "activate"))
         raise ValueError(f"space must be the name of a supernet of paths ({known}), got {name!r}")
-    space = space_class(method)(sizes) if sizes else space_class(method)()
+    ways = {} if shuffle in (None, SHUFFLES[0]) else {"shuffle": shuffle}
+    space = space_class(method)(*filter(None, [sizes]), **ways)
     draw = uniform_draw(space, seed)
     named: dict[str, Any] = {"space": name, "width": options["width"], "bins": None if bins is None else list(bins)}
+    named |= ways
     if bins is not None:
         if method != DetNASSpace.method:
             raise ValueError(f"bins must be of a {DetNASSpace.method} space, got them with {name!r}")

@@ -18,8 +18,10 @@ TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 
 def test_who_is_absent_and_why() -> None:
-    assert bench.absent("cascade_rcnn") == "torchvision has no cascade_rcnn"
-    assert (bench.absent("fcos") is None) == TORCHVISION
+    assert bench.absent("torchvision", "cascade_rcnn", 1) == "torchvision has no cascade_rcnn"
+    assert (bench.absent("torchvision", "fcos", 2) is None) == TORCHVISION
+    assert bench.absent(bench.PLAIN, "fcos", 2) == "measured at 1 image"
+    assert bench.absent(bench.PLAIN, "fcos", 1) is None and bench.absent("nasdet", "cascade_rcnn", 2) is None
 
 
 @pytest.mark.parametrize("detector", ["fcos", "cascade_rcnn"])
@@ -27,7 +29,8 @@ def test_who_is_absent_and_why() -> None:
 def test_every_contestant_but_the_judge_is_compared(detector: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raced: list[Any] = []
     monkeypatch.setattr(bench, "run_workers", lambda *args: raced.append(args))
-    monkeypatch.setattr(bench, "absent", lambda name: None if name == "fcos" else "no such")
+    missing = {("torchvision", "cascade_rcnn"): "no such"}
+    monkeypatch.setattr(bench, "absent", lambda name, detector, images: missing.get((name, detector)))
     bench.race(detector, phase, {"images": 1}, 3)
     ((contestants, common, twins, rounds),) = raced
     ours = {"nasdet", "nasdet, not accelerated", "nasdet, reference ops"}

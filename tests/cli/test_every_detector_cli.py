@@ -68,6 +68,7 @@ def test_train_resume_eval_and_detect(
     (entry,) = json.loads((found / "detections.json").read_text())["images"]
     assert (found / entry["drawing"]).is_file() and entry["detections"]
     assert all(("mask" in row) == (name in WITH_MASKS) for row in entry["detections"])
+    assert all(("mask_score" in row) == (name == "mask_scoring_rcnn") for row in entry["detections"])
     assert all(row["mask"]["size"] == [64, 96] for row in entry["detections"] if "mask" in row)
 
 

@@ -34,6 +34,14 @@ def test_help_of_the_actions_teaches(action: str, capsys: pytest.CaptureFixture[
     assert ("detnas-small" in text and "msnas-r50" in text) == (action == "latency")
 
 
+def test_a_table_says_which_shuffle(tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    arguments = latency("--space", "detnas-tiny", "--size", "32x64", out=out)
+    assert main([*arguments, "--shuffle", "halves"]) == 0
+    assert json.loads(out.read_text())["space"]["shuffle"] == "halves"
+    assert main(arguments) == 2, "those of the other one are not mixed in"
+
+
 def test_a_table_of_a_detectors_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The head's blocks run on as many RoIs as the search's cost has."""
     out = tmp_path / "table.json"
@@ -79,9 +87,10 @@ def test_a_table_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.Captu
         (["--proposals", "3"], "proposals must be left out for detnas-small, whose blocks see whole pictures, got 3"),
         (["--space", "hit-tiny", "--proposals", "0"], "proposals must be a positive integer, got 0"),
         (["--space", "msnas-r18"], "size must be .* divisible by 64, got .*32, 64"),
+        (["--space", "msnas-r18", "--shuffle", "halves"], "shuffle must be left out for msnas-r18, .*, got 'halves'"),
         (["--check", "-1"], "nets must be an integer of at least 0, got -1"),
     ],
-    ids=["space", "size", "no-proposals", "proposals", "msnas-size", "check"],
+    ids=["space", "size", "no-proposals", "proposals", "msnas-size", "no-shuffle", "check"],
 )
 def test_what_cannot_be_measured(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

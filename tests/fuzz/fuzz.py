@@ -1,4 +1,4 @@
-"""Random cases of every operator against float64 references: ``make fuzz SEED=0 SECONDS=600``.
+"""Random cases of every operator against float64 references: ``make fuzz SEED=0 MINUTES=10``.
 
     python tests/fuzz/fuzz.py --seed 0 --seconds 600                      # 20,000 cases of every op, or fewer in time
     python tests/fuzz/fuzz.py --op nms --seed 0 --index 123               # one case again
@@ -109,7 +109,7 @@ def fuzz(seed: int, seconds: float, ops: Sequence[str], cases: int, jobs: int, b
     if failures:
         return 1
     if short := [op for op in ops if done[op] < cases]:
-        print(f"time was up before {cases:,} cases of {', '.join(short)}: give more SECONDS or fewer CASES")
+        print(f"time was up before {cases:,} cases of {', '.join(short)}: give more time or fewer cases")
         return 2
     return 0
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import nasdet
 from nasdet.arch import load_card
 from nasdet.cli import main
 from nasdet.detectors import BACKBONES, load_backbone_weights
@@ -82,8 +86,12 @@ def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
         ({"space": "hit-tiny", "bins": (1.0, 2.0, 1.0)}, "bins must be of a detnas space, got them with 'hit-tiny'"),
         ({"space": "hit-tiny", "memory": "sampled"}, "memory must be full or recompute, got 'sampled'"),
         ({"space": "detnas-tiny", "memory": "full"}, "candidates and memory must be of a hit space, got .*detnas-tiny"),
+        ({"space": "detnas-tiny", "shuffle": "x"}, "shuffle must be one of even_odd, halves, got 'x'"),
+        ({"space": "hit-tiny", "shuffle": "halves"}, "shuffle must be of a detnas space, got it with hit-tiny"),
+        ({"backbone": "resnet18", "shuffle": "halves"}, "shuffle must be of a detnas space, got it with backbone"),
     ],
-    ids=["none", "two", "backbone", "space", "bins", "layout", "width", "bins-of-hit", "memory", "memory-of-paths"],
+    ids=["none", "two", "backbone", "space", "bins", "layout", "width", "bins-of-hit", "memory", "memory-of-paths"]
+    + ["no-shuffle", "shuffle-of-hit", "shuffle-of-a-backbone"],
 )
 def test_bad_names(given, message):
     with pytest.raises(ValueError, match=message):
@@ -119,14 +127,17 @@ def test_a_published_card_is_retrained():
 @pytest.fixture(scope="module")
 def supernet(pretrained):
     arguments = ["--space", "detnas-tiny", "--data", str(pretrained / "classes"), "--out", str(pretrained / "super")]
-    assert main(["pretrain", *arguments, *TINY, "--last", "16"]) == 0
+    assert main(["pretrain", *arguments, *TINY, "--last", "16", "--shuffle", "halves"]) == 0
     return pretrained / "super"
 
 
 def test_a_supernet_from_the_command_line(supernet, pretrained, capsys):
     arguments = ["--space", "detnas-tiny", "--data", str(pretrained / "classes"), "--out", str(supernet)]
-    assert main(["pretrain", *arguments, *TINY, "--last", "16", "--resume"]) == 0
+    arguments += [*TINY, "--last", "16", "--resume"]
+    assert main(["pretrain", *arguments, "--shuffle", "halves"]) == 0
     assert "one path on search-val: top-1" in capsys.readouterr().out
+    assert main(["pretrain", *arguments]) == 2
+    assert "shuffle: 'halves' -> None" in capsys.readouterr().err
     net = DetNASSpace("tiny").supernet(width=0.125, outputs=("c3", "c4", "c5"))
     load_backbone_weights(net, supernet / "weights.pt")
 
@@ -139,13 +150,35 @@ def test_a_classification_search_from_the_command_line(supernet, pretrained, tmp
     said = capsys.readouterr().out
     card = load_card(tmp_path / "run" / "card.json")
     assert f"classification: {tmp_path / 'run' / 'card.json'}, top-1 {card.source['top1']:.4f}" in said
-    assert DetNASSpace("tiny").macs(card.genotype) <= 0.9 * most
+    assert DetNASSpace("tiny").macs(card.genotype) <= 0.9 * most and card.settings["shuffle"] == "halves"
     evolution = json.loads((tmp_path / "run" / "evolution.json").read_text())["state"]["generations"]
     assert len(evolution) == 2 and card.source["top1"] == max(one["score"] for row in evolution for one in row)
     assert main([*arguments, "--supernet", str(supernet), *small]) == 2
     assert "already holds a search" in capsys.readouterr().err
     assert main([*arguments, "--supernet", str(pretrained / "run"), *small, "--resume"]) == 2
     assert "must be a run of nasdet pretrain of a supernet of paths, got none" in capsys.readouterr().err
+
+
+def test_two_processes_search_by_classification(supernet, pretrained, tmp_path):
+    """They find what one does, and share the work."""
+    small = ["--population", "3", "--parents", "2", "--generations", "2", "--top", "1", "--device", "cpu"]
+    arguments = ["search", "classification", "--data", str(pretrained / "classes"), "--supernet", str(supernet), *small]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nasdet"]
+    root = Path(nasdet.__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, *launcher, *arguments, "--out", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "evolution.json").read_text())["state"] for name in ("one", "two"))
+    assert one == two
+    ranks = [json.loads(file.read_text())["rank"] for file in (tmp_path / "two" / "scores").glob("*/*.json")]
+    assert set(ranks) == {0, 1} and len(ranks) == sum(map(len, one["generations"]))
 
 
 @pytest.mark.parametrize("space", ["hit-tiny", "hit-tiny-half"])

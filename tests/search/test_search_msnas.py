@@ -17,6 +17,7 @@ from torch import nn
 from nasdet.arch import Card, load_card
 from nasdet.data import DataFolder
 from nasdet.engine import distributed, one_shot
+from nasdet.engine import search_msnas as search_module
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.one_shot import digest
@@ -161,6 +162,33 @@ def test_a_candidate_is_trained_on_its_own(whole: Path, config: MSNASSearchConfi
     size = {"short": 64, "long": 64, "batch": config.eval_batch, "workers": 0}
     found = evaluate(net, search.scored, **size, channels_last=search.format is torch.channels_last, progress=False)
     assert found["AP"] == candidate["score"]
+
+
+def test_a_candidates_batch_may_come_in_parts(
+    whole: Path, config: MSNASSearchConfig, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many images and steps, of which the device sees fewer at a time."""
+    seen: dict[int | None, list[list[int]]] = {}
+    sums: dict[int | None, list[float]] = {}
+    for size in (None, 2, 1):
+        parted = dataclasses.replace(config, tuning_batch=4, tuning_micro_batch=size)
+        search = run_of(parted, data, whole)
+        steps, pictures = seen.setdefault(size, []), sums.setdefault(size, [])
+
+        def step(module: nn.Module, optimizer: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+            steps.append([len(part.images) for part in batch])  # noqa: B023  # called in this round of the loop
+            for part in batch:
+                pictures.extend(part.images.double().sum((1, 2, 3)).tolist())  # noqa: B023
+            return train_step(module, optimizer, batch, *rest, **options)
+
+        monkeypatch.setattr(search_module, "train_step", step)
+        search.activate(card := Card.from_json(candidates(whole)[0]["card"]))
+        search.adapt(card)
+        assert all(torch.isfinite(value).all() for value in search.model.parameters())
+    assert seen == {None: [[4], [4]], 2: [[2, 2], [2, 2]], 1: [[1] * 4, [1] * 4]}
+    assert len(set(sums[1])) > 1 and sums[1] == pytest.approx(sums[None]) and sums[2] == pytest.approx(sums[None])
+    with pytest.raises(ValueError, match="tuning_micro_batch must divide 4 images, got 3"):
+        dataclasses.replace(config, tuning_batch=4, tuning_micro_batch=3)
 
 
 def test_fitness_depends_on_the_card_alone(whole: Path, config: MSNASSearchConfig, data: DataFolder) -> None:

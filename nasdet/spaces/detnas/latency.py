@@ -32,9 +32,9 @@ class DetNASBlocks:
         self.places = tuple({choice: _key(choice, *place) for choice in CHOICES} for place in self._places())
 
     @classmethod
-    def of(cls, variant: str) -> DetNASBlocks:
-        """Those of a space of the paper by name."""
-        return cls(DetNASSpace(variant))
+    def of(cls, variant: str, **ways: str) -> DetNASBlocks:
+        """Those of a space of the paper by name, shuffled in its ``ways``."""
+        return cls(DetNASSpace(variant, **ways))
 
     def _places(self) -> Iterator[tuple[int, int, int, int]]:
         """Channels in and out, stride, and the resolution of the map that it reads, of each place."""

@@ -43,7 +43,7 @@ BENCH = OpBench(
     ),
     [
         *(Target("nasdet", phase, "eager", 10.0, cases=NCHW) for phase in PHASES),
-        *(Target("nasdet", phase, "eager", 1 / 1.05, cases=NHWC) for phase in PHASES),
+        *(Target("nasdet", phase, "eager", 1 / 1.05, cases=NHWC, dtypes=DTYPES) for phase in PHASES),
         *(
             Target(
                 "nasdet",

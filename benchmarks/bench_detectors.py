@@ -7,12 +7,11 @@ torchvision's are taken channels_last too: as they come they are as fast or slow
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rivals import TORCHVISION_DETECTORS
-from rows import race_once, replay
-from step_race import run_workers, step_info, step_threads
 
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "mask_scoring_rcnn")
 OURS: dict[str, Any] = {"library": "nasdet", "accelerated": False, "backend": None}
@@ -38,13 +37,21 @@ def absent(contestant: str, detector: str, images: int) -> str | None:
     return None if importlib.util.find_spec("torchvision") else "torchvision is not installed"
 
 
-def race(detector: str, phase: str, common: dict[str, Any], rounds: int) -> Any:
-    """Inference must find what torchvision finds, where it takes part; losses are compared among ours."""
-    names = [name for name in CONTESTANTS if absent(name, detector, common["images"]) is None]
+def contestants_of(detector: str, phase: str, images: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Who takes part, and whose results each one's must be: inference finds what torchvision finds, where it takes
+    part; losses are compared among ours."""
+    names = [name for name in CONTESTANTS if absent(name, detector, images) is None]
     judge = "torchvision" if phase == "inference" and "torchvision" in names else "nasdet, reference ops"
     twins = {name: judge for name in names if name not in (judge, "torchvision")}
-    common = common | {"worker": "detector_worker.py", "detector": detector, "phase": phase}
-    return run_workers({name: CONTESTANTS[name] for name in names}, common, twins, rounds)
+    return {name: CONTESTANTS[name] for name in names}, twins
+
+
+def complete(info: dict[str, Any], outcome: Any) -> None:
+    info["images_per_s"] = info["images"] / info["median_s"]
+    if info["contestant"] == "nasdet" and (ratio := info["speedup_over"].get("torchvision")):
+        info["targets"] = [
+            {"quantity": "time", "over": "torchvision", "at_least": AIM, "ratio": ratio, "met": ratio >= AIM}
+        ]
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
@@ -54,9 +61,7 @@ def race(detector: str, phase: str, common: dict[str, Any], rounds: int) -> Any:
 def test_detector(
     benchmark: Any,
     request: pytest.FixtureRequest,
-    races: dict[Any, Any],
-    bench_machine: dict[str, Any],
-    bench_device: str,
+    step_row: Callable[..., None],
     detector: str,
     phase: str,
     images: int,
@@ -66,23 +71,10 @@ def test_detector(
         benchmark.skipped = True
         pytest.skip(reason)
     option = request.config.getoption
-    rounds, threads = int(option("--bench-detector-rounds")), step_threads(int(option("--bench-step-threads")))
     size = [int(side) for side in str(option("--bench-detector-size")).split("x")]
-    common = {"images": images, "size": size, "device": bench_device, "threads": threads}
-    outcome = race_once(races, (detector, phase, images), lambda: race(detector, phase, common, rounds))
-    info = step_info(
-        outcome,
-        contestant,
-        bench="detectors",
-        case=f"{detector}, {images} image{'s' if images > 1 else ''}",
-        phase=phase,
-        images=images,
-        setting={"backbone": "resnet50", "size": size},
-        environment={**bench_machine, "threads": threads},
-    )
-    info["images_per_s"] = images / info["median_s"]
-    if contestant == "nasdet" and (ratio := info["speedup_over"].get("torchvision")):
-        info["targets"] = [
-            {"quantity": "time", "over": "torchvision", "at_least": AIM, "ratio": ratio, "met": ratio >= AIM}
-        ]
-    replay(benchmark, f"{info['case']} {phase}", outcome.race.seconds[contestant], info)
+    contestants, twins = contestants_of(detector, phase, images)
+    options = {"worker": "detector_worker.py", "detector": detector, "phase": phase, "images": images, "size": size}
+    case = f"{detector}, {images} image{'s' if images > 1 else ''}"
+    what = {"bench": "detectors", "case": case, "phase": phase, "images": images}
+    what |= {"setting": {"backbone": "resnet50", "size": size}, "rounds": int(option("--bench-detector-rounds"))}
+    step_row(contestants, twins, contestant, options, **what, add=complete)

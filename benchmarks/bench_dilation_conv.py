@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from op_race import FORWARD, PHASES, TRAINING, Call, Contestant, OpBench, Setting, Target, compiled
+from op_race import DTYPES, FORWARD, PHASES, TRAINING, Call, Contestant, OpBench, Setting, Target, compiled
 from torch import Tensor
 
 from nasdet._cases import Case
@@ -98,7 +98,7 @@ def _times(contestant: str, over: str, forward: Sequence[float], training: Seque
 
 
 def _never_slower(over: str, cases: Sequence[str]) -> list[Target]:
-    return [Target("nasdet", phase, over, 1.0, cases=cases) for phase in PHASES]
+    return [Target("nasdet", phase, over, 1.0, cases=cases, dtypes=DTYPES) for phase in PHASES]
 
 
 ALL = tuple(case for cases in SHAPES.values() for case in cases)
@@ -120,8 +120,12 @@ MIXED_BENCH = OpBench(
         *(Target("nasdet", TRAINING, "eager", 3.0, "resident_memory", cases=SHAPES[c]) for c in CHANNELS),
         *_never_slower("eager", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps", "c128-n1-nchw")),
         *_never_slower("eager, folded kernels", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps")),
-        *(Target("nasdet", TRAINING, "eager", 3.0, device="cuda", cases=SHAPES[c]) for c in CHANNELS[:2]),
-        *(Target("nasdet", TRAINING, "torch.compile", 2.0, device="cuda", cases=SHAPES[c]) for c in CHANNELS[:2]),
+        *(Target("nasdet", phase, "eager", 1.0, cases=ALL, dtypes=("bf16",)) for phase in PHASES),
+        *(
+            Target("nasdet", TRAINING, rival, factor, device="cuda", cases=SHAPES[c], dtypes=("bf16",))
+            for c in CHANNELS[:2]
+            for rival, factor in (("eager", 3.0), ("torch.compile", 2.0))
+        ),
     ],
     work=_least_work,
 )
@@ -142,7 +146,10 @@ GROUPED_BENCH = OpBench(
             for c, factor in zip(CHANNELS, (2.5, 2.8, 2.3), strict=True)
         ),
         *_never_slower("split and concatenated", ("x101-stage-3",)),
-        *(Target("nasdet", FORWARD, "one convolution", 1 / 1.15, device="cuda", cases=SHAPES[c]) for c in CHANNELS[:2]),
+        *(
+            Target("nasdet", FORWARD, "one convolution", 1 / 1.15, device="cuda", cases=SHAPES[c], dtypes=("bf16",))
+            for c in CHANNELS[:2]
+        ),
     ],
     work=_least_work,
 )

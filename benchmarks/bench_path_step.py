@@ -6,11 +6,10 @@ papers' spaces in a RetinaNet, a published net as the path, two images a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rows import race_once, replay
-from step_race import run_workers, step_info, step_threads
 
 SETTING: dict[str, Any] = {"norm": "bn", "detector": "retinanet"}
 CASES: dict[str, dict[str, Any]] = {
@@ -22,33 +21,18 @@ TWINS = {"nasdet supernet": "net alone"}
 OVERHEAD = 1.05
 
 
+def keep_promise(info: dict[str, Any], outcome: Any) -> None:
+    if (alone := TWINS.get(info["contestant"])) is None:
+        return
+    ratio = info["speedup_over"][alone]
+    target = {"quantity": "time", "over": alone, "at_least": 1 / OVERHEAD}
+    info["targets"] = [target | {"ratio": ratio, "met": ratio >= 1 / OVERHEAD}]
+
+
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("case", CASES)
-def test_path_step(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    races: dict[Any, Any],
-    bench_machine: dict[str, Any],
-    bench_device: str,
-    case: str,
-    contestant: str,
-) -> None:
-    option = request.config.getoption
-    rounds, threads = int(option("--bench-step-rounds")), step_threads(int(option("--bench-step-threads")))
-    common = {**CASES[case], "worker": "path_worker.py", "images": 2, "device": bench_device, "threads": threads}
-    outcome = race_once(races, ("path", case), lambda: run_workers(CONTESTANTS, common, TWINS, rounds))
-    info = step_info(
-        outcome,
-        contestant,
-        bench="path_step",
-        case=case,
-        phase="training step",
-        images=2,
-        setting={"card": CASES[case]["card"]},
-        environment={**bench_machine, "threads": threads},
-    )
-    if contestant in TWINS:
-        ratio = info["speedup_over"][TWINS[contestant]]
-        target = {"quantity": "time", "over": TWINS[contestant], "at_least": 1 / OVERHEAD}
-        info["targets"] = [target | {"ratio": ratio, "met": ratio >= 1 / OVERHEAD}]
-    replay(benchmark, f"path step {case}", outcome.race.seconds[contestant], info)
+def test_path_step(step_row: Callable[..., None], case: str, contestant: str) -> None:
+    options = {**CASES[case], "worker": "path_worker.py", "images": 2}
+    what = {"bench": "path_step", "case": case, "phase": "training step", "images": 2}
+    setting = {"card": CASES[case]["card"]}
+    step_row(CONTESTANTS, TWINS, contestant, options, **what, setting=setting, add=keep_promise)

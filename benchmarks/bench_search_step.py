@@ -5,11 +5,10 @@ The paper's setting: FCOS with ResNet-50 and an FPN of 256 channels, c' = 96, on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rows import race_once, replay
-from step_race import run_workers, step_info, step_threads
 
 SETTING: dict[str, Any] = {"backbone": "resnet50", "fpn_channels": 256, "inner_channels": 96, "size": 416}
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -30,29 +29,14 @@ def setting(scale: float) -> dict[str, Any]:
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("images", (1, 4))
 def test_search_step(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    races: dict[Any, Any],
-    bench_machine: dict[str, Any],
-    bench_device: str,
-    images: int,
-    contestant: str,
+    request: pytest.FixtureRequest, bench_device: str, step_row: Callable[..., None], images: int, contestant: str
 ) -> None:
     option = request.config.getoption
     rounds = int(option("--bench-step-rounds"))
     if images > 1 and bench_device == "cpu":
         rounds = max(1, rounds // 3)
-    sizes, threads = setting(option("--bench-step-scale")), step_threads(int(option("--bench-step-threads")))
-    common = {**sizes, "space": "fad", "images": images, "device": bench_device, "threads": threads}
-    outcome = race_once(races, ("search step", images), lambda: run_workers(CONTESTANTS, common, TWINS, rounds))
-    info = step_info(
-        outcome,
-        contestant,
-        bench="search_step",
-        case=f"{images} images" if images > 1 else "1 image",
-        phase="alpha step + w step",
-        images=images,
-        setting=sizes,
-        environment={**bench_machine, "threads": threads},
-    )
-    replay(benchmark, f"search step {info['case']}", outcome.race.seconds[contestant], info)
+    sizes = setting(option("--bench-step-scale"))
+    case = f"{images} images" if images > 1 else "1 image"
+    what = {"bench": "search_step", "case": case, "phase": "alpha step + w step", "images": images}
+    options = {**sizes, "space": "fad", "images": images}
+    step_row(CONTESTANTS, TWINS, contestant, options, **what, setting=sizes, rounds=rounds)

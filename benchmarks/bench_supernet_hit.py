@@ -4,11 +4,10 @@ two candidates a layer. Peak memory and time, beside the forecast; and the forec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from rows import race_once, replay
-from step_race import run_workers, step_info, step_threads
 
 CASES: dict[str, dict[str, Any]] = {
     "backbone, 8 operations, 224x320": {"part": "backbone", "candidates": "screened", "size": [224, 320]},
@@ -21,36 +20,19 @@ TWINS = {"recompute": "full"}  # the other computes something else
 WITHIN = 0.15
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-@pytest.mark.parametrize("case", CASES)
-def test_supernet_hit(
-    benchmark: Any,
-    request: pytest.FixtureRequest,
-    races: dict[Any, Any],
-    bench_machine: dict[str, Any],
-    bench_device: str,
-    case: str,
-    contestant: str,
-) -> None:
-    option = request.config.getoption
-    rounds, threads = int(option("--bench-step-rounds")), step_threads(int(option("--bench-step-threads")))
-    common = {**CASES[case], "worker": "hit_worker.py", "device": bench_device, "threads": threads}
-    outcome = race_once(races, ("hit", case), lambda: run_workers(CONTESTANTS, common, TWINS, rounds))
-    info = step_info(
-        outcome,
-        contestant,
-        bench="supernet_hit",
-        case=case,
-        phase="step",
-        images=1,
-        setting=dict(CASES[case]),
-        environment={**bench_machine, "threads": threads},
-    )
-    measured, facts = info["peak_memory"]["step"], outcome.facts[contestant]
+def add_forecast(info: dict[str, Any], outcome: Any) -> None:
+    measured, facts = info["peak_memory"]["step"], outcome.facts[info["contestant"]]
     info["peak_memory"] |= {
         "step, forecast": facts["forecast"],
         "step, forecast at 800x1200, 512 RoIs": facts["forecast_at_the_papers_size"],
     }
     off = abs(facts["forecast"] / measured - 1)
     info["targets"] = [{"quantity": "forecast of memory", "off": off, "within": WITHIN, "met": off <= WITHIN}]
-    replay(benchmark, f"supernet hit {case}", outcome.race.seconds[contestant], info)
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("case", CASES)
+def test_supernet_hit(step_row: Callable[..., None], case: str, contestant: str) -> None:
+    options = {**CASES[case], "worker": "hit_worker.py"}
+    what = {"bench": "supernet_hit", "case": case, "phase": "step", "images": 1}
+    step_row(CONTESTANTS, TWINS, contestant, options, **what, setting=dict(CASES[case]), add=add_forecast)

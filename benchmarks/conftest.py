@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # this folder only: the reposito
 from machine import environment, keep_freed_blocks, measured_peaks  # noqa: E402  (needs the line above)
 from op_race import OpBench, row_info, run_op  # noqa: E402
 from rows import CLOCK, race_once, replay  # noqa: E402
+from step_race import run_workers, step_info, step_threads  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,6 +101,44 @@ def op_row(
             if rate in info:
                 info[f"{of}_share"] = info[rate] / bench_machine["peaks"][f"{of}_{rate}"]
         info |= {"bench": bench.name, "case": case.id, "environment": bench_machine}
+        replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
+
+    return enter
+
+
+@pytest.fixture
+def step_row(
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    races: dict[Any, Any],
+    bench_machine: dict[str, Any],
+    bench_device: str,
+) -> Callable[..., None]:
+    """``step_row(contestants, twins, contestant, options, bench=..., case=..., phase=..., ...)``: run the race of whole
+    steps if need be, all workers with the same ``options``, and enter the contestant's row.
+
+    ``rounds`` are those of ``--bench-step-rounds`` unless given; ``add(info, outcome)`` completes the row.
+    """
+
+    def enter(
+        contestants: Mapping[str, Mapping[str, Any]],
+        twins: Mapping[str, str],
+        contestant: str,
+        options: Mapping[str, Any],
+        *,
+        rounds: int | None = None,
+        add: Callable[[dict[str, Any], Any], None] | None = None,
+        **facts: Any,
+    ) -> None:
+        option = request.config.getoption
+        rounds = int(option("--bench-step-rounds")) if rounds is None else rounds
+        threads = step_threads(int(option("--bench-step-threads")))
+        common = {**options, "device": bench_device, "threads": threads}
+        key = (facts["bench"], facts["case"], facts["phase"])
+        outcome = race_once(races, key, lambda: run_workers(contestants, common, twins, rounds))
+        info = step_info(outcome, contestant, **facts, environment={**bench_machine, "threads": threads})
+        if add is not None:
+            add(info, outcome)
         replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
 
     return enter

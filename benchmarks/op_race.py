@@ -63,8 +63,8 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Target:
-    """What the project promises (float32): ``contestant`` ``factor`` times better than ``over``; without a rival, at
-    most ``at_most`` seconds or bytes.
+    """What the project promises: ``contestant`` ``factor`` times better than ``over``; without a rival, at most
+    ``at_most`` seconds or bytes.
     """
 
     contestant: str
@@ -75,6 +75,7 @@ class Target:
     at_most: float = 0.0
     cases: Sequence[str] = ()  # in these only; in all when empty
     device: str = "cpu"
+    dtypes: Sequence[str] = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -216,14 +217,16 @@ def row_info(bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str
     return info | {
         "peak_memory": outcome.memory[name],
         "speedup_over": {rival: outcome.race.speedup(name, rival) for rival in rivals},
-        "targets": [] if dtype != "fp32" else _targets(bench, outcome, name, phase, device),
+        "targets": _targets(bench, outcome, name, dtype, phase, device),
     }
 
 
-def _targets(bench: OpBench, outcome: Outcome, name: str, phase: str, device: str) -> list[dict[str, Any]]:
+def _targets(
+    bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str, device: str
+) -> list[dict[str, Any]]:
     rows = []
     for target in bench.targets:
-        if (target.contestant, target.phase, target.device) != (name, phase, device):
+        if (target.contestant, target.phase, target.device) != (name, phase, device) or dtype not in target.dtypes:
             continue
         if target.cases and outcome.case not in target.cases:
             continue

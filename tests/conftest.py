@@ -6,6 +6,7 @@ test that would skip for want of it fails.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -73,6 +74,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"NASDET_REQUIRE must name some of {', '.join(NEEDS)}, got {', '.join(unknown)}")
     if missing := {name: reason for name in sorted(REQUIRED) if (reason := NEEDS[name]())}:
         raise pytest.UsageError("; ".join(f"NASDET_REQUIRE has {name}, but: {why}" for name, why in missing.items()))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays to the end, thousands of tests among it: no collection of garbage need look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,13 @@ struct DepthwiseAxis {
   const int32_t* tap;             // [taps] where the weight stands in the kernel
   const int64_t* base;            // [taps]
   const int32_t *begin, *end;     // [count] the taps of j whose source exists
+
+  // The targets j whose source by tap t exists: from first_of(t), below last_of(t).
+  int64_t first_of(int64_t t) const { return base[t] >= 0 ? 0 : (advance - 1 - base[t]) / advance; }
+  int64_t last_of(int64_t t) const {
+    const int64_t most = base[t] < source ? (source - 1 - base[t]) / advance + 1 : 0;
+    return most < count ? most : count;
+  }
 };
 
 // Rows first + r * spacing, r < rows (7, 4 or 1), of a lattice. With step 1 or 2 they share source rows, `unit` apart: row r + 1

@@ -99,7 +99,7 @@ inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const Dept
     const int64_t spacing = std::min(sharing.spacing, a.count);
     for (int64_t group = 0, rows; group < a.count; group += rows * spacing) {
       const int64_t left = (a.count - group + spacing - 1) / spacing;
-      rows = left == 8 || left == 9 ? 4 : std::min<int64_t>(left, kDepthwiseRows);
+      rows = left == 8 || left == 9 ? 4 : std::min<int64_t>(left, sharing.step == 2 ? 4 : kDepthwiseRows);
       for (int64_t q = 0; q < spacing && group + q < a.count; ++q) {
         int64_t first = group + q, count = std::min((a.count - first + spacing - 1) / spacing, rows);
         for (int64_t size; count > 0; count -= size, first += size * spacing) {

@@ -10,6 +10,7 @@ namespace {
 template <int L, class F> NASDET_INLINE void for_channels(int64_t begin, int64_t end, F&& f) {
   int64_t c = begin, block = 0;
   for (; c + kVectors * L <= end; c += kVectors * L) f(Int<kVectors>{}, c, block++);
+  if (kVectors > 1 && c + L < end && end - begin >= kVectors * L) f(Int<kVectors>{}, end - kVectors * L, block++), c = end;
   for (; c < end; c += L) f(Int<1>{}, c + L <= end ? c : end - L, block++);
 }
 
@@ -42,15 +43,15 @@ template <class S> void convolve_pixels(const DepthwisePixels& p, const Depthwis
               add_products<kTaps, kStep, R, V, true>(sum, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c, weights + (down * K + a.tap[l]) * C + c, K * C);
           }
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) streaming ? store_streaming(targets[r] + at + c + v * L, sum[r][v]) : store(targets[r] + at + c + v * L, sum[r][v]);
+          for (int r = 0; r < R; ++r) store_row<V>(targets[r] + at + c, sum[r], streaming);
         });
       }
     }
   });
   if (streaming) streaming_fence();
 }
+
+constexpr int64_t kColumns = 8;  // of both maps' rows that the innermost cache holds for a block of channels
 
 // Adds a tile's part of the weights' gradient for channels [begin, end) to sums[block][kernel * kernel][kVectors * L].
 template <class S> void correlate_pixels(const DepthwiseGrad& p, const DepthwiseTile& tile, int64_t image, int64_t begin, int64_t end, arithmetic_t<S>* sums) {
@@ -67,20 +68,19 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
     constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
     constexpr int kBlock = kVectors * L;
     const int64_t passes = kTaps > 1 ? 1 : rows.taps;
-    for (int64_t j = 0; j < a.count; ++j) {
-      const int64_t first = a.begin[j], last = a.end[j];
+    const int64_t columns = a.advance == 1 ? kColumns : kColumns / 2;
+    for (int64_t j = 0; j < a.count; j += columns) {
+      const int64_t stop = j + columns < a.count ? j + columns : a.count;
       for_channels<L>(begin, end, [&](auto vectors_, int64_t c, int64_t block) __attribute__((always_inline)) {
         constexpr int V = decltype(vectors_)::value;
-        vec<T> grad[R][V];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) grad[r][v] = load(grads[r] + j * C + c + v * L);
         T* const own = sums + block * K * K * kBlock;
         for (int64_t m = 0; m < passes; ++m) {
           const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
-          for (int64_t l = first; l < last; ++l)
-            add_correlations<kTaps, kStep, R, V, true>(own + (down * K + a.tap[l]) * kBlock, K * kBlock, grad, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c);
+          const Correlated<S, S> of{grads, C, sources.rows + m * R, a.advance * C};
+          for (int64_t l = 0; l < a.taps; ++l) {
+            const int64_t first = a.first_of(l), last = a.last_of(l);
+            add_correlations<kTaps, kStep, R, V>(own + (down * K + a.tap[l]) * kBlock, K * kBlock, of, c, a.base[l] * C + c, first > j ? first : j, last < stop ? last : stop);
+          }
         }
       });
     }
@@ -88,18 +88,21 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
 }
 
 // Moves a chunk's sums to double, [channels of the chunk][kernel * kernel], and clears them.
-template <class T> void flush_pixels(int64_t kernel, int64_t begin, int64_t end, T* sums, double* total) {
+template <class S> void flush_pixels(int64_t kernel, int64_t begin, int64_t end, arithmetic_t<S>* sums, double* total) {
+  using T = arithmetic_t<S>;
   constexpr int L = kLanes<T>, kBlock = kVectors * L;
   const int64_t taps = kernel * kernel;
   int64_t done = begin;
   for_channels<L>(begin, end, [&](auto vectors_, int64_t c, int64_t block) {
+    constexpr int V = decltype(vectors_)::value;
     T* const own = sums + block * taps * kBlock;
     for (int64_t t = 0; t < taps; ++t)
-      for (int64_t i = 0; i < decltype(vectors_)::value * L; ++i) {
-        if (c + i >= done) total[(c + i - begin) * taps + t] += double(own[t * kBlock + i]);
+      for (int i = 0; i < V * L; ++i) {
+        const int64_t channel = c + place_of<S, V>(i);
+        if (channel >= done) total[(channel - begin) * taps + t] += double(own[t * kBlock + i]);
         own[t * kBlock + i] = 0;
       }
-    done = c + decltype(vectors_)::value * L;
+    done = c + V * L;
   });
 }
 
@@ -114,10 +117,10 @@ template <class S> void grad_pixels(const DepthwiseGrad& p, int64_t first, int64
   for (int64_t t = first; t < last; ++t) {
     const DepthwiseTile& tile = p.tiles[t % p.tile_count];
     terms += tile.rows * p.to.width;
-    if (terms > kTerms) flush_pixels<T>(p.kernel, begin, end, sums, total), terms = tile.rows * p.to.width;
+    if (terms > kTerms) flush_pixels<S>(p.kernel, begin, end, sums, total), terms = tile.rows * p.to.width;
     correlate_pixels<S>(p, tile, t / p.tile_count, begin, end, sums);
   }
-  flush_pixels<T>(p.kernel, begin, end, sums, total);
+  flush_pixels<S>(p.kernel, begin, end, sums, total);
 }
 
 }  // namespace

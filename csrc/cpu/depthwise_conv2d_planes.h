@@ -160,6 +160,8 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
   T* const memory = static_cast<T*>(scratch);
   T* const grads = memory + (p.ring + 1) * p.row;
   T* const sums = grads + kDepthwiseRows * pitch;
+  const T* upstream[kDepthwiseRows];
+  for (int r = 0; r < kDepthwiseRows; ++r) upstream[r] = grads + r * pitch;
   for (int64_t i = 0; i < K * K * L; ++i) sums[i] = 0;
   if (first) {
     clear_ring<T>(p, scratch);
@@ -190,17 +192,13 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
       with_tile<T>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
         constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
         const int64_t passes = kTaps > 1 ? 1 : rows.taps;
-        for (int64_t w = 0; w < a.count; w += L) {
-          vec<T> grad[R][1];
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) grad[r][0] = load(grads + r * pitch + w);
-          for (int64_t m = 0; m < passes; ++m) {
-            const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
-            for (int64_t l = 0; l < a.taps; ++l) {
-              const int64_t place = a.base[l] + p.margin;
-              const int64_t offset = a.advance == 1 ? place : place % a.advance * ring.length + place / a.advance;
-              add_correlations<kTaps, kStep, R, 1, false>(sums + (down * K + a.tap[l]) * L, K * L, grad, sources.rows + m * R, offset + w);
-            }
+        for (int64_t m = 0; m < passes; ++m) {
+          const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
+          const Correlated<T, T> of{upstream, L, sources.rows + m * R, L};
+          for (int64_t l = 0; l < a.taps; ++l) {
+            const int64_t place = a.base[l] + p.margin;
+            const int64_t offset = a.advance == 1 ? place : place % a.advance * ring.length + place / a.advance;
+            add_correlations<kTaps, kStep, R, 1>(sums + (down * K + a.tap[l]) * L, K * L, of, 0, offset, 0, pitch / L);
           }
         }
       });

@@ -23,23 +23,74 @@ template <class V> NASDET_INLINE void in_register(V& v) {
 #endif
 }
 
+// Two vectors of one row: as they come, or of bfloat16 the even elements and the odd ones, which are cheaper to widen. What
+// meets them, weights, sums and results, must have their order.
+template <class S> inline constexpr bool kSplit = false;
+template <> inline constexpr bool kSplit<BFloat16> = kVectors == 2;
+
+template <int V, class S> NASDET_INLINE void load_row(const S* row, vec<arithmetic_t<S>> (&x)[V]) {
+  if constexpr (V == 2 && kSplit<S>) {
+    load_pair(row, x[0], x[1]);
+  } else {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) x[v] = load(row + v * kLanes<arithmetic_t<S>>);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) in_register(x[v]);
+}
+
+// Where a lane's value stands in the row.
+template <class S, int V> NASDET_INLINE int place_of(int lane) {
+  constexpr int L = kLanes<arithmetic_t<S>>;
+  return V == 2 && kSplit<S> ? 2 * (lane % L) + lane / L : lane;
+}
+
+// Consecutive values of the arithmetic's type in the order of load_row.
+template <class S, int V> NASDET_INLINE void load_values(const arithmetic_t<S>* values, vec<arithmetic_t<S>> (&w)[V]) {
+  using T = arithmetic_t<S>;
+  constexpr int L = kLanes<T>;
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) w[v] = load(values + v * L);
+  if constexpr (V == 2 && kSplit<S>) {
+    vec_i32 even;
+    for (int i = 0; i < L; ++i) even[i] = 2 * i;
+    const vec<T> first = w[0];
+    w[0] = __builtin_shuffle(first, w[1], even);
+    w[1] = __builtin_shuffle(first, w[1], even + 1);
+  }
+}
+
+// The results of V vectors, in the order of load_row, as a row.
+template <int V, class S> NASDET_INLINE void store_row(S* row, const vec<arithmetic_t<S>> (&sum)[V], bool streaming) {
+  if constexpr (V == 2 && kSplit<S>) {
+    const vec_u32 both = widened_words(narrow<S>(sum[0])) | (widened_words(narrow<S>(sum[1])) << 16);
+    float* const words = reinterpret_cast<float*>(row);
+    streaming ? store_streaming(words, (vec<float>)both) : store(words, (vec<float>)both);
+  } else {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) streaming ? store_streaming(row + v * kLanes<arithmetic_t<S>>, sum[v]) : store(row + v * kLanes<arithmetic_t<S>>, sum[v]);
+  }
+}
+
 // Adds the products of one column tap (all row taps when shared: kTaps > 1) to R x V vectors. `w` points at vectors (kLaneWeights) or
 // at values, a row of the kernel `w_step` apart.
 template <int kTaps, int kStep, int R, int V, bool kLaneWeights, class S>
 NASDET_INLINE void add_products(vec<arithmetic_t<S>> (&sum)[R][V], const S* const* rows, int64_t offset, const arithmetic_t<S>* w, int64_t w_step) {
   using T = arithmetic_t<S>;
-  constexpr int L = kLanes<T>;
   vec<T> weight[kTaps][V];
 #pragma GCC unroll 8
-  for (int k = 0; k < kTaps; ++k)
+  for (int k = 0; k < kTaps; ++k) {
+    if constexpr (kLaneWeights) {
+      load_values<S, V>(w + k * w_step, weight[k]);
+    } else {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) weight[k][v] = kLaneWeights ? load(w + k * w_step + v * L) : splat<T>(w[k * w_step]);
+      for (int v = 0; v < V; ++v) weight[k][v] = splat<T>(w[k * w_step]);
+    }
+  }
 #pragma GCC unroll 19
   for (int j = 0; j < kTaps + kStep * (R - 1); ++j) {
-    const S* const row = rows[j] + offset;
     vec<T> x[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = load(row + v * L), in_register(x[v]);
+    load_row<V>(rows[j] + offset, x);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       if (j - kStep * r < 0 || j - kStep * r >= kTaps) continue;
@@ -49,33 +100,44 @@ NASDET_INLINE void add_products(vec<arithmetic_t<S>> (&sum)[R][V], const S* cons
   }
 }
 
-// Adds <upstream rows, source rows> of one column tap to kTaps sums in memory, `step` apart.
-template <int kTaps, int kStep, int R, int V, bool kLaneSums, class S>
-NASDET_INLINE void add_correlations(arithmetic_t<S>* sums, int64_t step, const vec<arithmetic_t<S>> (&grad)[R][V], const S* const* rows, int64_t offset) {
+// Upstream rows and source rows, and how far their columns are apart in memory.
+template <class S, class G> struct Correlated {
+  const G* const* grads;
+  int64_t grad_step;
+  const S* const* rows;
+  int64_t row_step;
+};
+
+// Adds <upstream rows, source rows> of one column tap, over columns [first, last), to kTaps sums in memory, `step` apart.
+template <int kTaps, int kStep, int R, int V, class S, class G>
+NASDET_INLINE void add_correlations(arithmetic_t<S>* sums, int64_t step, const Correlated<S, G>& of, int64_t grad_offset, int64_t row_offset, int64_t first, int64_t last) {
   using T = arithmetic_t<S>;
-  constexpr int L = kLanes<T>, kSums = kLaneSums ? V : 1;
-  vec<T> sum[kTaps][kSums];
+  constexpr int L = kLanes<T>;
+  vec<T> sum[kTaps][V];
 #pragma GCC unroll 8
   for (int k = 0; k < kTaps; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kSums; ++v) sum[k][v] = load(sums + k * step + v * L);
-#pragma GCC unroll 19
-  for (int j = 0; j < kTaps + kStep * (R - 1); ++j) {
-    const S* const row = rows[j] + offset;
-    vec<T> x[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = load(row + v * L), in_register(x[v]);
+    for (int v = 0; v < V; ++v) sum[k][v] = load(sums + k * step + v * L);
+  for (int64_t j = first; j < last; ++j) {
+    vec<T> grad[R][V];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (j - kStep * r < 0 || j - kStep * r >= kTaps) continue;
+    for (int r = 0; r < R; ++r) load_row<V>(of.grads[r] + grad_offset + j * of.grad_step, grad[r]);
+#pragma GCC unroll 19
+    for (int i = 0; i < kTaps + kStep * (R - 1); ++i) {
+      vec<T> x[V];
+      load_row<V>(of.rows[i] + row_offset + j * of.row_step, x);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        if (i - kStep * r < 0 || i - kStep * r >= kTaps) continue;
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[j - kStep * r][kLaneSums ? v : 0] += grad[r][v] * x[v];
+        for (int v = 0; v < V; ++v) sum[i - kStep * r][v] += grad[r][v] * x[v];
+      }
     }
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kTaps; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kSums; ++v) store(sums + k * step + v * L, sum[k][v]);
+    for (int v = 0; v < V; ++v) store(sums + k * step + v * L, sum[k][v]);
 }
 
 // Calls f with the number of taps that share rows, the step from row to row, and the number of rows, as constants.

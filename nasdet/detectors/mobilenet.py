@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone
 from nasdet.detectors.norm import FoldingSequential, norm_layer
+from nasdet.nn import DepthwiseConv2d
 
 # expansion, channels, blocks, stride of the first (Table 2), by the level that they end in
 STAGES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
@@ -25,7 +26,11 @@ def divisible(channels: float) -> int:
 
 
 def _conv(inp: int, out: int, kernel: int, stride: int, groups: int, norm: str) -> nn.Sequential:
-    conv = nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
+    conv = (
+        DepthwiseConv2d(inp, kernel, stride, kernel // 2, bias=False)
+        if groups > 1
+        else nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    )
     return FoldingSequential(conv, norm_layer(norm, out), nn.ReLU6(inplace=True))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nasdet.detectors.backbone import LEVELS, Backbone, scaled
 from nasdet.detectors.norm import FoldingSequential, norm_layer
+from nasdet.nn import DepthwiseConv2d
 
 CHOICES = {"sh3": 3, "sh5": 5, "sh7": 7, "xcep": 3}
 """DetNAS's choices for a block, in the order of its genes, with the kernel of their depthwise convolutions."""
@@ -21,7 +22,7 @@ def _pointwise(inp: int, out: int, norm: str) -> list[nn.Module]:
 
 
 def _depthwise(channels: int, kernel: int, stride: int, norm: str) -> list[nn.Module]:
-    conv = nn.Conv2d(channels, channels, kernel, stride=stride, padding=kernel // 2, groups=channels, bias=False)
+    conv = DepthwiseConv2d(channels, kernel, stride, kernel // 2, bias=False)
     return [conv, norm_layer(norm, channels)]
 
 

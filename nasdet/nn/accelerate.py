@@ -9,17 +9,19 @@ from types import MappingProxyType, TracebackType
 import torch
 from torch import Tensor, nn
 
-from nasdet.nn.dilation_conv import add_bias, check_same_conv2d
-from nasdet.ops import grouped_dilation_conv2d
+from nasdet._dispatch import OPS
+from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
+from nasdet.nn.dilation_conv import check_same_conv2d
+from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
 from nasdet.ops._dilation import chosen_algorithm, torch_is_faster
-from nasdet.ops.grouped_dilation_conv2d import OP
 
 _TYPICAL = (1, 56, 84)  # images, height and width: a middle level of a detector's pyramid
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class AcceleratedConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` whose forward on the CPU is :func:`nasdet.ops.grouped_dilation_conv2d` with one dilation.
+    """An ``nn.Conv2d`` whose forward on the CPU is :func:`nasdet.ops.grouped_dilation_conv2d` with one dilation, or of
+    a depthwise one :func:`nasdet.ops.depthwise_conv2d`.
 
     :func:`accelerate` turns convolutions into it and back. Elsewhere than on the CPU, in float64, for unbatched inputs,
     and where the model is traced or exported, it is ``nn.Conv2d``. Second derivatives raise.
@@ -30,8 +32,15 @@ class AcceleratedConv2d(nn.Conv2d):
         if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return super()._conv_forward(input, weight, bias)
         dilation, stride = (self.dilation[0], self.dilation[1]), (self.stride[0], self.stride[1])
+        if _is_depthwise(self):
+            padding = self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1])
+            return add_bias(depthwise_conv2d(input, weight, stride, padding, dilation), bias)
         y = grouped_dilation_conv2d(input, weight, (dilation,), (self.out_channels,), stride, self.groups)
         return add_bias(y, bias)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels > 1
 
 
 class Acceleration:
@@ -99,10 +108,10 @@ def accelerate(model: nn.Module) -> Acceleration:
     only its class changes, to :class:`AcceleratedConv2d`. Training and ``torch.compile`` work as before. Values agree
     with torch's to the rounding of float32 (Winograd's algorithm: 1e-6 relative).
 
-    Swapped are plain ``nn.Conv2d`` on the CPU with an odd square kernel and "same" zero padding, of any dilation, for
-    which the op's cost model chooses one of its fast algorithms on maps of a usual size; these are above all 3x3
-    convolutions of stride 1 in one group. On CUDA nothing is swapped. ``model.to(memory_format=torch.channels_last)``
-    beforehand saves the copies between the layouts.
+    Swapped are plain ``nn.Conv2d`` on the CPU with an odd square kernel and zero padding: depthwise ones, and of
+    others, of any dilation with "same" padding, those for which the op's cost model chooses one of its fast algorithms
+    on maps of a usual size; these are above all 3x3 convolutions of stride 1 in one group. On CUDA nothing is swapped.
+    ``model.to(memory_format=torch.channels_last)`` beforehand saves the copies between the layouts.
 
     Args:
         model: anything, from one convolution to a detector. It may be accelerated already, wholly or in part.
@@ -134,18 +143,21 @@ def _why_not(conv: nn.Conv2d) -> str | None:
     """Why a convolution is left to torch, or None."""
     if type(conv) is AcceleratedConv2d:
         return "accelerated already"
+    if type(conv) is DepthwiseConv2d:
+        return "it runs on the library's kernels by itself"
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         return "its forward was replaced"
     try:
-        check_same_conv2d(conv, "it")
+        check_depthwise(conv, "it") if _is_depthwise(conv) else check_same_conv2d(conv, "it")
     except (TypeError, ValueError) as error:
         return str(error)
     if conv.weight.device.type != "cpu":
         return f"its weight is on {conv.weight.device.type}, where torch's convolutions are left alone"
     if conv.weight.dtype not in _TYPES:
         return f"its weight is {conv.weight.dtype}"
-    compiled = next(backend for backend in OP.backends if backend.name == "cpp")
-    return compiled.available() or _slower(conv)
+    op = OPS["depthwise_conv2d" if _is_depthwise(conv) else "grouped_dilation_conv2d"]
+    compiled = next(backend for backend in op.backends if backend.name == "cpp")
+    return compiled.available() or (None if _is_depthwise(conv) else _slower(conv))
 
 
 @torch.no_grad()

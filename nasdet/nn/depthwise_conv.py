@@ -13,12 +13,17 @@ from nasdet.ops._dilation import Pair, pair
 from nasdet.ops.depthwise_conv2d import checked_padding
 
 
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution's fresh result ``[N, C, H, W]`` with its bias, in place: no further map."""
+    return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """One ``k`` x ``k`` kernel per channel, run by :func:`nasdet.ops.depthwise_conv2d`.
 
     An ``nn.Conv2d`` with as many groups as channels: the same parameters ``weight [C, 1, k, k]`` and ``bias [C]``, in
-    name, shape and initial distribution, the same attributes. ``padding="same"``, the default, is
-    ``dilation * (k // 2)`` at every stride.
+    name, shape and initial distribution, the same attributes; where the model is traced or exported it is one.
+    ``padding="same"``, the default, is ``dilation * (k // 2)`` at every stride.
 
     ``forward(x [N, C, H, W])`` gives ``[N, C, ceil(H / stride), ceil(W / stride)]`` with it.
     """
@@ -59,7 +64,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
         Raises TypeError or ValueError, with ``name``, for any other module.
         """
-        conv = _checked(conv, name)
+        conv = check_depthwise(conv, name)
         with torch.device("meta"):  # nothing is allocated or drawn that is replaced at once
             made = cls(
                 conv.in_channels,
@@ -73,12 +78,14 @@ class DepthwiseConv2d(nn.Conv2d):
         return made.train(conv.training)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return super()._conv_forward(input, weight, bias)
         options: tuple[Any, ...] = (self.stride, self.padding, self.dilation)
-        y = depthwise_conv2d(input, weight, *options, backend=self.backend)
-        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+        return add_bias(depthwise_conv2d(input, weight, *options, backend=self.backend), bias)
 
 
-def _checked(conv: nn.Module, name: str) -> nn.Conv2d:
+def check_depthwise(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
+    """``conv``, if it is a plain depthwise ``nn.Conv2d`` that the op can stand for; ``name`` is for the error."""
     if type(conv) is not nn.Conv2d:
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
     if not conv.groups == conv.in_channels == conv.out_channels:

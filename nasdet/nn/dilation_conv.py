@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nasdet._checks import check_whole
+from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair
 
@@ -18,9 +19,9 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
     """``conv``, if it is a plain ``nn.Conv2d`` that the modules below can stand for; ``name`` is for the error.
 
     That is: a square kernel of odd size, zero padding that keeps the size at stride 1, and no subclass, whose own
-    forward would be lost.
+    forward would be lost, but :class:`DepthwiseConv2d`, which computes the same.
     """
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in (nn.Conv2d, DepthwiseConv2d):
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
     height, width = conv.kernel_size
     if height != width or height % 2 == 0:
@@ -32,11 +33,6 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
             f"{name} must be padded with {same[0]}x{same[1]} zeros, got {conv.padding} ({conv.padding_mode})"
         )
     return conv
-
-
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution's fresh result ``[N, C, H, W]`` with its bias, in place: no further map, no further pass."""
-    return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
 
 
 class _DilationConv2d(nn.Module):

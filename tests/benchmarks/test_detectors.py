@@ -27,17 +27,14 @@ def test_who_is_absent_and_why() -> None:
 @pytest.mark.parametrize("detector", ["fcos", "cascade_rcnn"])
 @pytest.mark.parametrize("phase", bench.PHASES)
 def test_every_contestant_but_the_judge_is_compared(detector: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    raced: list[Any] = []
-    monkeypatch.setattr(bench, "run_workers", lambda *args: raced.append(args))
     missing = {("torchvision", "cascade_rcnn"): "no such"}
     monkeypatch.setattr(bench, "absent", lambda name, detector, images: missing.get((name, detector)))
-    bench.race(detector, phase, {"images": 1}, 3)
-    ((contestants, common, twins, rounds),) = raced
+    contestants, twins = bench.contestants_of(detector, phase, 1)
     ours = {"nasdet", "nasdet, not accelerated", "nasdet, reference ops"}
     assert set(contestants) - ours == ({"torchvision"} if detector == "fcos" else set())
     judge = "torchvision" if detector == "fcos" and phase == "inference" else "nasdet, reference ops"
     assert set(twins) == ours - {judge} and set(twins.values()) == {judge}
-    assert common == {"images": 1, "worker": "detector_worker.py", "detector": detector, "phase": phase}
+    assert all(contestants[name] == bench.CONTESTANTS[name] for name in contestants)
 
 
 def values(contestant: str, detector: str, phase: str) -> dict[str, float]:

@@ -220,6 +220,7 @@ def test_promises_of_a_ratio_and_of_a_limit() -> None:
         target("nasdet", "forward+backward", "rival", 1.0),
         target("rival", "forward", "nasdet", 1.0),
         target("nasdet", "forward", at_most=0.5, device="cuda"),
+        target("nasdet", "forward", at_most=1.5, dtypes=("bf16",)),
     )
     what = bench(top, top_case(), {}, targets=targets)
     race = interleave.Race({"nasdet": [1.0, 1.0], "rival": [4.0, 4.0]})
@@ -236,7 +237,8 @@ def test_promises_of_a_ratio_and_of_a_limit() -> None:
         ("rival", 3.0, True),
         ("rival", 2.0, True),
     ]
-    assert op_race.row_info(what, outcome, "nasdet", "bf16", "forward", "cpu")["targets"] == []
+    narrow = op_race.row_info(what, outcome, "nasdet", "bf16", "forward", "cpu")["targets"]
+    assert narrow == [{"quantity": "time", "at_most": 1.5, "value": 1.0, "met": True}]
     on_gpu = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cuda")["targets"]
     assert on_gpu == [{"quantity": "time", "at_most": 0.5, "value": 1.0, "met": False}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import nasdet
-from nasdet.nn import AcceleratedConv2d, accelerate
+from nasdet._dispatch import OPS
+from nasdet.nn import AcceleratedConv2d, DepthwiseConv2d, accelerate
 
 pytestmark = pytest.mark.needs("cpp")
 
@@ -40,7 +42,9 @@ LEFT = {
     "1x1": (nn.Conv2d(64, 64, 1), "torch's is as fast at a 1x1 kernel"),
     "stride-2": (nn.Conv2d(128, 128, 3, stride=2, padding=1), "kernel of stride 2"),
     "one-output": (nn.Conv2d(256, 1, 3, padding=1), "torch's is as fast"),
-    "depthwise": (nn.Conv2d(64, 64, 3, padding=1, groups=64), "torch's is faster"),
+    "depthwise-not-square": (nn.Conv2d(64, 64, (3, 5), padding=1, groups=64), "square kernel of odd size, got 3x5"),
+    "ours": (DepthwiseConv2d(64), "it runs on the library's kernels by itself"),
+    "grouped": (nn.Conv2d(64, 64, 3, padding=1, groups=32), "torch's is as fast at a 3x3 kernel"),
     "not-padded": (nn.Conv2d(64, 64, 3), "it must be padded with 1x1 zeros, got (0, 0) (zeros)"),
     "reflected": (nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"), "got (1, 1) (reflect)"),
     "not-square": (nn.Conv2d(64, 64, (3, 1), padding=(1, 0)), "square kernel of odd size, got 3x1"),
@@ -72,8 +76,10 @@ def test_a_replaced_forward_is_left() -> None:
         nn.Conv2d(64, 64, 3, padding=1),
         nn.Conv2d(64, 80, 3, padding=(2, 3), dilation=(2, 3), bias=False),
         nn.Conv2d(64, 64, 3, padding="same", dilation=4),
+        nn.Conv2d(64, 64, 5, stride=2, padding=1, groups=64),
+        nn.Conv2d(64, 64, 3, padding="same", dilation=(2, 1), groups=64, bias=False),
     ],
-    ids=["plain", "uneven-dilation", "same"],
+    ids=["plain", "uneven-dilation", "same", "depthwise", "depthwise-same"],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_the_same_values(conv: nn.Conv2d, layout: torch.memory_format) -> None:
@@ -261,11 +267,9 @@ def test_exported_as_torchs_convolution() -> None:
 
 
 def test_without_the_library_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-    from dataclasses import replace
-
-    # by name, as the package's attribute of this name is the function
-    module = importlib.import_module("nasdet.nn.accelerate")
-    backends = [replace(backend, available=lambda: "no compiled part") for backend in module.OP.backends]
-    monkeypatch.setattr(module, "OP", replace(module.OP, backends=backends))
-    assert set(accelerate(net()).left.values()) >= {"no compiled part"}
+    for name in ("grouped_dilation_conv2d", "depthwise_conv2d"):
+        backends = [replace(backend, available=lambda: "no compiled part") for backend in OPS[name].backends]
+        monkeypatch.setitem(OPS, name, replace(OPS[name], backends=backends))
+    model = nn.Sequential(*net(), nn.Conv2d(16, 16, 3, padding=1, groups=16))
+    report = accelerate(model)
+    assert report.swapped == () and report.left["2"] == report.left["6"] == "no compiled part"

@@ -103,3 +103,14 @@ def test_refuses_what_is_no_plain_convolution() -> None:
 def test_errors_name_the_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DepthwiseConv2d(**arguments)
+
+
+def test_an_exported_one_needs_no_operator_of_ours() -> None:
+    made, x = DepthwiseConv2d(4, 5, 2, dilation=3), torch.randn(1, 4, 20, 21)
+    program = torch.export.export(made, (x,))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert names and not any("nasdet" in name for name in names)
+    torch.testing.assert_close(program.module()(x), made(x))
+    traced = torch.jit.trace(made, x)
+    assert {node.kind() for node in traced.graph.nodes()} >= {"aten::_convolution"}
+    assert not any(node.kind().startswith("nasdet") for node in traced.graph.nodes())

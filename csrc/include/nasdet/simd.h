@@ -38,6 +38,14 @@ typedef uint32_t vec_u32 __attribute__((vector_size(kBytes)));
 typedef int32_t vec_i32 __attribute__((vector_size(kBytes)));
 typedef uint16_t vec_u16 __attribute__((vector_size(kBytes / 2)));
 
+NASDET_INLINE vec_u32 widened_words(vec_u16 narrow) {  // GCC would take a vector of 64 bytes in two halves
+#if defined(__AVX512F__)
+  return (vec_u32)_mm512_cvtepu16_epi32((__m256i)narrow);
+#else
+  return __builtin_convertvector(narrow, vec_u32);
+#endif
+}
+
 template <class T> NASDET_INLINE vec<T> splat(T value) { return value - vec<T>{}; }  // x + 0 would be an addition: of -0
 
 NASDET_INLINE float half_to_float(uint16_t bits) {
@@ -87,7 +95,7 @@ template <> NASDET_INLINE vec<double> load<double>(const double* p) {
 template <> NASDET_INLINE vec<float> load<BFloat16>(const BFloat16* p) {
   vec_u16 narrow;
   __builtin_memcpy(&narrow, p, sizeof narrow);
-  return (vec<float>)(__builtin_convertvector(narrow, vec_u32) << 16);
+  return (vec<float>)(widened_words(narrow) << 16);
 }
 template <> NASDET_INLINE vec<float> load<Half>(const Half* p) {
 #if defined(__AVX512F__)

@@ -32,7 +32,7 @@ class DetNASBlocks:
         self.places = tuple({choice: _key(choice, *place) for choice in CHOICES} for place in self._places())
 
     @classmethod
-    def of(cls, variant: str, **ways: str) -> DetNASBlocks:
+    def of(cls, variant: str, **ways: Any) -> DetNASBlocks:
         """Those of a space of the paper by name, shuffled in its ``ways``."""
         return cls(DetNASSpace(variant, **ways))
 

@@ -21,7 +21,7 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
     That is: a square kernel of odd size, zero padding that keeps the size at stride 1, and no subclass, whose own
     forward would be lost, but :class:`DepthwiseConv2d`, which computes the same.
     """
-    if type(conv) not in (nn.Conv2d, DepthwiseConv2d):
+    if type(conv) is not nn.Conv2d and type(conv) is not DepthwiseConv2d:
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
     height, width = conv.kernel_size
     if height != width or height % 2 == 0:

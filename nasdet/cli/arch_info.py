@@ -35,7 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "card", nargs="?", metavar="CARD|NAME", help="a card's JSON file, a name from 'nasdet arch list', or a backbone"
     )
-    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (around a card: fcos; for masks mask_rcnn)")
+    usual = "around a card: fcos; for masks mask_rcnn, for a backbone faster_rcnn"
+    add("--detector", metavar="NAME", help=f"{names.DETECTORS} ({usual})")
     add("--backbone", metavar="NAME", help=f"{names.BACKBONES}, or a card that is one (the card's, or resnet50)")
     add("--width", type=float, metavar="X", help="multiplier of its channels (the card's, or 1)")
     add("--norm", metavar="NAME", help="of the backbone: bn, sync_bn, gn, frozen_bn without parameters (frozen_bn; bn)")
@@ -183,13 +184,14 @@ def detector_costs(
 
     from nasdet.detectors import WITH_MASKS, FasterRCNN, FixedRoIs
     from nasdet.measure import count, total
-    from nasdet.spaces import is_backbone
+    from nasdet.spaces import is_backbone, retraining
     from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model, searched_fields
 
     around: dict[str, Any] = {"backbone": backbone}
     if card is not None:
         own = card.settings.get("channels", 256)
         around |= {"fpn_channels": own if isinstance(own, int) else 256} | searched_fields(card)
+        around["options"] = retraining(card, detector).model.get("options", {})  # the box head of its paper
     config = ModelConfig(
         detector=detector,
         width=width,

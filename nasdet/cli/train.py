@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from nasdet.cli.search_options import parse_size
 if TYPE_CHECKING:
     from nasdet.arch import Card
     from nasdet.data import DataFolder
+    from nasdet.engine.train import TrainConfig
     from nasdet.spaces.assemble import ModelConfig
 
 HELP = "train a detector, with plain towers or a searched architecture"
@@ -43,6 +45,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Options of the box head, which only detectors of two stages have.
+_HEAD = ("box_head", "head_norm")
+
 _DESCRIPTION = """\
 Train a detector on everything of a data folder that may be trained on, then report its average precision on the test
 part, which takes no part in training. It is plain, or a card stands for a part of it, published or one that you
@@ -52,6 +57,11 @@ The mask detectors learn masks, which the data must have: polygons or run length
 The defaults are the papers' (COCO, 8 GPUs): ResNet-50, images of 800 by at most 1333 pixels, 16 images a step, 90,000
 steps, learning rate 0.01, a tenth of it from 60,000 and again from 80,000 on (2/3 and 8/9 of any other number of
 steps). The rate follows --batch: 0.01 x batch / 16. --preset tiny learns something in minutes on a CPU.
+
+Backbones that detnas and msnas found are retrained as their papers do: in faster_rcnn with the box head 4conv1fc or
+2conv1fc, synchronised norms there and in the backbone, nothing frozen, 0.02 x batch / 16 after a warm-up that rises
+(one-stage detectors: 0.01 x batch / 16); msnas for 48 epochs of 32 images a step, the first as warm-up, with a tenth
+of the rate after 42 and again after 47. --preset tiny keeps head and norms.
 """
 
 _EPILOG = """\
@@ -70,8 +80,9 @@ then:
   nasdet detect runs/plain picture.jpg --out found
   nasdet report runs/plain
 
-A card from a search run brings the detector around it, with its picture size (the model.json beside it), unless
+A card from a search run, card.json or one of cards/, brings the detector around it and its picture size, unless
 --preset or --size is given, and the search's split, so that no picture that chose the architecture is tested on. A
+backbone that was searched brings the name of its detector with a preset too, and without one also its norm. A
 plain --data folder without test annotations has a fifth of its pictures held out as the test part.
 
 RUN holds run.json, model.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.safetensors,
@@ -97,12 +108,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(add: Any) -> None:
-    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (fcos)")
+    add("--detector", metavar="NAME", help=f"{names.DETECTORS} (fcos; for a searched backbone faster_rcnn)")
     add("--backbone", metavar="NAME", help=f"{names.BACKBONES}, or a card (paper: resnet50; tiny: resnet18)")
     add("--width", type=float, metavar="X", help="multiplier of the backbone's channels (paper: 1; tiny: 0.25)")
-    add("--weights", type=Path, metavar="FILE", help="torchvision's ImageNet weights for it, .pth or .safetensors")
-    add("--norm", metavar="NAME", help="of the backbone: gn, bn, sync_bn, frozen_bn (gn; with --weights frozen_bn)")
-    add("--frozen-stages", type=int, metavar="N", help="backbone stages that do not learn (with --weights 2, else 0)")
+    add("--weights", type=Path, metavar="FILE", help="its weights, torchvision's or of nasdet pretrain")
+    norms = "gn, with --weights frozen_bn; detnas, msnas: the search's, or sync_bn"
+    add("--norm", metavar="NAME", help=f"of the backbone: gn, bn, sync_bn, frozen_bn ({norms})")
+    frozen = "with --weights 2, else 0; detnas, msnas: 0"
+    add("--frozen-stages", type=int, metavar="N", help=f"backbone stages that do not learn ({frozen})")
+    heads = ("2fc", "4conv1fc", "2conv1fc")
+    add("--box-head", choices=heads, help="of two stages: its layers (2fc; detnas: 4conv1fc; msnas: 2conv1fc)")
+    head_norms = ("none", "gn", "bn", "sync_bn")
+    add("--head-norm", choices=head_norms, help="of the box head's convolutions (none; detnas, msnas: that of --norm)")
     add("--fpn-channels", type=int, metavar="N", help="pyramid and tower channels (paper: 256; tiny: 48)")
     add("--levels", type=int, metavar="N", help="pyramid levels from stride 8 (two stages: 4) on (paper: 5; tiny: 4)")
     add("--tower-convs", type=int, metavar="N", help="convolutions in each plain tower (paper: 4; tiny: 2)")
@@ -112,12 +129,14 @@ def _add_model(add: Any) -> None:
 
 
 def _add_training(add: Any) -> None:
-    add("--steps", type=int, metavar="N", help="training steps (paper: 90000; tiny: 600)")
-    add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 16; tiny: 8)")
-    add("--lr", type=float, metavar="X", help="learning rate (paper: 0.01 x batch / 16; tiny: 0.003)")
+    add("--steps", type=int, metavar="N", help="training steps (paper: 90000, msnas: 48 epochs; tiny: 600)")
+    add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 16, msnas: 32; tiny: 8)")
+    rates = "paper: 0.01 x batch / 16, detnas and msnas in two stages 0.02 x batch / 16; tiny: 0.003"
+    add("--lr", type=float, metavar="X", help=f"learning rate ({rates})")
     add("--optimizer", choices=("sgd", "adamw"), help="sgd, or adamw, quicker from random weights (sgd; tiny: adamw)")
     add("--decay", choices=("step", "cosine", "constant"), help="of the learning rate (step; tiny: cosine)")
-    add("--warmup-steps", type=int, metavar="N", help="steps at a third of the rate (500, at most a tenth of the run)")
+    warmup = "steps at a third of the rate, or for detnas and msnas in which it rises"
+    add("--warmup-steps", type=int, metavar="N", help=f"{warmup} (500, at most a tenth of the run; msnas: an epoch)")
     add("--weight-decay", type=float, metavar="X", help="(0.0001; tiny: 0.01)")
     add("--clip", type=float, metavar="X", help="largest norm of the gradient (paper: none; tiny: 20)")
     add("--no-flip", action="store_false", dest="flip", default=None, help="do not mirror pictures (for digits, text)")
@@ -144,11 +163,9 @@ def run(
     **options: Any,
 ) -> int:
     """Train, and print the average precision and where everything lies."""
-    from nasdet.data.errors import format_counts
-    from nasdet.detectors import WITH_MASKS, parts_of
+    from nasdet.detectors import WITH_MASKS
     from nasdet.engine.distributed import is_main, restarted
     from nasdet.engine.train import TrainConfig, train
-    from nasdet.spaces.assemble import backbone_name
 
     resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
@@ -158,21 +175,15 @@ def run(
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
     known = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(**{name: value for name, value in settings.items() if name in known})
-    masks = settings.get("detector", _around(card, preset is None).detector) in WITH_MASKS
-    folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=config.seed, masks=masks)
+    training = {name: value for name, value in settings.items() if name in known}
     around = {name: value for name, value in settings.items() if name not in known}
+    masks = settings.get("detector", _around(card, preset is None).detector) in WITH_MASKS
+    seed = TrainConfig(**training).seed  # which refuses nonsense before the data are read
+    folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=seed, masks=masks)
     model = model_config(card, folder, around, weights, beside=preset is None)
+    config = train_config(card, folder, model.detector, training, paper=preset != "tiny")
     if is_main():
-        skipped = f", skipped {format_counts(folder.skipped)}" if folder.skipped else ""
-        print(f"{data}: {len(folder.train())} images to train on, {len(folder.test())} to test{skipped}")
-        plain = "plain towers" if "towers" in parts_of(model.detector) else "plain heads"
-        searched = plain if model.card is None else f"{model.card.name} ({model.card.method})"
-        size = f"{model.short_side}x{model.long_side} pixels"
-        body = backbone_name(model.backbone)
-        print(f"{model.detector} {body} x{model.width:g}, {searched}, {size}")
-        rate = config.schedule().lr
-        print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)
+        _announce(data, out, folder, model, config)
     train(config, folder, model, out, weights=weights, resume=resume, command=["nasdet", *sys.argv[1:]])
     if is_main():
         from nasdet._files import read_json
@@ -183,6 +194,22 @@ def run(
                 print(f"{part}: AP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f}, AP75 {figures['AP75']:.4f}")
         print(f"next: nasdet detect {out} IMAGE --out DIR, or nasdet report {out}")
     return 0
+
+
+def _announce(data: Path, out: Path, folder: DataFolder, model: ModelConfig, config: TrainConfig) -> None:
+    """Say what is about to be trained."""
+    from nasdet.data.errors import format_counts
+    from nasdet.detectors import parts_of
+    from nasdet.spaces.assemble import backbone_name
+
+    skipped = f", skipped {format_counts(folder.skipped)}" if folder.skipped else ""
+    print(f"{data}: {len(folder.train())} images to train on, {len(folder.test())} to test{skipped}")
+    plain = "plain towers" if "towers" in parts_of(model.detector) else "plain heads"
+    searched = plain if model.card is None else f"{model.card.name} ({model.card.method})"
+    size = f"{model.short_side}x{model.long_side} pixels"
+    print(f"{model.detector} {backbone_name(model.backbone)} x{model.width:g}, {searched}, {size}")
+    rate = config.schedule().lr
+    print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)
 
 
 def open_folder(
@@ -199,13 +226,13 @@ def open_folder(
     """The data folder with the split of the run, of ``split``, of the search that made the card, or a new one."""
     from nasdet.data import Split, open_data
 
-    stored, searched = out / "split.json", Path(card).parent / "split.json"
+    stored, searched = out / "split.json", _beside(card, "split.json")
     if split is None and resume and stored.is_file():
         split = stored
     if split is not None:
         return open_data(data, split=Split.load(split), skip_bad=skip_bad, masks=masks)
     folder = open_data(data, seed=seed, skip_bad=skip_bad, masks=masks)
-    return with_split(folder, searched) if Path(card).is_file() else folder
+    return folder if searched is None else with_split(folder, searched)
 
 
 def with_split(folder: DataFolder, file: Path) -> DataFolder:
@@ -225,17 +252,64 @@ def model_config(
     card: str, folder: DataFolder, settings: dict[str, Any], weights: Path | None, *, beside: bool
 ) -> ModelConfig:
     """The model for the folder's categories: ``settings`` over the model.json beside the card over the paper's."""
-    from nasdet.spaces import is_backbone, part_of
+    from nasdet.spaces import is_backbone, part_of, retraining
     from nasdet.spaces.assemble import searched_fields
 
-    chosen = _chosen(card)
-    if chosen is not None and is_backbone(chosen) and "backbone" in settings:
+    chosen, stored = _chosen(card), _stored(card) if beside else None
+    body = chosen is not None and is_backbone(chosen)
+    if chosen is not None and body and "backbone" in settings:
         raise ValueError(f"backbone must be left out, as {chosen.name} is one, got {settings['backbone']!r}")
-    # A searched backbone is retrained with norms that learn; cards of other parts leave a pretrained one's as they are.
-    learning = chosen is not None and (part_of(chosen) == "backbone" or is_backbone(chosen))
-    norm = ("sync_bn" if learning else "frozen_bn") if weights else "gn"
-    settings = {"norm": norm, "frozen_stages": 2 if weights else 0, **searched_fields(chosen), **settings}
-    return replace(_around(card, beside), num_classes=len(folder.categories), categories=folder.categories, **settings)
+    around = _around(card, beside)
+    detector = settings.get("detector", around.detector)
+    recipe = retraining(chosen, detector).model
+    norms: dict[str, Any]
+    if stored is not None and body and (weights or stored.norm != "frozen_bn"):  # what is random must not be frozen
+        norms = {"norm": stored.norm, "frozen_stages": stored.frozen_stages if weights else 0}
+    else:
+        # A searched backbone is retrained with norms that learn; other cards leave a pretrained one's as they are.
+        learning = chosen is not None and (part_of(chosen) == "backbone" or body)
+        usual = ("sync_bn" if learning else "frozen_bn", 2) if weights else ("gn", 0)
+        norms = {"norm": recipe.get("norm", usual[0]), "frozen_stages": recipe.get("frozen_stages", usual[1])}
+    own = {name: value for name, value in settings.items() if name not in _HEAD}
+    own["options"] = _options(chosen, detector, settings, stored, recipe.get("options", {}))
+    own |= {"num_classes": len(folder.categories), "categories": folder.categories}
+    return replace(around, **{**norms, **searched_fields(chosen), **own})
+
+
+def _options(
+    card: Card | None, detector: str, settings: dict[str, Any], stored: ModelConfig | None, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """The detector's own options: what ``settings`` say of the box head, over the search's or else the recipe's."""
+    from nasdet.detectors import TWO_STAGE
+    from nasdet.spaces import pieces_of
+
+    two_stage = detector in TWO_STAGE
+    head = {name: settings[name] for name in _HEAD if name in settings}
+    for name, value in head.items():
+        if not two_stage:
+            raise ValueError(f"{name} must be left out for {detector}, which has no box head, got {value!r}")
+        if card is not None and "head" in pieces_of(card):
+            raise ValueError(f"{name} must be left out, as {card.name} has a box head, got {value!r}")
+    options = dict(recipe)
+    # They mean the same in every detector of two stages, and nothing in another of one.
+    if stored is not None and (stored.detector == detector or two_stage and stored.detector in TWO_STAGE):
+        options = dict(stored.options)
+    if "head_norm" in options and "norm" in settings:  # goes with the backbone's, but a frozen one would be of no use
+        options["head_norm"] = "sync_bn" if settings["norm"] == "frozen_bn" else settings["norm"]
+    return options | {name: None if value == "none" else value for name, value in head.items()}
+
+
+def train_config(card: str, folder: DataFolder, detector: str, settings: dict[str, Any], *, paper: bool) -> TrainConfig:
+    """How the card is trained in the detector: ``settings`` over, with ``paper``, the recipe of the card's paper."""
+    from nasdet.engine.train import TrainConfig
+    from nasdet.spaces import Retraining, retraining
+
+    recipe = retraining(_chosen(card), detector) if paper else Retraining()
+    settings = {**recipe.training, **settings}
+    if recipe.epochs is not None:
+        settings.setdefault("steps", recipe.epochs * math.ceil(len(folder.train()) / settings["batch"]))
+        settings.setdefault("warmup_steps", math.ceil(settings["steps"] / recipe.epochs))
+    return TrainConfig(**settings)
 
 
 def _chosen(card: str) -> Card | None:
@@ -244,14 +318,34 @@ def _chosen(card: str) -> Card | None:
     return None if card == "plain" else load_card(card)
 
 
-def _around(card: str, beside: bool) -> ModelConfig:
-    """The paper's model for the card, or with ``beside`` the one of the model.json beside it, if there is one."""
-    from nasdet.spaces import usual_detector
+def _beside(card: str, name: str) -> Path | None:
+    """A file of the search that made the card: beside it, or above the folder of a search's best cards."""
+    file = Path(card)
+    if not file.is_file():
+        return None
+    folders = [file.parent, *([file.parent.parent] if file.parent.name == "cards" else [])]
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _stored(card: str) -> ModelConfig | None:
+    """The model of the search that made the card, where that is known."""
     from nasdet.spaces.assemble import ModelConfig
 
-    stored, chosen = Path(card).parent / "model.json", _chosen(card)
-    if beside and Path(card).is_file() and stored.is_file():
-        return ModelConfig.load(stored)
+    file = _beside(card, "model.json")
+    return None if file is None else ModelConfig.load(file)
+
+
+def _around(card: str, beside: bool) -> ModelConfig:
+    """The paper's model for the card, or with ``beside`` that of the search that made it; a backbone is built into the
+    detector of its search in any case."""
+    from nasdet.spaces import is_backbone, usual_detector
+    from nasdet.spaces.assemble import ModelConfig
+
+    stored, chosen = _stored(card), _chosen(card)
+    if stored is not None and beside:
+        return stored
+    if stored is not None and chosen is not None and is_backbone(chosen):
+        return ModelConfig(detector=stored.detector)
     return ModelConfig(detector=usual_detector(chosen))
 
 

@@ -32,16 +32,17 @@ from nasdet.measure import count
 from nasdet.spaces.assemble import ModelConfig, build_model
 
 # What may differ between a run and its continuation without changing a single weight.
-_FREE = ("workers", "log_every", "checkpoint_every", "eval_every", "eval_batch", "device", "lr")
+_FREE = ("workers", "log_every", "checkpoint_every", "eval_every", "eval_batch", "device", "lr", "reference_lr")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; the defaults are the papers' (FCOS and FAD 1x on COCO: 90,000 steps of 16 images).
 
-    ``batch`` is images per step over all processes. ``lr=None`` is 0.01 for 16 images, scaled linearly with
-    ``batch``; ``optimizer`` is sgd or adamw. ``decay`` and ``warmup`` are a ``Schedule``'s; ``clip`` bounds the
-    gradient's 2-norm, None does not. ``amp`` computes the model in bfloat16. ``flip`` mirrors half of the images.
+    ``batch`` is images per step over all processes. ``lr=None`` is ``reference_lr``, the rate for 16 images, scaled
+    linearly with ``batch``; ``optimizer`` is sgd or adamw. ``decay``, ``milestones``, ``warmup``, ``warmup_steps``
+    and ``warmup_factor`` are a ``Schedule``'s; ``clip`` bounds the gradient's 2-norm, None does not. ``amp`` computes
+    the model in bfloat16. ``flip`` mirrors half of the images.
     ``eval_every`` steps the test part is evaluated for the curve in the report, 0 never; nothing is chosen by it.
     ``device=None`` takes the GPU where there is one.
     """
@@ -50,11 +51,14 @@ class TrainConfig:
     batch: int = 16
     optimizer: str = "sgd"
     lr: float | None = None
+    reference_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decay: str = "step"
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     warmup: str = "constant"
     warmup_steps: int | None = None
+    warmup_factor: float = 1 / 3
     clip: float | None = None
     amp: bool = False
     channels_last: bool = True
@@ -82,8 +86,9 @@ class TrainConfig:
 
     def schedule(self) -> Schedule:
         """The learning rate by step."""
-        lr = scaled_lr(0.01, self.batch) if self.lr is None else self.lr
-        return Schedule(lr, self.steps, decay=self.decay, warmup=self.warmup, warmup_steps=self.warmup_steps)
+        lr = scaled_lr(self.reference_lr, self.batch) if self.lr is None else self.lr
+        names = ("decay", "milestones", "warmup", "warmup_steps", "warmup_factor")
+        return Schedule(lr, self.steps, **{name: getattr(self, name) for name in names})
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run must repeat, as plain data."""

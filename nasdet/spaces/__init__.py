@@ -7,13 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from nasdet.arch import Card
 
 Block = tuple[str, Callable[[], Any], tuple[int, ...]]
 """What is timed as one: a key, what makes the module, and the shape of its input."""
+
+
+class Retraining(NamedTuple):
+    """How a paper retrains what its search found, as far as that differs from the defaults of a detector.
+
+    ``model`` has fields of a ``ModelConfig``, ``training`` of a ``TrainConfig``. Where the paper counts ``epochs``, the
+    first of them is the warm-up.
+    """
+
+    model: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    epochs: int | None = None
+
 
 # Loaded on demand: a card of one method needs no other method's modules.
 SPACES: dict[str, str] = {
@@ -59,4 +72,15 @@ def usual_detector(card: Card | None) -> str:
     part = "towers" if card is None else part_of(card)
     if card is not None and part == "detector":
         return "retinanet" if "towers" in pieces_of(card) else "faster_rcnn"
-    return "mask_rcnn" if part == "mask_trunk" else "fcos"
+    return {"mask_trunk": "mask_rcnn", "body": "faster_rcnn"}.get(part, "fcos")
+
+
+def retraining(card: Card | None, detector: str) -> Retraining:
+    """How a card is retrained in a detector, by the ``retraining(detector)`` of its space; nothing where it has none.
+
+    What is given, presets, and the ``model.json`` of the search beside the card go before.
+    """
+    recipe: Callable[[str], Retraining] | None = None
+    if card is not None:
+        recipe = getattr(space_class(card.method), "retraining", None)
+    return Retraining() if recipe is None else recipe(detector)

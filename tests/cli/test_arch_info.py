@@ -90,6 +90,14 @@ def test_a_card_in_another_detector(info: Callable[..., dict[str, Any]]) -> None
     assert found["subnet"]["parameters"] > info("--detector", "retinanet")["subnet"]["parameters"] / 2
 
 
+def test_a_searched_backbone_is_in_the_detector_of_its_paper(info: Callable[..., dict[str, Any]]) -> None:
+    found = info("detnas-coco-fpn-300m", *SMALL)
+    assert (found["detector"], found["backbone"]) == ("faster_rcnn", "detnas-coco-fpn-300m")
+    plain = info("--detector", "faster_rcnn", "--backbone", "shufflenet_v2_20", *SMALL)
+    more = 4 * (256 * 256 * 9 + 2 * 256) - (1024 * 1024 + 1024)  # four convolutions with norms for a layer of 1024
+    assert parts(found, "parameters")["boxes"] - parts(plain, "parameters")["boxes"] == more
+
+
 def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["arch", "info", "--detector", "faster_rcnn", "--backbone", "shufflenet_v2_40", *SMALL]) == 0
     text = capsys.readouterr().out

@@ -105,6 +105,8 @@ def test_a_finished_run_is_not_trained_over(run, digits):
         train(replace(CONFIG, lr=0.5), digits, model_config(digits), run, progress=False, resume=True)
     with pytest.raises(ValueError, match="model.tower_convs: 1 -> 2"):
         train(CONFIG, digits, model_config(digits, tower_convs=2), run, progress=False, resume=True)
+    with pytest.raises(ValueError, match=r"milestones: .* -> \(0\.5,\); warmup_factor: .* -> 0\.1\)"):
+        train(replace(CONFIG, milestones=(0.5,), warmup_factor=0.1), digits, model_config(digits), run, resume=True)
     other = open_data(digits.path, seed=1)
     with pytest.raises(ValueError, match="split: "):
         train(CONFIG, other, model_config(digits), run, progress=False, resume=True)
@@ -143,6 +145,7 @@ def test_bad_settings(bad):
 def test_default_rate_follows_the_batch():
     assert TrainConfig().schedule().lr == 0.01
     assert TrainConfig(batch=4).schedule().lr == 0.0025
+    assert TrainConfig(batch=32, reference_lr=0.02).schedule().lr == 0.04
     assert TrainConfig().schedule().at(60_000) == pytest.approx(0.001)
 
 

@@ -5,18 +5,23 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from random import Random
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
-from nasdet.arch import load_card
+from nasdet.arch import load_card, save_card
 from nasdet.cli import detect, evaluate
 from nasdet.cli import train as train_verb
 from nasdet.data import DataError, Split, open_data, write_digits
 from nasdet.detectors import BACKBONES
+from nasdet.engine import step as step_module
+from nasdet.engine.checkpoint import LAST, load_weights
+from nasdet.engine.train import TrainConfig
 from nasdet.spaces.assemble import ModelConfig
+from nasdet.spaces.msnas import MSNASSpace
 
 pytest.importorskip("sklearn")
 pytest.importorskip("pycocotools")
@@ -111,11 +116,109 @@ def test_a_searched_card_brings_its_detector_and_its_split(digits, tmp_path):
     config = train_verb.model_config(card, folder, {}, None, beside=True)
     assert (config.fpn_channels, config.backbone, config.num_classes) == (32, "resnet18", 10)
     assert train_verb.model_config(card, folder, {}, None, beside=False).fpn_channels == 256
+    (search / "cards").mkdir()
+    place = str(shutil.copy(card, search / "cards" / "2.json"))
+    assert train_verb.model_config(place, folder, {}, None, beside=True) == config
+    again = train_verb.open_folder(digits, tmp_path, place, resume=False, skip_bad=False, split=None, seed=0)
+    assert again.split == folder.split
     other = write_digits(tmp_path / "other", train=6, val=3, size=(64, 96), seed=1)
     options = {"resume": False, "skip_bad": False, "seed": 0}
     assert train_verb.open_folder(other, tmp_path, card, split=None, **options).split.seed == 0
     with pytest.raises(DataError, match="annotations changed"):
         train_verb.open_folder(other, tmp_path, card, split=search / "split.json", **options)
+
+
+def test_detnas_is_retrained_as_in_its_paper(digits):
+    folder = open_data(digits)
+    model = train_verb.model_config("detnasnet", folder, {}, digits / "x.pth", beside=True)
+    assert (model.detector, model.norm, model.frozen_stages) == ("faster_rcnn", "sync_bn", 0)
+    assert model.options == {"box_head": "4conv1fc", "head_norm": "sync_bn"}
+    config = train_verb.train_config("detnasnet", folder, model.detector, {}, paper=True)
+    assert (config.steps, config.batch) == (90_000, 16)
+    rates = [config.schedule().at(step) for step in (0, 250, 500, 59_999, 60_000, 80_000)]
+    assert rates == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.002, 0.0002])
+    fewer = train_verb.train_config("detnasnet", folder, "retinanet", {"batch": 8}, paper=True)
+    assert fewer.schedule().lr == 0.005
+
+
+def test_msnas_is_retrained_as_in_its_paper(digits):
+    folder = open_data(digits)
+    model = train_verb.model_config("msnas-r18-1", folder, {}, None, beside=True)
+    assert (model.detector, model.norm, model.frozen_stages) == ("faster_rcnn", "sync_bn", 0)
+    assert model.options == {"box_head": "2conv1fc", "head_norm": "sync_bn"}
+    config = train_verb.train_config("msnas-r18-1", folder, model.detector, {"batch": 2}, paper=True)
+    assert (config.steps, config.warmup_steps, config.schedule().lr) == (48 * 3, 3, 0.0025), "3 steps an epoch"
+    config = train_verb.train_config("msnas-r18-1", folder, model.detector, {"steps": 4800}, paper=True)
+    rates = [config.schedule().at(step) for step in (0, 50, 100, 4199, 4200, 4699, 4700)]
+    assert config.batch == 32 and rates == pytest.approx([0.00125, 0.020625, 0.04, 0.04, 0.004, 0.004, 0.0004])
+    given = {"lr": 0.1, "warmup_steps": 7, "milestones": (0.5,), "batch": 3}
+    config = train_verb.train_config("msnas-r18-1", folder, model.detector, given, paper=True)
+    assert {name: getattr(config, name) for name in given} == given and config.steps == 48 * 2
+    tiny = {name: value for name, value in train_verb.PRESETS["tiny"].items() if hasattr(TrainConfig, name)}
+    assert train_verb.train_config("msnas-r18-1", folder, "fcos", tiny, paper=False) == TrainConfig(**tiny)
+
+
+def test_a_searched_backbone_keeps_its_norm_and_its_detector(digits, tmp_path):
+    folder, card = open_data(digits), str(tmp_path / "card.json")
+    encoder, head = load_card("msnas-r18-1"), {"box_head": "2conv1fc", "head_norm": "bn", "hidden": 8}
+    save_card(encoder, card)
+    own = {"backbone": encoder.to_json(), "norm": "bn", "frozen_stages": 1, "options": head}
+    ModelConfig(detector="cascade_rcnn", **own).save(tmp_path / "model.json")
+
+    def found(settings, weights=None, beside=True):
+        model = train_verb.model_config(card, folder, settings, weights, beside=beside)
+        return model.detector, model.norm, model.frozen_stages, model.options
+
+    assert found({}) == ("cascade_rcnn", "bn", 0, head), "nothing random is frozen"
+    assert found({}, digits / "x.pth") == ("cascade_rcnn", "bn", 1, head)
+    assert found({"detector": "faster_rcnn"}) == ("faster_rcnn", "bn", 0, head)
+    assert found({"detector": "retinanet"}) == ("retinanet", "bn", 0, {})
+    given = {"norm": "gn", "frozen_stages": 2, "box_head": "2fc"}
+    assert found(given) == ("cascade_rcnn", "gn", 2, {"box_head": "2fc", "head_norm": "gn", "hidden": 8})
+    assert found({"norm": "gn", "head_norm": "none"})[3]["head_norm"] is None
+    recipe = {"box_head": "2conv1fc", "head_norm": "sync_bn"}
+    assert found({}, beside=False) == ("cascade_rcnn", "sync_bn", 0, recipe)
+    assert found({"norm": "frozen_bn"}, beside=False) == ("cascade_rcnn", "frozen_bn", 0, recipe)
+    ModelConfig(**own | {"norm": "frozen_bn", "options": {}}).save(tmp_path / "model.json")
+    assert found({})[:2] == ("fcos", "sync_bn") and found({}, digits / "x.pth")[:2] == ("fcos", "frozen_bn")
+
+
+def test_box_heads_are_chosen_where_there_are_any(digits, tmp_path):
+    folder = open_data(digits)
+    settings = {"detector": "faster_rcnn", "box_head": "4conv1fc"}
+    model = train_verb.model_config("plain", folder, settings, None, beside=True)
+    assert (model.options, model.norm) == ({"box_head": "4conv1fc"}, "gn")
+    words = ["--data", digits, "--out", tmp_path / "run", *shlex.split(SMALL), "--head-norm", "gn"]
+    with pytest.raises(ValueError, match="head_norm must be left out for fcos, which has no box head, got 'gn'"):
+        verb(train_verb, *words)
+    with pytest.raises(ValueError, match="box_head must be left out, as hit-detector has a box head, got '2fc'"):
+        train_verb.model_config("hit-detector", folder, {"box_head": "2fc"}, None, beside=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_retraining_goes_on_where_it_stopped(digits, tmp_path, monkeypatch):
+    space = MSNASSpace(blocks=4, channels=8)
+    save_card(space.random(Random(0), "small"), tmp_path / "card.json")
+    words = ["--data", digits, "--card", tmp_path / "card.json", "--batch", 2, "--steps", 4, "--size", "64x96"]
+    words += ["--checkpoint-every", 1, "--workers", 0, "--device", "cpu", "--box-head", "2fc"]
+    assert verb(train_verb, *words, "--out", tmp_path / "whole") == 0
+    told = json.loads((tmp_path / "whole" / "run.json").read_text())["arguments"]
+    assert (told["warmup"], told["warmup_steps"], told["milestones"]) == ("linear", 1, [42 / 48, 47 / 48])
+    model = ModelConfig.load(tmp_path / "whole" / "model.json")
+    assert model.options == {"box_head": "2fc", "head_norm": "sync_bn"} and model.norm == "sync_bn"
+    clip, calls = step_module.clip_gradients, iter(range(10))
+
+    def crash(*arguments):
+        if next(calls) == 2:
+            raise RuntimeError("killed")
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(step_module, "clip_gradients", crash)
+        verb(train_verb, *words, "--out", tmp_path / "killed")
+    assert verb(train_verb, *words, "--out", tmp_path / "killed", "--resume") == 0
+    whole, killed = (load_weights(tmp_path / name / LAST) for name in ("whole", "killed"))
+    assert all(torch.equal(killed[name], value) for name, value in whole.items())
 
 
 def test_train_skips_bad_images_and_says_so(tmp_path, capsys):

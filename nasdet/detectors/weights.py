@@ -10,6 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nasdet._files import read_json
+
+#: in the folder of a run of ``nasdet pretrain``: the weights, and what learnt them
+PRETRAINED, DESCRIPTION = "weights.pt", "classifier.json"
+
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name from a ``.pth`` / ``.pt`` (a state dict; no pickled code is run) or ``.safetensors`` file.
@@ -71,12 +76,38 @@ def load_backbone_weights(module: nn.Module, path: str | Path, unused: Sequence[
     Names that start with an entry of ``unused`` are passed over; by default the module's own ``unused_weights``, or
     the classifier ``fc.``. Batch norm's counter ``num_batches_tracked`` may be absent, as in old files, or there
     without a place, as for frozen batch norm. Any other difference in names or shapes, and any value that is not
-    finite, is one ``ValueError`` that lists them all; then nothing has been loaded.
+    finite, is one ``ValueError`` that lists them all; then nothing has been loaded. Nor is anything where
+    :func:`check_pretrained` finds that another network has learnt them.
     """
+    check_pretrained(module, path)
     if unused is None:
         unused = getattr(module, "unused_weights", ("fc.",))
     given = {k: v for k, v in read_weights(path).items() if not k.startswith(tuple(unused))}
     _fit(module, given, f"{path}: ")
+
+
+def check_pretrained(module: nn.Module, path: str | Path) -> None:
+    """Refuse weights of a run of ``nasdet pretrain`` that trained another network, which names and shapes do not tell:
+    one with another ``shuffle`` of channels, or an encoder of another genotype. Files of other origin pass.
+
+    Raises ``ValueError``, which names the weights and the run's description.
+    """
+    file = Path(path).parent / DESCRIPTION
+    if Path(path).name != PRETRAINED or not file.is_file():
+        return
+    told = read_json(file)
+    if not isinstance(told, Mapping) or not {"space", "card"} & set(told):
+        return
+    card = told.get("card", {})
+    theirs = {**told, **card.get("settings", {})}.get("shuffle", "even_odd")  # the default goes unsaid
+    shuffles = (getattr(block, "shuffle", None) for block in module.modules())
+    ours = next((shuffle for shuffle in shuffles if isinstance(shuffle, str)), theirs)
+    if ours != theirs:
+        kind = type(module).__name__
+        same = f"{theirs!r}, as the weights learnt it ({file})"
+        raise ValueError(f"{path}: shuffle of {kind} must be {same}, got {ours!r}")
+    if card and getattr(module, "genotype", card["genotype"]) != card["genotype"]:
+        raise ValueError(f"{path}: weights must be those of the same genotype, got those of {card['name']} ({file})")
 
 
 def _fit(module: nn.Module, given: Mapping[str, Tensor], source: str = "") -> None:

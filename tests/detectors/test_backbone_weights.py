@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from nasdet.detectors import ResNet, build_fcos, load_backbone_weights
+from nasdet.arch import load_card
+from nasdet.detectors import ResNet, ShuffleNetV2, build_fcos, load_backbone_weights
+from nasdet.detectors.weights import check_pretrained
+from nasdet.spaces.msnas import MSNASSpace
 
 
 def _trained(norm: str = "bn") -> dict[str, Tensor]:
@@ -147,3 +152,57 @@ def test_detector_built_with_weights_is_frozen_at_two(tmp_path: Path) -> None:
     assert torch.equal(model.backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}
+
+
+def _shuffled(shuffle: str) -> ShuffleNetV2:
+    return ShuffleNetV2(8, (16, 24, 32), (1, 2, 1), shuffle=shuffle)
+
+
+def _card(**settings: str) -> dict[str, object]:
+    return {"card": {"name": "found", "genotype": ["sh3"], "settings": settings}}
+
+
+@pytest.mark.parametrize(
+    ("told", "theirs", "ours"),
+    [
+        ({"space": "detnas-tiny"}, "even_odd", "halves"),
+        ({"space": "detnas-tiny", "shuffle": "halves"}, "halves", "even_odd"),
+        (_card(), "even_odd", "halves"),
+        (_card(shuffle="halves"), "halves", "even_odd"),
+    ],
+    ids=["default", "supernet", "default_card", "card"],
+)
+def test_another_shuffle_is_refused(tmp_path: Path, told: dict[str, object], theirs: str, ours: str) -> None:
+    (tmp_path / "classifier.json").write_text(json.dumps(told))
+    path, model = _save(_shuffled(theirs).state_dict(), tmp_path / "weights.pt"), _shuffled(ours)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    words = f"weights.pt: shuffle of ShuffleNetV2 must be '{theirs}', as .*classifier.json.*, got '{ours}'"
+    with pytest.raises(ValueError, match=words):
+        load_backbone_weights(model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    load_backbone_weights(_shuffled(theirs), path)
+
+
+@pytest.mark.parametrize("told", [{"backbone": "shufflenet_v2_20", "width": 1.0}, {}, []], ids=["backbone", "", "list"])
+def test_files_that_say_nothing_of_a_shuffle_pass(tmp_path: Path, told: object) -> None:
+    (tmp_path / "classifier.json").write_text(json.dumps(told))
+    load_backbone_weights(_shuffled("halves"), _save(_shuffled("even_odd").state_dict(), tmp_path / "weights.pt"))
+
+
+def test_a_description_is_that_of_the_runs_own_weights_alone(tmp_path: Path) -> None:
+    (tmp_path / "classifier.json").write_text(json.dumps({"space": "detnas-tiny", "shuffle": "halves"}))
+    load_backbone_weights(_shuffled("even_odd"), _save(_shuffled("even_odd").state_dict(), tmp_path / "other.pt"))
+
+
+def test_an_encoder_of_another_genotype_is_refused(tmp_path: Path) -> None:
+    card = load_card("msnas-r18-1")
+    heads = [8, 8, 16, 32, 32]
+    other = replace(card, genotype={**card.genotype, "heads": heads})
+    with torch.device("meta"):
+        first, second = MSNASSpace.backbone(card, width=0.1), MSNASSpace.backbone(other, width=0.1)
+    names = {name: value.shape for name, value in first.state_dict().items()}
+    assert names == {name: value.shape for name, value in second.state_dict().items()}, "nothing else tells"
+    (tmp_path / "classifier.json").write_text(json.dumps({"card": card.to_json()}))
+    with pytest.raises(ValueError, match="weights must be those of the same genotype, got those of msnas-r18-1 "):
+        check_pretrained(second, tmp_path / "weights.pt")
+    check_pretrained(first, tmp_path / "weights.pt")

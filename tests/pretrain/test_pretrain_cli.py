@@ -138,7 +138,7 @@ def test_a_supernet_from_the_command_line(supernet, pretrained, capsys):
     assert "one path on search-val: top-1" in capsys.readouterr().out
     assert main(["pretrain", *arguments]) == 2
     assert "shuffle: 'halves' -> None" in capsys.readouterr().err
-    net = DetNASSpace("tiny").supernet(width=0.125, outputs=("c3", "c4", "c5"))
+    net = DetNASSpace("tiny", shuffle="halves").supernet(width=0.125, outputs=("c3", "c4", "c5"))
     load_backbone_weights(net, supernet / "weights.pt")
 
 

@@ -59,14 +59,16 @@ examples:
   nasdet pretrain --space detnas-small --data imagenet --out runs/supernet --bins 290 360 10    as the released code
   nasdet pretrain --space hit-released-half --data imagenet --out runs/half     for search hit --screen-weights
   nasdet pretrain --space hit-released --candidates runs/screen --data imagenet --out runs/mix    for --weights
-  nasdet pretrain --card detnas-coco-fpn-300m --data imagenet --out runs/found                  retrain what was found
+  nasdet pretrain --card runs/detnas/card.json --data imagenet --out runs/found                 retrain what was found
 
 A data folder holds train/CLASS/*.jpg (or jpeg, png, bmp) and val/CLASS/*.jpg; without val/ a fifth of each class is
 held out in its place. Broken images stop the run with their names, or with --skip-bad are left out and counted.
 
 RUN holds run.json, classifier.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.pt and
 eval.json. A run that was killed goes on with the same command and --resume, and ends with the same weights as one never
-killed, bit for bit on the CPU. With --preset tiny, --width is 0.25: give nasdet train the same.
+killed, bit for bit on the CPU. With --preset tiny a named backbone has --width 0.25: give nasdet train the same. Spaces
+and cards keep their own width, that of nasdet search and nasdet train --card. These refuse weights that were learnt
+with another --shuffle, by the classifier.json beside them.
 """
 
 
@@ -91,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_network(add: Any) -> None:
-    add("--width", type=float, metavar="X", help="multiplier of the channels (paper: 1; tiny: 0.25)")
+    add("--width", type=float, metavar="X", help="multiplier of the channels (1; --backbone with tiny: 0.25)")
     add(
         "--last",
         type=int,
@@ -160,7 +162,9 @@ def run(
 
     resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
-    settings = {**PRESETS[preset or "paper"], **given}
+    # The searches, and nasdet train --card, read the weights of spaces and cards, which are as wide as they say.
+    own: dict[str, Any] = {} if "backbone" in given else {"width": 1.0}
+    settings = {**PRESETS[preset or "paper"], **own, **given}
     seed, stored = settings.get("seed", 0), out / "split.json"
     split = Split.load(stored) if resume and stored.is_file() else None
     folder = ClassificationFolder(data, split=split, seed=seed, skip_bad=skip_bad)
@@ -177,10 +181,22 @@ def run(
     pretrain(config, folder, out, network.make, **rest, command=["nasdet", *sys.argv[1:]])
     if is_main():
         _report(out, network)
-        detector = f"nasdet train --backbone {network.named.get('backbone')} --width {settings.get('width', 1.0):g}"
-        if "backbone" in network.named:
-            print(f"next: {detector} --weights {out / WEIGHTS} --data DIR --out RUN")
+        if verb := _next(network.named, settings):
+            print(f"next: nasdet {verb} --weights {out / WEIGHTS} --data DIR --out RUN")
     return 0
+
+
+def _next(named: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The verb that takes the weights, and the options with which it makes the same network; None for no such verb."""
+    width = f" --width {settings.get('width', 1.0):g}"
+    if "backbone" in named:
+        return f"train --backbone {named['backbone']}{width}"
+    if "card" in named:
+        return f"train --card {settings['card']}{'' if width == ' --width 1' else width}"
+    method, _, sizes = str(named["space"]).partition("-")
+    shuffle = f" --shuffle {named['shuffle']}" if "shuffle" in named else ""
+    searched = method == "detnas" and named["width"] == 1  # the supernet of a search has no other width
+    return f"search detnas --space {sizes}{shuffle}" if searched else None
 
 
 def _network(settings: dict[str, Any], classes: int) -> Trunk:

@@ -56,6 +56,13 @@ EPILOG = (
     "      --algorithm random                           as many random paths of the same supernet\n"
     "  torchrun --nproc-per-node 8 -m nasdet search detnas --data coco --out runs/detnas --weights supernet.pth\n"
     "  nasdet train --card runs/detnas/card.json --data digits --out runs/net --preset tiny --no-flip   retrain it\n"
+    "the three steps and the retraining, on classes of digits in the place of ImageNet:\n"
+    "  nasdet data digits --classification --out classes\n"
+    "  nasdet pretrain --space detnas-tiny --data classes --out runs/paths --preset tiny --no-flip\n"
+    "  nasdet search detnas --data digits --out runs/found --weights runs/paths/weights.pt --preset tiny --no-flip\n"
+    "  nasdet pretrain --card runs/found/card.json --data classes --out runs/body --preset tiny --no-flip\n"
+    "  nasdet train --card runs/found/card.json --weights runs/body/weights.pt --data digits --out runs/net2 \\\n"
+    "      --preset tiny --no-flip\n"
     "\n"
     "Several processes train together, in each step the same path; then each evaluates candidates of its own. On\n"
     "several machines RUN must be a folder that all of them see, and on each of them runs\n"
@@ -80,7 +87,7 @@ def _add_space(group: Any) -> None:
     add = group.add_argument
     add("--space", metavar="NAME", help="small, large, 3.8g or tiny (paper: small; tiny: tiny)")
     add("--max-macs", type=float, metavar="X", help="limit on the backbone at 224x224 (small: 3e8; large: 1.3e9)")
-    add("--shuffle", choices=("even_odd", "halves"), help="permutation between blocks (even_odd)")
+    add("--shuffle", choices=("even_odd", "halves"), help="permutation between blocks, that of --weights (even_odd)")
     limits = dict.fromkeys(("max_parameters", "latency_table", "max_latency"), "none")
     add_shared(group, **limits, name="detnas-SPACE-DETECTOR-seedN")
 

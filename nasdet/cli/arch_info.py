@@ -187,11 +187,10 @@ def detector_costs(
     from nasdet.spaces import is_backbone, retraining
     from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model, searched_fields
 
-    around: dict[str, Any] = {"backbone": backbone}
+    around: dict[str, Any] = {"backbone": backbone, "options": retraining(card, detector).model.get("options", {})}
     if card is not None:
         own = card.settings.get("channels", 256)
         around |= {"fpn_channels": own if isinstance(own, int) else 256} | searched_fields(card)
-        around["options"] = retraining(card, detector).model.get("options", {})  # the box head of its paper
     config = ModelConfig(
         detector=detector,
         width=width,

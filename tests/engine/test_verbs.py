@@ -199,7 +199,7 @@ def test_box_heads_are_chosen_where_there_are_any(digits, tmp_path):
 def test_a_retraining_goes_on_where_it_stopped(digits, tmp_path, monkeypatch):
     space = MSNASSpace(blocks=4, channels=8)
     save_card(space.random(Random(0), "small"), tmp_path / "card.json")
-    words = ["--data", digits, "--card", tmp_path / "card.json", "--batch", 2, "--steps", 4, "--size", "64x96"]
+    words = ["--data", digits, "--card", tmp_path / "card.json", "--batch", 2, "--steps", 3, "--size", "64x64"]
     words += ["--checkpoint-every", 1, "--workers", 0, "--device", "cpu", "--box-head", "2fc"]
     assert verb(train_verb, *words, "--out", tmp_path / "whole") == 0
     told = json.loads((tmp_path / "whole" / "run.json").read_text())["arguments"]

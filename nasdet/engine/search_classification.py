@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -120,10 +121,6 @@ def search_classification(
     scored, learnt = data.search_val(), data.search_train()
     for dataset in (scored, learnt):
         require_selectable(dataset, data.split)
-    with distributed.process_group(device):
-        if not resume and any((out / name).exists() for name in (STATE, "run.json")):
-            raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
-        distributed.barrier()  # no process may write there before all have looked
     sizes: dict[str, Any] = {
         "population": config.population,
         "parents": config.parents,
@@ -153,11 +150,17 @@ def search_classification(
     facts: dict[str, Any] = {"data": str(data.path.resolve()), "images": {"scored": len(scored)}}
     facts["limits"] = {one.name: [one.low, one.high] for one in constraints}
     place: dict[str, Any] = {"seed": config.seed, "device": device, "command": command, "resume": resume}
-    with recorded(out, "search classification", asdict(config), **place, **facts):
-        if rank == 0:
-            data.split.save(out / "split.json")
-        evolve(search, fitness, out, of, rank=rank, ranks=ranks, resume=resume, progress=progress)
-        return _finish(search, config, data, out, rank)
+    with contextlib.ExitStack() as together:
+        together.enter_context(distributed.process_group(device))
+        if not resume and any((out / name).exists() for name in (STATE, "run.json")):
+            raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
+        distributed.barrier()  # no process may write there before all have looked
+        with recorded(out, "search classification", asdict(config), **place, **facts):
+            together.close()  # each process evaluates its own candidates, on all images
+            if rank == 0:
+                data.split.save(out / "split.json")
+            evolve(search, fitness, out, of, rank=rank, ranks=ranks, resume=resume, progress=progress)
+            return _finish(search, config, data, out, rank)
 
 
 def _finish(

@@ -179,6 +179,8 @@ def test_two_processes_search_by_classification(supernet, pretrained, tmp_path):
     assert one == two
     ranks = [json.loads(file.read_text())["rank"] for file in (tmp_path / "two" / "scores").glob("*/*.json")]
     assert set(ranks) == {0, 1} and len(ranks) == sum(map(len, one["generations"]))
+    recorded = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert [run["processes"] for run in recorded] == [1, 2]
 
 
 @pytest.mark.parametrize("space", ["hit-tiny", "hit-tiny-half"])

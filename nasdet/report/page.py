@@ -197,7 +197,7 @@ def _run_sections(run: Run, budget: int, seen: dict[str, str]) -> list[tuple[str
     found = [
         ("cells", "Architecture", _cells(run, seen)),
         ("alphas", "How the search decided", _drawn(lambda: _alphas(run))),
-        ("population", "Population", population.population_section(run.evolution)),
+        ("population", "Population", _population(run)),
         ("fields", "Effective receptive field", _fields(run)),
         ("curves", "Loss and AP", _drawn(lambda: curves.curve_section(run.metrics))),
         ("detections", "Detections", _drawn(lambda: pictures.picture_section(run, budget)) if budget else ""),
@@ -206,6 +206,10 @@ def _run_sections(run: Run, budget: int, seen: dict[str, str]) -> list[tuple[str
         ("cost", "Cost", tables.cost(run)),
     ]
     return [part for part in found if part[2]]
+
+
+def _population(run: Run) -> str:
+    return population.population_section(run.evolution, population.metric_of(run.info.get("verb")))
 
 
 def _masks(run: Run) -> str:

@@ -12,6 +12,7 @@ from nasdet.report.read import number
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 460.0, 260.0, 44.0, 10.0, 12.0, 34.0
 _WORDS = {"macs": "multiply-accumulates", "parameters": "parameters", "milliseconds": "milliseconds"}
+_METRICS = {"search classification": "top-1 accuracy"}
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,25 @@ def front(found: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def population_section(content: Any) -> str:
-    """The figures of an ``evolution.json``: a scatter for each cost, the generations, and the front as a table."""
+def metric_of(verb: Any) -> str:
+    """What the scores of a search are, by its verb: AP where it does not say otherwise."""
+    return _METRICS.get(str(verb), "AP")
+
+
+def population_section(content: Any, metric: str = "AP") -> str:
+    """The figures of an ``evolution.json``: a scatter for each cost, the generations, and the front as a table.
+
+    ``metric`` is what its scores are, in words.
+    """
     names: list[str | None] = [*costs_of(content)] or [None]
-    scatters = [scatter(found, name) for name in names if (found := points(content, name))]
+    scatters = [scatter(found, name, metric) for name in names if (found := points(content, name))]
     if not scatters:
         return ""
-    shown = grid([*scatters, progress(points(content))])
-    return shown if names[0] is None else shown + _front_table(points(content, names[0]), names[0])
+    shown = grid([*scatters, progress(points(content), metric)])
+    return shown if names[0] is None else shown + _front_table(points(content, names[0]), names[0], metric)
 
 
-def scatter(found: Sequence[Point], cost: str | None) -> str:
+def scatter(found: Sequence[Point], cost: str | None, metric: str = "AP") -> str:
     """Score against cost: a dot for each candidate, coloured by generation, and the Pareto front as steps."""
     axis = _Axes([point.cost for point in found], [100 * point.score for point in found])
     last = max(point.generation for point in found)
@@ -100,12 +109,12 @@ def scatter(found: Sequence[Point], cost: str | None) -> str:
     colors = [("generation 1", generation_color(1, last)), (f"generation {last}", generation_color(last, last))]
     return figure(
         legend(colors[: min(last, 2)] + ([("Pareto front", "var(--c1)")] if kept else [])) + _svg(parts, spoken),
-        f"<b>AP against {text(_WORDS.get(cost or '', cost or 'order'))}</b> in points, on the images of the search, "
-        "with weights from the supernet; the best has a ring.",
+        f"<b>{_titled(metric)} against {text(_WORDS.get(cost or '', cost or 'order'))}</b> in points, on the images of "
+        "the search, with weights from the supernet; the best has a ring.",
     )
 
 
-def progress(found: Sequence[Point]) -> str:
+def progress(found: Sequence[Point], metric: str = "AP") -> str:
     """Best so far, and best and mean of each generation."""
     generations = sorted({point.generation for point in found})
     if len(generations) < 2:
@@ -124,8 +133,8 @@ def progress(found: Sequence[Point]) -> str:
         parts.append(f'<path class="line" d="M{drawn}" style="stroke:{color}"/>')
     told = "; ".join(f"{name} {values[0]:.1f} to {values[-1]:.1f}" for name, (values, _) in lines.items())
     return figure(
-        legend((name, color) for name, (_, color) in lines.items()) + _svg(parts, f"AP by generation: {told}"),
-        "<b>Generation by generation</b> AP in points.",
+        legend((name, color) for name, (_, color) in lines.items()) + _svg(parts, f"{metric} by generation: {told}"),
+        f"<b>Generation by generation</b> {metric} in points.",
     )
 
 
@@ -135,13 +144,18 @@ def generation_color(generation: int, last: int) -> str:
     return f"color-mix(in srgb,var(--accent) {share:.0f}%,var(--c5))"
 
 
-def _front_table(found: Sequence[Point], cost: str) -> str:
+def _titled(metric: str) -> str:
+    return metric[:1].upper() + metric[1:]
+
+
+def _front_table(found: Sequence[Point], cost: str, metric: str) -> str:
     rows = [
         [text(amount(point.cost)), percent(point.score), str(point.generation), text(point.operator)]
         for point in front(found)
     ]
-    head = [text(_WORDS.get(cost, cost)), "AP", "generation", "made by"]
-    return table(head, rows, "The Pareto front: what no other candidate beats in AP at this cost or less.", "front")
+    head = [text(_WORDS.get(cost, cost)), metric, "generation", "made by"]
+    caption = f"The Pareto front: what no other candidate beats in {metric} at this cost or less."
+    return table(head, rows, caption, "front")
 
 
 class _Axes:

@@ -13,6 +13,7 @@ import pytest
 from nasdet.report import write_report
 from nasdet.report.blocks import path_figure, stages_of
 from nasdet.report.population import Point, _ticks, costs_of, front, points, population_section, progress, scatter
+from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import Evolution
 from nasdet.spaces.detnas import DetNASSpace
 
@@ -124,16 +125,25 @@ def test_without_stages_a_path_is_one_row(settings: Any) -> None:
     assert stages_of(CARD | {"settings": settings}) == [CARD["genotype"]]
 
 
-def test_page_of_a_search(tmp_path: Path) -> None:
-    """From the state that a search really has."""
+@pytest.mark.parametrize(
+    ("verb", "metric", "title", "other"),
+    [
+        ("search detnas", "AP", "AP", "accuracy"),
+        ("search classification", "top-1 accuracy", "Top-1 accuracy", "AP"),
+    ],
+    ids=["detnas", "classification"],
+)
+def test_page_of_a_search(verb: str, metric: str, title: str, other: str, tmp_path: Path) -> None:
+    """From the state that a search really has; its scores are named as what they are, everywhere."""
     space = DetNASSpace("tiny")
-    search = Evolution(space, population=4, parents=2, generations=3)
+    macs = Constraint("macs", lambda card: space.macs(card.genotype))
+    search = Evolution(space, constraints=[macs], population=4, parents=2, generations=3)
     rng = Random(0)
     while not search.done:
         search.tell(search.ask(), rng.random())
     best, _ = search.best()
     for name, content in (
-        ("run.json", {"verb": "search detnas", "status": "done"}),
+        ("run.json", {"verb": verb, "status": "done"}),
         ("card.json", best.to_json()),
         ("evolution.json", {"of": {}, "state": search.state_dict()}),
     ):
@@ -141,6 +151,17 @@ def test_page_of_a_search(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert '<section id="population"' in page and "12 candidates" in page and "The path" in page
     assert page.count("<rect") >= 8 and "the genotype as the card has it" not in page
+    _, _, section = page.partition('<section id="population"')
+    section = section.partition("</section>")[0]
+    for words in (
+        f"<b>{title} against multiply-accumulates</b>",
+        f"</b> {metric} in points",
+        f'aria-label="{metric} by generation',
+        f'<th scope="col">{metric}</th>',
+        f"beats in {metric} at this cost",
+    ):
+        assert words in section, words
+    assert other not in section
 
 
 def test_a_malformed_file_is_named(tmp_path: Path) -> None:

@@ -12,24 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-from nasdet._files import write_json
 from nasdet.arch import Card, load_card
 from nasdet.data import DataFolder
 from nasdet.engine import one_shot
+from nasdet.engine import search_detnas as search_module
 from nasdet.engine.checkpoint import digest, load_checkpoint
 from nasdet.engine.evaluate import evaluate
+from nasdet.engine.pretrain import PretrainConfig
 from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.search_detnas import (
+    RECALIBRATIONS,
     DetNASSearchConfig,
+    Recalibration,
     _DetNASRun,
     deviations,
     offspring,
     search_detnas,
 )
-from nasdet.measure.latency_table import Record, Setting
 from nasdet.search.evolution import PRESETS
 from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
-from nasdet.spaces.detnas.latency import DetNASBlocks
 
 Finished = Callable[[str], Path]
 
@@ -70,6 +71,9 @@ def test_the_papers_settings() -> None:
     assert dataclasses.replace(paper, detector="retinanet").schedule(90_000).lr == 0.01
     evaluations = paper.population * paper.generations
     assert (evaluations, paper.parents, paper.val_images) == (1000, 10, 5000)
+    assert RECALIBRATIONS == {"paper": Recalibration(500, 4, None), "released": Recalibration(4000, 8, 0.1)}
+    assert (paper.recalibration, paper.recalibration_images) == ("paper", None)
+    assert PretrainConfig().recalibration_images == 500
     assert offspring("paper", 50) == PRESETS["detnas"]["offspring"]
     assert offspring("released", 50) == PRESETS["detnas-released"]["offspring"]
     head: Any = build_meta(paper).boxes.head.trunk
@@ -244,6 +248,31 @@ def test_other_statistics(recalibration: str, config: DetNASSearchConfig, data: 
     assert recalibration == "none" or int(norm.num_batches_tracked) == 2, "12 images in steps of 8"
 
 
+STATISTICS: dict[str, tuple[Any, ...]] = {"paper": ("cumulative", 4, 125), "released": ("momentum", 0.1, 8, 500)}
+
+
+@pytest.mark.parametrize("name", RECALIBRATIONS)
+def test_statistics_are_measured_as_the_papers_are(
+    name: str, config: DetNASSearchConfig, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 images in batches of 4 and their mean; or 500 batches of 8, however few the images, with momentum 0.1."""
+    search = run_of(dataclasses.replace(config, recalibration=name, recalibration_images=None), data)
+    found: list[Any] = []
+
+    def batches(dataset: Any, *, steps: int, batch: int, **others: Any) -> Any:
+        assert dataset is search.learnt
+        return iter([(batch, steps)])
+
+    def measure(model: nn.Module, batches: Any, *, mode: str, momentum: float, **others: Any) -> None:
+        found.extend([mode, *([momentum] if mode == "momentum" else []), *next(batches)])
+
+    monkeypatch.setattr(search, "learnt", range(600 if name == "paper" else 4))
+    monkeypatch.setattr(search, "batches", batches)
+    monkeypatch.setattr(search_module, "recalibrate", measure)
+    search.adapt(search.draw(0))
+    assert tuple(found) == STATISTICS[name]
+
+
 def test_search_val_images(config: DetNASSearchConfig, data: DataFolder) -> None:
     """What is not needed to score learns; nothing does both, and no test image does either."""
     split = data.split
@@ -333,34 +362,3 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: DetNA
         "bfloat16",
     ):
         assert any(words in line for line in ours), words
-
-
-def latencies(config: DetNASSearchConfig, path: Path, ms: dict[str, float]) -> Path:
-    """A table as if measured: every block takes as long as ``ms`` says of its choice."""
-    blocks = DetNASBlocks(config.search_space())
-    setting = Setting(dict(blocks.settings), (64, 64), "made up", 1, "float32", True, "wall", {})
-    rows = {key: [ms.get(key.split()[0], 1.0)] for key, _, _ in blocks.blocks((64, 64))}
-    return write_json(path, Record(setting, "today", rows).to_json())
-
-
-def test_milliseconds_are_a_limit(config: DetNASSearchConfig, data: DataFolder, whole: Path, tmp_path: Path) -> None:
-    table = latencies(config, tmp_path / "table.json", {"xcep": 5.0, "sh7": 3.0})
-    depth = config.search_space().sizes.depth
-    fast = dataclasses.replace(
-        config, supernet=str(whole), latency_table=str(table), max_latency=float(depth + 5), algorithm="random"
-    )
-    search_detnas(fast, data, tmp_path / "run", progress=False)
-    found = [one for generation in state(tmp_path / "run")["generations"] for one in generation]
-    for one in found:
-        genotype = one["card"]["genotype"]
-        assert one["costs"]["milliseconds"] == 1 + sum({"xcep": 5.0, "sh7": 3.0}.get(name, 1.0) for name in genotype)
-        assert one["costs"]["milliseconds"] <= depth + 5
-    words = f"milliseconds must be at most 3, reachable are {depth + 1} to {5 * depth + 1}"
-    with pytest.raises(ValueError, match=words):
-        search_detnas(dataclasses.replace(fast, max_latency=3.0), data, tmp_path / "other", progress=False)
-    with pytest.raises(ValueError, match="latency_table must be given with max_latency, got None and 3 ms"):
-        dataclasses.replace(config, max_latency=3.0)
-    large = latencies(dataclasses.replace(config, space="small", max_macs=None), tmp_path / "large.json", {})
-    with pytest.raises(ValueError, match="large.json: space must be .*, got a table for"):
-        search_detnas(dataclasses.replace(fast, latency_table=str(large)), data, tmp_path / "other", progress=False)
-    assert not (tmp_path / "other").exists()

@@ -39,8 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _configure_latency(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Time every block of a search space on this device: median milliseconds over rounds that run each block once,\n"
-        "one picture, evaluation mode, channels_last. The sum of its blocks predicts a net's latency. With --check,\n"
-        "random nets are timed whole in the same rounds, and the error of their predictions is reported.\n"
+        "one picture, evaluation mode, channels_last. The sum of its blocks predicts a net's latency. Some random\n"
+        "nets (--check) are timed whole in the same rounds, and the error of their predictions is reported.\n"
         "\n"
         "The table is written after every round. The same command again measures only what is missing: the rest of an\n"
         "interrupted measurement, more --rounds, more nets to --check; a table of other settings is refused."
@@ -63,7 +63,7 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", metavar="NAME", help="float32, bfloat16 or float16 (float32)")
     add("--clock", metavar="NAME", help="wall, or on a CPU with other work thread (needs --threads 1) (GPU: cuda)")
     add("--rounds", type=int, default=15, metavar="N", help="samples of each block (15)")
-    add("--check", type=int, default=0, metavar="N", help="random nets to time whole (0)")
+    add("--check", type=int, default=5, metavar="N", help="random nets to time whole, 0 for none (5)")
     add("--seed", type=int, default=0, metavar="N", help="of the random nets (0)")
     add("--proposals", type=int, metavar="N", help="of hit: RoIs that the head runs on, as in the search (1000)")
     add("--shuffle", choices=("even_odd", "halves"), help="of detnas: permutation between blocks (even_odd)")

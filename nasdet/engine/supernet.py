@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nasdet.arch import Card, save_card
 from nasdet.data import (
@@ -37,6 +39,8 @@ from nasdet.engine.optim import Schedule
 from nasdet.engine.records import append_line
 from nasdet.engine.runs import recorded
 from nasdet.engine.train import write_cost
+from nasdet.measure.latency_table import Record
+from nasdet.measure.machine import device_name
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, searched_fields
 
@@ -120,6 +124,10 @@ class SupernetRun(ABC):
     @abstractmethod
     def deviations(self) -> list[str]:
         """Every way in which the search differs from the paper's, in words."""
+
+    def notes(self) -> list[str]:
+        """What else a reader of the result should know: told at the start, and kept with the deviations."""
+        return []
 
     def alphas(self) -> dict[str, list[list[float]]]:
         """Raw alphas by group for ``alphas.jsonl``; empty where a method has none."""
@@ -287,12 +295,15 @@ def run_search(
         named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
         settings = fixed(config) | {"split": data.split.sha256, "pretrained": weights is not None}
         loop = None if run.ready(out, resume) else run.loop(out, settings, resume, progress)
+        notes = run.notes()
+        for line in notes if progress and distributed.is_main() else ():
+            tqdm.write(line, file=sys.stderr)
         facts = {
             "data": str(data.path.resolve()),
             "skipped": data.skipped or None,
             "weights": weights and str(weights),
             **run.facts(),
-            "deviations": run.deviations(),
+            "deviations": [*run.deviations(), *notes],
         }
         with recorded(out, kind.verb, asdict(config), **named, **facts) as info:
             if distributed.is_main():
@@ -366,6 +377,14 @@ def own_ways(config: Any) -> list[str]:
     """The lines of deviations for what no paper does: other arithmetic, pictures that are never mirrored."""
     found = [] if config.flip else ["no picture is mirrored; the paper: half of them"]
     return found + (["bfloat16 autocast; the paper: float32"] if config.amp else [])
+
+
+def measured_elsewhere(table: str | None, device: torch.device) -> list[str]:
+    """A line for a table of latencies, a file, that was measured on another device than the search's own."""
+    if table is None:
+        return []
+    theirs, ours = Record.load(table).setting.device, device_name(device)
+    return [] if theirs == ours else [f"milliseconds are those of {theirs}; the search runs on {ours}"]
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from nasdet.arch import Card, save_card
-from nasdet.cli import main
+from nasdet.cli import main, measure
 from nasdet.spaces.detnas import DetNASSpace, Sizes
 
 ROWS = [("a", 0.1, 30.0), ("b", 0.2, 31.0), ("c", 0.3, 33.0), ("d", 0.4, 32.0), ("e", 0.5, 33.0)]
@@ -54,7 +55,7 @@ def test_a_table_of_a_detectors_parts(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def latency(*more: str, out: Path) -> list[str]:
     base = ["measure", "latency", "--space", "detnas-small", "--out", str(out), "--size", "32x64", "--device", "cpu"]
-    return [*base, "--threads", "1", "--rounds", "1", *more]
+    return [*base, "--threads", "1", "--rounds", "1", "--check", "0", *more]
 
 
 def test_a_table_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +78,12 @@ def test_a_table_is_measured_shown_and_kept(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "dtype must be bfloat16, got float32" in error and str(out) in error and error.count("\n") == 1
     assert json.loads(out.read_text()) == stored
+
+
+def test_predictions_are_checked_unless_told_otherwise() -> None:
+    parser = argparse.ArgumentParser()
+    measure.configure(parser)
+    assert parser.parse_args(["latency", "--space", "detnas-small", "--out", "table.json"]).check == 5
 
 
 @pytest.mark.parametrize(

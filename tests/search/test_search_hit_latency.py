@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nasdet._files import read_json, write_json
 from nasdet.data import DataFolder
 from nasdet.engine.hit_config import HitSearchConfig
-from nasdet.engine.search_hit import search_hit
+from nasdet.engine.search_hit import _JointRun, search_hit
 from nasdet.measure import measure_table
 from nasdet.spaces.hit import HitSpace
 from nasdet.spaces.hit.latency import HitBlocks
@@ -47,6 +49,7 @@ def test_the_cost_may_be_measured_latency(
             assert row[name] < max(row.values())
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["cost"] == "milliseconds" and any("measured latency" in line for line in run["deviations"])
+    assert not any("milliseconds are those of" in line for line in run["deviations"]), "it was measured here"
     assert run["cost_range"] == pytest.approx([value / 1e6 for value in counts.reachable()], rel=1e-3)
     lines = records(tmp_path / "run", "metrics.jsonl")[2:]
     totals = [sum(line[f"expected_{part}"] for part in PARTS) for line in lines]
@@ -77,3 +80,12 @@ def test_another_table_is_another_search(config: HitSearchConfig, data: DataFold
     table_of_parameters(path, config.search_space(), per_ms=2e6)
     with pytest.raises(ValueError, match="cost_range"):
         search_hit(timed, data, tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_table_of_another_device_is_told(config: HitSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+    path = Path(table_of_parameters(tmp_path / "ms.json", config.search_space()))
+    write_json(path, read_json(path) | {"device": "a phone"})
+    timed = dataclasses.replace(config, latency_table=str(path))
+    (line,) = _JointRun(timed, data, torch.device("cpu")).notes()
+    assert line.startswith("milliseconds are those of a phone; the search runs on ")
+    assert _JointRun(config, data, torch.device("cpu")).notes() == []

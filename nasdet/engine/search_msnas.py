@@ -19,7 +19,7 @@ from nasdet.engine.supernet import SearchOptions, differences, model_around, own
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Offspring
 from nasdet.spaces.assemble import ModelConfig, build_model
-from nasdet.spaces.msnas import MSNASSpace, rpn_macs
+from nasdet.spaces.msnas import MSNASSpace
 from nasdet.spaces.msnas.costs import INPUT, RPN_CHANNELS
 from nasdet.spaces.msnas.latency import MSNASBlocks
 
@@ -116,12 +116,15 @@ class MSNASSearchConfig(OneShotConfig):
 def constraints(config: MSNASSearchConfig, space: MSNASSpace) -> list[Constraint]:
     """The window of a candidate's MACs, and the limit on its parameters; without either, they are recorded only."""
     size, target = (config.macs_height, config.macs_width), config.target_macs or space.target
-    rpn_macs((8,), 1, size=size)  # refuses a size that is none
 
     def cost(card: Card) -> float:
         return space.macs(card, size, config.rpn_channels)
 
-    window = Constraint("macs", cost) if target is None else Constraint.window("macs", cost, target, config.tolerance)
+    reachable = space.macs_range(size, config.rpn_channels)
+    if target is None:
+        window = Constraint("macs", cost, reachable=reachable)
+    else:
+        window = Constraint.window("macs", cost, target, config.tolerance, reachable)
     return [window, Constraint("parameters", space.parameters, None, config.max_parameters)]
 
 

@@ -38,13 +38,20 @@ class Constraint:
                 raise ValueError(self.demand(least, most))
 
     @classmethod
-    def window(cls, name: str, cost: Callable[[Card], float], target: float, tolerance: float = 0.01) -> Constraint:
-        """A cost within ``tolerance`` (a share) of ``target``: MSNAS's 1 %."""
+    def window(
+        cls,
+        name: str,
+        cost: Callable[[Card], float],
+        target: float,
+        tolerance: float = 0.01,
+        reachable: tuple[float, float] | None = None,
+    ) -> Constraint:
+        """A cost within ``tolerance`` (a share) of ``target``: MSNAS's 1 %; ``reachable`` as above."""
         if not finite(target) or target <= 0 or not finite(tolerance) or not 0 < tolerance < 1:
             raise ValueError(
                 f"target of {name} must be positive and tolerance in (0, 1), got {target!r} and {tolerance!r}"
             )
-        return cls(name, cost, target * (1 - tolerance), target * (1 + tolerance))
+        return cls(name, cost, target * (1 - tolerance), target * (1 + tolerance), reachable)
 
     def excess(self, value: float) -> float:
         """How far a cost lies outside, relative to the bound that it misses; 0 inside."""

@@ -122,6 +122,10 @@ PARTS: dict[str, tuple[Any, str]] = {
     "nan": (lambda: Constraint("macs", weight, float("nan")), "low of macs must be a finite number or None, got nan"),
     "target": (lambda: Constraint.window("macs", weight, 0), "target of macs must be positive"),
     "tolerance": (lambda: Constraint.window("macs", weight, 9, 1.0), r"tolerance in \(0, 1\), got 9 and 1.0"),
+    "reach": (
+        lambda: Constraint.window("macs", weight, 200.0, reachable=(1, 190.5)),
+        "macs must be within 198 to 202, reachable are 1 to 190.5",
+    ),
 }
 
 

@@ -263,7 +263,9 @@ def test_one_stage_and_bottlenecks(config: MSNASSearchConfig, data: DataFolder, 
 def test_a_window_out_of_reach_is_refused_before_anything_is_written(
     config: MSNASSearchConfig, data: DataFolder, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"macs must be within 990000 to 1010000, met were \d+ to \d+"):
+    least, most = config.search_space().macs_range((64, 64), 8)
+    assert 1.01e6 < least < 16e6 < most
+    with pytest.raises(ValueError, match=f"macs must be within 990000 to 1010000, reachable are {least} to {most}"):
         search_msnas(
             dataclasses.replace(config, target_macs=1e6, tolerance=0.01), data, tmp_path / "run", progress=False
         )

@@ -13,18 +13,22 @@ import pytest
 from nasdet.arch import load_card, published
 from nasdet.spaces.msnas import (
     FPN_HEADS,
+    VARIANTS,
     MSNASSpace,
     chain_count,
     check_genotype,
+    encoder_macs,
     genotype,
     head_blocks,
     head_vectors,
     laterals,
     legal_heads,
+    macs_range,
     pair_count,
     random_genotype,
     random_strides,
     resolutions,
+    rpn_macs,
     stage_ends,
 )
 
@@ -77,6 +81,39 @@ def test_published_r18_nets(rank: int) -> None:
     strides, heads, maps, ends, added = R18[rank - 1]
     assert card.genotype == {"strides": strides, "heads": heads, "laterals": added}
     assert (resolutions(strides), stage_ends(strides), laterals(strides)) == (maps, ends, added)
+
+
+# Tables 8 and 9 as printed: strides, heads, AP.
+TABLES = {
+    "r34": (
+        8,
+        ("1,2,1,2,1,1,2,1,0.5,0.5,1,1,2,1,0.5,1,0.5,2,2,2,1", "4,8,16,32,32", "39.0"),
+        ("1,2,1,2,1,2,1,1,0.5,0.5,1,1,2,1,0.5,1,0.5,2,2,2,2", "4,8,16,32,64", "38.7"),
+        ("1,2,1,2,1,2,1,1,0.5,0.5,1,1,2,1,0.5,1,0.5,2,2,2,2", "4,8,16,16,64", "38.4"),
+        ("1,2,1,2,1,1,2,1,2,1,0.5,0.5,1,1,2,0.5,0.5,0.5,1,2,2", "4,8,16,32,32", "39.2"),
+        ("1,2,1,2,1,2,1,1,0.5,0.5,1,1,2,1,0.5,1,0.5,2,2,2,0.5", "4,8,16,32,32", "39.0"),
+    ),
+    "r50": (
+        9,
+        ("1,2,1,2,1,1,2,1,1,1,1,2,0.5,0.5,1,0.5,0.5,2,2,1,2", "8,8,16,32,32", "39.4"),
+        ("1,2,1,2,1,1,2,1,1,1,1,2,0.5,0.5,1,0.5,0.5,2,1,2,2", "8,16,32,32,32", "39.1"),
+        ("1,2,1,2,1,1,2,1,1,1,1,2,0.5,0.5,1,0.5,0.5,2,1,2,2", "8,8,32,32,64", "39.5"),
+        ("1,2,1,2,1,1,2,1,1,1,1,2,0.5,0.5,1,0.5,0.5,2,2,1,2", "8,8,16,32,64", "39.4"),
+        ("1,2,1,2,1,1,1,2,1,1,0.5,0.5,1,0.5,2,2,2,2,0.5,1,1", "8,8,32,32,32", "39.1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", TABLES)
+def test_published_r34_and_r50_nets(variant: str) -> None:
+    number, *rows = TABLES[variant]
+    cards = {card.source["detail"]: card for card in (load_card(f"msnas-{variant}-{rank}") for rank in range(1, 6))}
+    for row, (strides, heads, precision) in enumerate(rows, 1):
+        found = cards[f"Table {number}, row {row}: {precision} AP on COCO, {variant.upper()}-sized encoder"].genotype
+        assert found["strides"] == [H if stride == "0.5" else int(stride) for stride in strides.split(",")]
+        assert found["heads"] == [int(head) for head in heads.split(",")]
+    precisions = [detail.partition(": ")[2] for detail in cards]
+    assert precisions == sorted(precisions, reverse=True), "named by AP"
 
 
 def test_the_worked_example() -> None:
@@ -141,6 +178,39 @@ def test_counts_and_laterals_against_brute_force(blocks: int) -> None:
     for strides in chains:
         assert laterals(strides) == literal_laterals(strides)
         assert sorted(legal_heads(strides)) == heads[tuple(sorted(set(resolutions(strides))))]
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("blocks", range(2, 7))
+def test_the_reachable_macs_are_exact(blocks: int, block: str) -> None:
+    """Over all architectures, whatever costs most: the blocks and their laterals, the heads, or neither."""
+    chains, size = valid_chains(blocks), (64, 128)
+    legal = {maps: brute_heads(list(maps)) for maps in {tuple(sorted(set(resolutions(s)))) for s in chains}}
+    for channels, rpn_channels in ((32, 1), (2, 256), (64, 64)):
+        rpn = {
+            maps: [rpn_macs(heads, channels, block, size, rpn_channels) for heads in vectors]
+            for maps, vectors in legal.items()
+        }
+        costs = [
+            encoder_macs(strides, channels, block, size) + heads
+            for strides in chains
+            for heads in rpn[tuple(sorted(set(resolutions(strides))))]
+        ]
+        assert len(costs) == pair_count(blocks)
+        space = MSNASSpace(blocks=blocks, channels=channels, block=block)
+        assert space.macs_range(size, rpn_channels) == (min(costs), max(costs))
+
+
+def test_the_reachable_macs_of_the_papers_spaces() -> None:
+    """What the paper's windows lie within, and its nets."""
+    for variant in VARIANTS:
+        space = MSNASSpace(variant)
+        least, most = space.macs_range()
+        assert space.target is not None and least < 0.99 * space.target and 1.01 * space.target < most
+        for rank in range(1, 6):
+            assert least < space.macs(load_card(f"msnas-{variant}-{rank}")) < most
+    with pytest.raises(ValueError, match="blocks must be an integer of at least 2, got 1"):
+        macs_range(1, 180)
 
 
 def test_published_counts() -> None:

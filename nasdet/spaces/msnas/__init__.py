@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nasdet.spaces.msnas.costs import VARIANTS, encoder_macs, macs, parameters, rpn_macs
+from nasdet.spaces.msnas.costs import VARIANTS, encoder_macs, macs, macs_range, parameters, rpn_macs
 from nasdet.spaces.msnas.genotype import (
     FPN_HEADS,
     check_genotype,
@@ -30,6 +30,7 @@ __all__ = [
     "laterals",
     "legal_heads",
     "macs",
+    "macs_range",
     "pair_count",
     "parameters",
     "random_genotype",

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from nasdet.spaces.msnas.genotype import laterals, resolutions
+from nasdet._checks import check_whole
+from nasdet.spaces.msnas.genotype import RESOLUTIONS, START, STRIDES, head_vectors, laterals, resolutions
 
 BLOCKS = ("basic", "bottleneck")
 STEM_CHANNELS = 64
@@ -53,19 +55,27 @@ def encoder_macs(
     area = _areas(size)
     maps = resolutions(strides)
     out = _out_channels(channels, block)
-    total = 49 * 3 * STEM_CHANNELS * 4 * area[4] if stem else 0
-    inp, before = STEM_CHANNELS, 4
+    total = _stem_macs(area) if stem else 0
+    inp, before = STEM_CHANNELS, START
     for stride, resolution in zip(strides, maps, strict=True):
-        here = area[resolution]
-        if block == "basic":
-            total += 9 * (inp + channels) * channels * here
-        else:
-            # Upsampling comes first, a stride of 2 only at the 3x3.
-            total += inp * channels * (area[before] if stride == 2 else here) + (9 * channels + out) * channels * here
-        if inp != out or stride != 1:
-            total += inp * out * here
+        total += _block_macs(inp, channels, block, stride, area[before], area[resolution])
         inp, before = out, resolution
     return total + sum(out * out * area[maps[end - 1]] for end, _ in laterals(strides))
+
+
+def _stem_macs(area: Mapping[int, int]) -> int:
+    return 49 * 3 * STEM_CHANNELS * 4 * area[START]
+
+
+def _block_macs(inp: int, channels: int, block: str, stride: float, before: int, here: int) -> int:
+    """MACs of a block that reads a map of ``before`` places and makes one of ``here``."""
+    out = _out_channels(channels, block)
+    if block == "basic":
+        total = 9 * (inp + channels) * channels * here
+    else:
+        # Upsampling comes first, a stride of 2 only at the 3x3.
+        total = inp * channels * (before if stride == 2 else here) + (9 * channels + out) * channels * here
+    return total + (inp * out * here if inp != out or stride != 1 else 0)
 
 
 def rpn_macs(
@@ -94,6 +104,61 @@ def macs(
     """MACs of the encoder and the RPN, the quantity that the search constrains."""
     encoder = encoder_macs(genotype["strides"], channels, block, size, stem)
     return encoder + rpn_macs(genotype["heads"], channels, block, size, rpn_channels)
+
+
+@cache
+def macs_range(
+    blocks: int,
+    channels: int,
+    block: str = "basic",
+    size: tuple[int, int] = INPUT,
+    stem: bool = True,
+    rpn_channels: int = RPN_CHANNELS,
+) -> tuple[int, int]:
+    """The least and the largest :func:`macs` of all architectures of ``blocks`` blocks (at least 2), exactly.
+
+    By dynamic programming over chains: what one more block costs, with the lateral of a stage that it ends, depends on
+    the resolution before it and on those at which stages have ended; and so does which heads are legal in the end.
+    """
+    check_whole("blocks", blocks, 2)
+    area, out = _areas(size), _out_channels(channels, block)
+    start = _stem_macs(area) if stem else 0
+
+    def ended(now: int, ends: frozenset[int]) -> tuple[frozenset[int], int]:
+        """After a stage's end: all resolutions that have had one, and the MACs of its lateral."""
+        return ends | {now}, out * out * area[now] if now in ends else 0
+
+    chains: _Ranges = {(START, frozenset[int]()): (start, start)}
+    for index in range(blocks):
+        longer: _Ranges = {}
+        for (now, ends), totals in chains.items():
+            for stride in STRIDES:
+                if (to := int(now * stride)) in RESOLUTIONS:
+                    after, lateral = ended(now, ends) if index and stride != 1 else (ends, 0)
+                    inp = out if index else STEM_CHANNELS
+                    cost = lateral + _block_macs(inp, channels, block, stride, area[now], area[to])
+                    _widen(longer, (to, after), totals, cost)
+        chains = longer
+    encoders: _Ranges = {}
+    for (now, ends), totals in chains.items():
+        after, lateral = ended(now, ends)
+        _widen(encoders, (min(after), max(after)), totals, lateral)
+    both: _Ranges = {}
+    for present, totals in encoders.items():
+        for heads in head_vectors(*present):
+            _widen(both, (), totals, rpn_macs(heads, channels, block, size, rpn_channels))
+    return both[()]
+
+
+_Ranges = dict[Any, tuple[int, int]]
+"""Least and largest MACs of all that is alike in what the key says."""
+
+
+def _widen(ranges: _Ranges, key: Any, totals: tuple[int, int], cost: int) -> None:
+    """Take in ``totals`` with ``cost`` on top."""
+    least, most = totals[0] + cost, totals[1] + cost
+    known = ranges.get(key, (least, most))
+    ranges[key] = min(known[0], least), max(known[1], most)
 
 
 def parameters(genotype: Mapping[str, Any], channels: int, block: str = "basic") -> int:

@@ -10,7 +10,7 @@ from nasdet._checks import check_whole
 from nasdet.arch import Card
 from nasdet.spaces import Retraining
 from nasdet.spaces.msnas import variation
-from nasdet.spaces.msnas.costs import BLOCKS, INPUT, RPN_CHANNELS, VARIANTS, macs, parameters
+from nasdet.spaces.msnas.costs import BLOCKS, INPUT, RPN_CHANNELS, VARIANTS, macs, macs_range, parameters
 from nasdet.spaces.msnas.genotype import Genotype, check_genotype, head_blocks, resolutions
 from nasdet.spaces.msnas.sampling import pair_count, random_genotype
 
@@ -103,6 +103,10 @@ class MSNASSpace:
     def macs(self, card: Card, size: tuple[int, int] = INPUT, rpn_channels: int = RPN_CHANNELS) -> int:
         """MACs of encoder and RPN for an image of ``size`` (height, width)."""
         return macs(card.genotype, self.channels, self.block, size, rpn_channels=rpn_channels)
+
+    def macs_range(self, size: tuple[int, int] = INPUT, rpn_channels: int = RPN_CHANNELS) -> tuple[int, int]:
+        """The least and the largest :meth:`macs` over the whole space, exactly."""
+        return macs_range(self.blocks, self.channels, self.block, size, rpn_channels=rpn_channels)
 
     def parameters(self, card: Card) -> int:
         """Parameters of the encoder, those of its norms included."""

@@ -94,6 +94,28 @@ def test_kinds_of_box_heads(kind: str, norm: str | None, convs: int, fcs: int) -
     assert trunk.eval()(torch.randn(3, 16, 7, 7)).shape == (3, 24)
 
 
+@pytest.mark.parametrize(("kind", "norm"), [("4conv1fc", "gn"), ("4conv1fc", "sync_bn"), ("2conv1fc", "sync_bn")])
+def test_box_heads_with_norms_learn_and_detect(kind: str, norm: str, make_target: Callable) -> None:
+    model: Any = _small(box_head=kind, head_norm=norm, samples=32, score_threshold=0.0, rpn={"limit": (60, 40)})
+    images, head = torch.randn(2, 3, 64, 96), model.boxes.head
+    for boxes in ([[4, 6, 40, 50], [30, 10, 90, 60]], []):
+        target = make_target(boxes, [1, 4][: len(boxes)], (64, 96))
+        model.zero_grad()
+        losses = torch.stack(list(model.loss(model(images), [target] * 2).values()))
+        assert bool(losses.isfinite().all())
+        losses.sum().backward()
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+            # without an object no box has anything to learn
+            assert bool(parameter.grad.any()) == (bool(boxes) or not name.startswith("box_pred")), name
+    norms = [module for module in head.modules() if isinstance(module, SyncBatchNorm)]
+    assert len(norms) == (0 if norm == "gn" else int(kind[0]))
+    assert all(bool(n.running_mean.isfinite().all()) and bool(n.running_mean.any()) for n in norms)
+    model.eval()
+    for found in model.detect(model(images), [(64, 96), (40, 70)]):
+        assert len(found["boxes"]) > 0 and bool(found["boxes"].isfinite().all())
+
+
 @pytest.mark.parametrize("kind", ["", "fc", "0fc", "4conv", "2fc1conv", "12fc"])
 def test_unknown_box_heads(kind: str) -> None:
     with pytest.raises(ValueError, match="kind must be like"):

@@ -129,7 +129,8 @@ class _SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm(nn.SyncBatchNorm):
     """``torch.nn.SyncBatchNorm`` that also synchronises on the CPU (gloo), where torch's own refuses.
 
-    Statistics are over the samples of all ranks, weighted by their counts; computed in float32.
+    Statistics are over the samples of all ranks, weighted by their counts; computed in float32. Where no rank has a
+    sample, the running ones stay as they are.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -141,11 +142,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), x.numel() // x.shape[1])
         sums = _SumOverRanks.apply(torch.cat([x.sum(axes), count]))
-        total = sums[-1].detach()
+        total = sums[-1].detach().clamp(min=1.0)  # no rank has a sample: 0 / 1, and nothing to track
         # Two passes, as E[x^2] - E[x]^2 cancels where the mean is large.
         centred = x - (sums[:-1] / total).view(shape)
         variance = _SumOverRanks.apply(centred.square().sum(axes)) / total
-        self._track((sums[:-1] / total).detach(), variance.detach(), total)
+        if float(sums[-1].detach()):
+            self._track((sums[:-1] / total).detach(), variance.detach(), total)
         y = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.float().view(shape) + self.bias.float().view(shape)

@@ -29,7 +29,19 @@ x = data["maps"][:3] if rank == 0 else data["maps"][3:]  # 3 samples here, 1 the
 x = x.clone().requires_grad_()
 y = norm(x)
 (y.sin() * 2).sum().backward()
-result = {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "mean": norm.running_mean, "var": norm.running_var}
+result = {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad.clone()}
+result |= {"mean": norm.running_mean.clone(), "var": norm.running_var.clone()}
+
+norm.zero_grad()
+before = {name: value.clone() for name, value in norm.state_dict().items()}
+x = torch.zeros(0, 4, 14, 14, requires_grad=True)  # the masks of pictures without objects, on both ranks
+y = norm(x)
+y.sum().backward()
+result["nothing"] = {"before": before, "after": {name: value.clone() for name, value in norm.state_dict().items()}}
+result["nothing"] |= {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad}
+sparse = SyncBatchNorm(4)
+y = sparse(data["maps"][: 4 * rank])  # none here, all 4 there
+result["sparse"] = {"y": y.detach(), "mean": sparse.running_mean, "var": sparse.running_var}
 
 model = build_fcos("resnet18", 5, width=0.125, fpn_channels=16, tower_convs=1, levels=3)
 wrapped = DistributedDataParallel(model)
@@ -86,6 +98,27 @@ def test_sync_batch_norm_on_the_cpu_is_batch_norm_over_all(two_ranks: tuple[dict
     for result in results:
         torch.testing.assert_close(result["mean"], norm.running_mean)
         torch.testing.assert_close(result["var"], norm.running_var, rtol=1e-4, atol=1e-4)
+
+
+def test_sync_batch_norm_of_no_samples_on_any_rank_changes_nothing(two_ranks: tuple[dict, list[dict]]) -> None:
+    for result in two_ranks[1]:
+        nothing = result["nothing"]
+        assert nothing["y"].shape == nothing["dx"].shape == (0, 4, 14, 14)
+        assert all(torch.equal(value, nothing["before"][name]) for name, value in nothing["after"].items())
+        assert bool(nothing["before"]["running_mean"].any())
+        for gradient in (nothing["dw"], nothing["db"]):
+            assert torch.equal(gradient, torch.zeros(4))
+
+
+def test_sync_batch_norm_of_samples_on_one_rank_alone(two_ranks: tuple[dict, list[dict]]) -> None:
+    data, results = two_ranks
+    norm = torch.nn.BatchNorm2d(4)
+    y = norm(data["maps"])
+    assert results[0]["sparse"]["y"].shape == (0, *y.shape[1:])
+    torch.testing.assert_close(results[1]["sparse"]["y"], y.detach(), rtol=1e-4, atol=1e-4)
+    for result in results:
+        torch.testing.assert_close(result["sparse"]["mean"], norm.running_mean)
+        torch.testing.assert_close(result["sparse"]["var"], norm.running_var, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_two_ranks_are_those_of_one_process(two_ranks: tuple[dict, list[dict]]) -> None:

@@ -53,7 +53,11 @@ class PaddedSelection(Selection):
         flat = scores.masked_fill(~counts, -torch.inf).flatten()
         place = torch.arange(flat.numel(), device=flat.device)
         if limit < flat.numel():
-            place = flat.topk(limit).indices.sort().values  # by place, so that the first of equal scores wins
+            # Which of equal scores topk takes at the cut is anybody's guess: the first of the table, as elsewhere.
+            cut = flat.topk(limit).values[-1]
+            above, level = flat > cut, flat == cut
+            taken = above | (level & (level.long().cumsum(0) <= limit - above.long().sum()))
+            place = place.masked_fill(~taken, flat.numel()).topk(limit, largest=False).values
         columns = scores.shape[1]
         return flat[place], place // columns, place % columns
 

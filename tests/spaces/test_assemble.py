@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nasdet.arch import Card, load_card
-from nasdet.detectors import Pyramid
+from nasdet.detectors import FCOS, Pyramid, RetinaNet
 from nasdet.detectors.towers import PlainTowers
 from nasdet.spaces import SPACES, space_class
 from nasdet.spaces.assemble import ModelConfig, build_model, build_part, searched_fields
@@ -48,15 +48,17 @@ def test_json_round_trip_builds_the_same_model(towers: Any, tmp_path: Path) -> N
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+@pytest.mark.parametrize(("detector", "made"), [("fcos", FCOS), ("retinanet", RetinaNet)])
 @pytest.mark.parametrize(("towers", "kind"), [("plain", PlainTowers), (CARD, FADTower)], ids=["plain", "fad"])
-def test_towers_and_a_training_step(towers: Any, kind: type) -> None:
-    model: Any = build_model(ModelConfig(**SMALL, towers=towers, inner_channels=6))
-    towers = model.towers
-    assert isinstance(towers, kind)
+def test_towers_and_a_training_step(towers: Any, kind: type, detector: str, made: type) -> None:
+    model: Any = build_model(ModelConfig(**SMALL, detector=detector, towers=towers, inner_channels=6))
+    assert isinstance(model, made) and isinstance(model.towers, kind)
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     losses = model.loss(model(torch.randn(1, 3, 64, 64)), [target])
-    torch.stack(list(losses.values())).sum().backward()
-    assert all(p.grad is not None for p in model.towers.parameters())
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert bool(total.isfinite())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.towers.parameters())
 
 
 def test_a_supernet_takes_the_towers_place() -> None:

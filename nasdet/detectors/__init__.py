@@ -104,14 +104,15 @@ _TORCHVISION: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 
 
 def from_torchvision(
-    name: str, state: Mapping[str, Tensor], *, norm: str = "frozen_bn", eps: float = 1e-5, **options: Any
+    name: str, state: Mapping[str, Tensor], *, norm: str = "frozen_bn", eps: float | None = None, **options: Any
 ) -> nn.Module:
     """Our detector with the weights, and the detections, of a torchvision one; in evaluation mode.
 
     ``name`` is like ``"fasterrcnn_resnet50_fpn"``, with ``maskrcnn``, ``retinanet`` and ``fcos`` in its place, and a
     ResNet or ResNeXt of :data:`BACKBONES`; ``state`` is its state dict, which also says how many classes there are.
-    ``eps`` is the batch norms': torchvision sets it to 0 for the ``COCO_V1`` weights of all but FCOS. ``options`` go to
-    the maker.
+    ``eps`` is the batch norms', which no state dict tells: torchvision sets it to 0 for its ``COCO_V1`` weights of all
+    but FCOS. By default it is 0 for those files (frozen norms, names of torchvision's older format) and 1e-5 for all
+    else: say 0 for the state of a model that was made from them. ``options`` go to the maker.
     Labels of two-stage detectors are torchvision's less 1 (it counts the background). Images are those that
     torchvision's own transform makes. Boxes without area, which its one-stage detectors keep, are dropped.
     """
@@ -128,10 +129,18 @@ def from_torchvision(
         count = len(state[classes]) // (9 if kind == "retinanet" else 1)
     model = maker(body, count, norm=norm, **defaults | options)
     load_torchvision_detector(model, state)
+    if eps is None:
+        eps = 0.0 if kind != "fcos" and _as_published(state) else 1e-5
     for module in model.modules():
         if isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)):
             module.eps = eps
     return model.eval()
+
+
+def _as_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether ``state`` is of frozen norms, which count no batches, and in the older format of torchvision's files."""
+    counted = any(key.endswith("num_batches_tracked") for key in state)
+    return "backbone.fpn.inner_blocks.0.weight" in state and not counted
 
 
 #: detectors that learn masks: their data set must give them

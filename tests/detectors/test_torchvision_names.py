@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -55,6 +56,23 @@ def test_eps_of_every_batch_norm(norm: str) -> None:
         model = from_torchvision("fasterrcnn_resnet18_fpn", state, norm=norm, hidden=32, **SMALL, **options)
         found = [module.eps for module in model.modules() if hasattr(module, "running_var")]
         assert len(found) == 20 and set(found) == {eps}
+
+
+def test_eps_of_files_as_torchvision_publishes_them() -> None:
+    """Frozen norms of eps 0, told by the names of an older format; a file of today may be of either."""
+    today = _faster(build_faster_rcnn("resnet18", 2, norm="frozen_bn", hidden=32, **SMALL).state_dict())
+    published = {re.sub(r"(fpn\.\w+_blocks\.\d)\.0", r"\1", key): value for key, value in today.items()}
+    counting = published | {"backbone.body.bn1.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+    cases: list[tuple[dict[str, Tensor], dict[str, Any], float]] = [
+        (published, {}, 0.0),
+        (published, {"eps": 1e-5}, 1e-5),
+        (today, {}, 1e-5),
+        (today, {"eps": 0.0}, 0.0),
+        (counting, {}, 1e-5),
+    ]
+    for state, options, eps in cases:
+        model = from_torchvision("fasterrcnn_resnet18_fpn", state, hidden=32, **SMALL, **options)
+        assert {module.eps for module in model.modules() if hasattr(module, "running_var")} == {eps}
 
 
 def test_nothing_is_loaded_where_something_does_not_fit() -> None:

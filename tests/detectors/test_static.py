@@ -112,7 +112,7 @@ def test_candidates_of_equal_scores_in_an_onnx_model(tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     runtime = pytest.importorskip("onnxruntime")
-    program = torch.onnx.export(_Top(), (torch.zeros(300, 5),), dynamo=True, verbose=False)
+    program = torch.onnx.export(_Top().eval(), (torch.zeros(300, 5),), dynamo=True, verbose=False)
     assert program is not None
     program.save(str(tmp_path / "top.onnx"))
     session = runtime.InferenceSession(str(tmp_path / "top.onnx"), providers=["CPUExecutionProvider"])

@@ -70,6 +70,17 @@ def trained(name: str, part: str = "plain") -> tuple[Any, ModelConfig]:
     return model, config
 
 
+def frozen(backbone: str) -> tuple[Any, ModelConfig]:
+    """FCOS on a backbone of frozen norms that are not the identity."""
+    small: dict[str, Any] = {"width": 0.125, "fpn_channels": 12, "tower_convs": 1, "levels": 3}
+    config = ModelConfig(backbone=backbone, norm="frozen_bn", num_classes=3, categories=("a", "b", "c"), **small)
+    torch.manual_seed(0)
+    model: Any = build_model(config).eval()
+    for name, value in model.backbone.named_buffers():
+        value.uniform_(0.5, 1.5) if name.endswith(("weight", "var")) else value.normal_(std=0.1)
+    return model, config
+
+
 def used(file: Path, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's outputs, from a process without nasdet."""
     torch.save(given, file.parent / "in.pt")
@@ -124,6 +135,44 @@ PAIRS += [(name, "fad") for name in DETECTORS if "rcnn" not in name or name in W
 @pytest.mark.parametrize(("name", "part"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_every_detector_without_nasdet(name: str, part: str, format: str, tmp_path: Path) -> None:
     compare(tmp_path / f"net.{format}", format, name, part)
+
+
+FROZEN = ("resnet18", "shufflenet_v2_20", "mobilenet_v2")
+
+
+@pytest.mark.parametrize("backbone", FROZEN)
+@torch.no_grad()
+def test_a_backbone_with_frozen_norms_is_exported(backbone: str) -> None:
+    body, images = frozen(backbone)[0].backbone, torch.randn(1, 3, *SIZE)
+    found = torch.export.export(body, (images,)).module()(images)
+    for name, wanted in body(images).items():
+        assert bool(wanted.any())
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+@pytest.mark.parametrize("backbone", FROZEN)
+def test_frozen_norms_are_exported(backbone: str, format: str, tmp_path: Path) -> None:
+    """They are folded into their convolutions in eager, and stay by themselves in the file."""
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    model, config = frozen(backbone)
+    export_detector(model, config, tmp_path / "net", format=format, size=SIZE)
+    run = export.FORMATS[format][1]((tmp_path / "net").read_bytes())
+    images = torch.randn(1, 3, *SIZE)
+    found = run(images, torch.tensor([SIZE]), torch.tensor(0.0))
+    with torch.no_grad():
+        maps = model(images)
+        for buffer in model.backbone.buffers():
+            buffer.mul_(1.5)
+        others = model(images)
+    assert bool((found["labels"] >= 0).any())
+    for level, wanted, other in zip(("p3", "p4", "p5"), maps["cls"], others["cls"], strict=True):
+        scale = float((wanted - wanted.mean()).abs().max())
+        torch.testing.assert_close(found[f"cls_{level}"], wanted, rtol=0, atol=1e-3 * scale)
+        assert float((other - wanted).abs().max()) > 0.1 * scale
 
 
 class _Wrong(nn.Module):

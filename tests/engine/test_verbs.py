@@ -78,7 +78,13 @@ def test_train_prints_what_it_does_and_where_it_lies(digits, run, capsys):
 
 @pytest.mark.parametrize(
     ("detector", "backbone", "pretrained"),
-    [("fcos", "shufflenet_v2_20", False), ("faster_rcnn", "mobilenet_v2", True)],
+    [
+        ("fcos", "shufflenet_v2_20", False),
+        ("faster_rcnn", "mobilenet_v2", True),
+        ("retinanet", "resnet34", True),
+        pytest.param("mask_rcnn", "shufflenet_v2_40_3_8g", False, marks=pytest.mark.slow),
+        pytest.param("cascade_rcnn", "resnext101_64x4d", False, marks=pytest.mark.slow),
+    ],
 )
 def test_train_and_eval_on_other_backbones(detector, backbone, pretrained, digits, tmp_path, capsys):
     words = [*shlex.split(SMALL), "--detector", detector, "--backbone", backbone, "--workers", 0, "--device", "cpu"]

@@ -18,7 +18,7 @@ from nasdet.data import DataFolder
 from nasdet.engine.evaluate import load_run
 from nasdet.engine.search import FADSearchConfig, deviations, search_fad
 from nasdet.spaces.assemble import ModelConfig
-from nasdet.spaces.fad import SUBSETS, FADStack, decode
+from nasdet.spaces.fad import SUBSETS, FADStack, FADTower, decode
 
 Records = Callable[[Path, str], list[dict[str, Any]]]
 
@@ -69,23 +69,43 @@ def test_a_mask_head_is_searched_by_its_own_loss(masks: Path, records: Records) 
     assert config.towers == "plain" and config.mask_trunk is not None
 
 
-@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
-def test_other_detectors(
-    detector: str, cases: dict[str, Any], data_with_masks: DataFolder, records: Records, tmp_path: Path
+SMALL = "--preset tiny --size 64x64 --width 0.125 --fpn-channels 12 --inner-channels 6 --steps 2 --batch 2 --workers 0"
+
+
+@pytest.mark.parametrize(
+    ("detector", "levels", "groups", "place"),
+    [("retinanet", 1, {"box", "cls"}, "towers"), ("mask_rcnn", 4, {"mask"}, "masks.head.trunk")],
+    ids=["retinanet", "mask_rcnn"],
+)
+def test_other_detectors_are_searched_and_retrained(
+    detector: str,
+    levels: int,
+    groups: set[str],
+    place: str,
+    cases: dict[str, Any],
+    data_with_masks: DataFolder,
+    folder: Path,
+    records: Records,
+    call: Callable[..., int],
+    tmp_path: Path,
 ) -> None:
-    config = dataclasses.replace(cases["fad"].config, detector=detector, steps=2, levels=4)
-    card = search_fad(config, data_with_masks, tmp_path, progress=False)
-    groups = {"retinanet": {"box", "cls"}, "mask_rcnn": {"mask"}}[detector]
-    assert set(card.genotype) == groups == set(records(tmp_path, "alphas.jsonl")[-1]["alphas"])
-    assert math.isfinite(records(tmp_path, "metrics.jsonl")[-1]["arch_loss"])
+    search, net = tmp_path / "search", tmp_path / "net"
+    config = dataclasses.replace(cases["fad"].config, detector=detector, steps=2, levels=levels)
+    card = search_fad(config, data_with_masks, search, progress=False)
+    assert set(card.genotype) == groups == set(records(search, "alphas.jsonl")[-1]["alphas"])
+    assert math.isfinite(records(search, "metrics.jsonl")[-1]["arch_loss"])
+    small = SMALL.split()[2:]  # without a preset the model.json beside the card tells
+    call(train, "--card", search / "card.json", "--data", folder, "--out", net, *small, "--no-flip")
+    model, trained = load_run(net)
+    assert (trained.detector, trained.levels, trained.card) == (detector, levels, load_card(search / "card.json"))
+    assert isinstance(model.get_submodule(place), FADTower if place == "towers" else FADStack)
+    assert all(math.isfinite(line["loss"]) for line in records(net, "metrics.jsonl") if "loss" in line)
+    assert 0 <= json.loads((net / "eval.json").read_text())["AP"] <= 1
 
 
 def test_seed_decides(run: Callable[..., Any], whole: Path, records: Records, tmp_path: Path) -> None:
     run("fad", tmp_path, change={"steps": 2, "seed": 4})
     assert records(tmp_path, "alphas.jsonl")[0] != records(whole, "alphas.jsonl")[0]
-
-
-SMALL = "--preset tiny --size 64x64 --width 0.125 --fpn-channels 12 --inner-channels 6 --steps 2 --batch 2 --workers 0"
 
 
 @pytest.mark.parametrize(

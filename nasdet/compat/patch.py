@@ -316,7 +316,7 @@ def _regular(
     return (
         mapper.eps == 1e-6
         and (mapper.k_min, mapper.k_max) == (levels[0], levels[-1])
-        and levels[-1] - levels[0] + 1 == len(levels)
+        and levels == list(range(levels[0], levels[0] + len(levels)))
     )
 
 

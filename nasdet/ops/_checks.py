@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an int, also one that a compiler traces, and no bool."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise a ``TypeError`` for what is no number of any library; NaN is one here."""
+    known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    if isinstance(value, bool) or not (known or hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def positive_number(name: str, value: Any) -> float:
+    """``value`` as a float above 0 and finite, or an error."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
 
 
 def checked_maps(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nasdet._cases import Inputs
-from nasdet.ops._checks import FLOATS
+from nasdet.ops._checks import FLOATS, check_number
 
 
 def wrong_boxes(boxes: Any, shape: str) -> Exception:
@@ -30,6 +30,7 @@ def checked_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, leading: 
         raise ValueError(f"scores must have shape {tuple(boxes.shape[:-1])}, got {tuple(scores.shape)}")
     if scores.device != boxes.device:
         raise ValueError(f"scores must be on {boxes.device}, got {scores.device}")
+    check_number("iou_threshold", iou_threshold)
     if iou_threshold != iou_threshold:
         raise ValueError("iou_threshold must be a number, got nan")
     if scores.dtype != boxes.dtype:

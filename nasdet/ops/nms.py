@@ -45,7 +45,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
         ``torch._dynamo.config.capture_dynamic_output_shape_ops`` (``nms_padded`` is free of all three).
 
     Raises:
-        TypeError: not floating-point tensors. ValueError: wrong shapes or devices, or a NaN threshold.
+        TypeError: not floating-point tensors, or the threshold is no number. ValueError: wrong shapes or devices, or a
+        NaN threshold.
     """
     boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
     return _dispatch.choose("nms", backend, boxes).run(boxes, scores, None, iou_threshold)
@@ -72,7 +73,7 @@ def batched_nms(
         int64 indices of the kept boxes of all classes, by descending score, ties by index.
 
     Raises:
-        TypeError: not floating-point tensors, or ``idxs`` is no integer tensor. ValueError: as ``nms``.
+        TypeError, ValueError: as ``nms``; TypeError: ``idxs`` is no integer tensor.
     """
     boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
     idxs = checked_classes(idxs, scores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch.nn.functional import pad
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import FLOATS
-from nasdet.ops._roi_reference import channels_last, memory_format, reference, shifted_level
+from nasdet.ops._checks import FLOATS, is_integer, positive_number
+from nasdet.ops._roi_reference import channels_last, check_levels, memory_format, reference, shifted_level
 
 ASSIGNMENTS = {"torchvision": 0, "detectron2": 1}
 
@@ -53,8 +52,8 @@ def roi_align(
     threads; on CUDA under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
-        TypeError: a tensor has another dtype or is none. ValueError: a shape or device is wrong. RuntimeError: an image
-        index is outside ``[0, N)`` (CPU; on CUDA such a box pools to 0).
+        TypeError: a tensor or option has another type. ValueError: a shape, device or option is wrong. RuntimeError: an
+        image index is outside ``[0, N)`` (CPU; on CUDA such a box pools to 0).
     """
     features = _checked_features("input", [input])
     args = _arguments(features, boxes, output_size, [spatial_scale], sampling_ratio, aligned, 0, 224, 4)
@@ -112,25 +111,16 @@ def multilevel_roi_align(
     checked = _checked_features("features", features)
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be one of {list(ASSIGNMENTS)}, got {assignment!r}")
-    scales = [float(scale) for scale in spatial_scales]
+    scales = list(spatial_scales)
     if len(scales) != len(checked):
         raise ValueError(f"spatial_scales must have one entry per level ({len(checked)}), got {len(scales)}")
     policy = ASSIGNMENTS[assignment]
     args = _arguments(
         checked, boxes, output_size, scales, sampling_ratio, aligned, policy, canonical_scale, canonical_level
     )
-    _check_levels(scales, lowest_level)
+    check_levels(scales, lowest_level)
     args = (*args[:-1], shifted_level(scales, canonical_level, lowest_level))
     return _dispatch.choose("multilevel_roi_align", backend, *args).run(*args)
-
-
-def _check_levels(scales: Sequence[float], lowest_level: int | None) -> None:
-    if lowest_level is None:
-        first, last = -round(math.log2(scales[0])), -round(math.log2(scales[-1]))
-        if last - first + 1 != len(scales) > 1:
-            raise ValueError(f"spatial_scales must halve from level to level, got {scales}")
-    elif isinstance(lowest_level, bool) or not isinstance(lowest_level, int):
-        raise TypeError(f"lowest_level must be an integer or None, got {lowest_level!r}")
 
 
 def _checked_features(name: str, features: Sequence[Tensor]) -> list[Tensor]:
@@ -199,16 +189,23 @@ def _arguments(
     canonical_level: int,
 ) -> tuple[Any, ...]:
     """The raw op's arguments."""
-    size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    if len(size) != 2 or not size[0] > 0 or not size[1] > 0:
-        raise ValueError(f"output_size must be one or two positive numbers, got {output_size}")
-    for scale in scales:
-        if not 0 < scale < math.inf:
-            raise ValueError(f"spatial_scale must be positive and finite, got {scale}")
-    if not 0 < canonical_scale < math.inf:
-        raise ValueError(f"canonical_scale must be positive and finite, got {canonical_scale}")
+    size = _checked_size(output_size)
+    scales = [positive_number("spatial_scale", scale) for scale in scales]
+    canonical = positive_number("canonical_scale", canonical_scale)
+    for name, integer in (("sampling_ratio", sampling_ratio), ("canonical_level", canonical_level)):
+        if not is_integer(integer):
+            raise TypeError(f"{name} must be an integer, got {integer!r}")
+    if not isinstance(aligned, bool):
+        raise TypeError(f"aligned must be a bool, got {aligned!r}")
     rois = _checked_rois(boxes, features[0])
-    return (features, rois, scales, *size, sampling_ratio, aligned, policy, float(canonical_scale), canonical_level)
+    return (features, rois, scales, *size, sampling_ratio, aligned, policy, canonical, canonical_level)
+
+
+def _checked_size(output_size: int | Sequence[int]) -> Sequence[int]:
+    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
+        raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
+    return size
 
 
 _POOLING = (

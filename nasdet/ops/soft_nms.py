@@ -10,6 +10,7 @@ from torch import Tensor
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
+from nasdet.ops._checks import check_number
 from nasdet.ops._suppression import (
     above,
     checked_boxes,
@@ -59,13 +60,15 @@ def soft_nms(
         depends on the data; for ``torch.compile(fullgraph=True)`` see ``nms``.
 
     Raises:
-        TypeError: not floating-point tensors, or ``idxs`` is no integer tensor. ValueError: wrong shapes, devices or
-        settings.
+        TypeError: not floating-point tensors, ``idxs`` is no integer tensor, or a setting is no number. ValueError:
+        wrong shapes, devices or settings.
     """
     boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
     idxs = None if idxs is None else checked_classes(idxs, scores)
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    check_number("sigma", sigma)
+    check_number("min_score", min_score)
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     if min_score != min_score:

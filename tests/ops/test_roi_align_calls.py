@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nasdet.ops import multilevel_roi_align, roi_align
 
@@ -59,12 +60,27 @@ MAP = torch.randn(2, 3, 4, 4)
             ValueError,
             r"boxes\[1\] must have shape \(L, 4\), got \(1, 5\)",
         ),
-        ({"output_size": (2, 0)}, ValueError, r"output_size must be one or two positive numbers, got \(2, 0\)"),
-        ({"output_size": (1, 2, 3)}, ValueError, "output_size must be one or two positive numbers"),
+        ({"output_size": (2, 0)}, ValueError, r"output_size must be one or two positive integers, got \(2, 0\)"),
+        ({"output_size": (1, 2, 3)}, ValueError, "output_size must be one or two positive integers"),
+        ({"output_size": 2.5}, ValueError, "output_size must be one or two positive integers, got 2.5"),
+        ({"output_size": True}, ValueError, "output_size must be one or two positive integers, got True"),
+        ({"output_size": (2, 2.0)}, ValueError, r"output_size must be .* integers, got \(2, 2.0\)"),
+        ({"output_size": None}, ValueError, "output_size must be .* integers, got None"),
+        ({"sampling_ratio": 2.0}, TypeError, "sampling_ratio must be an integer, got 2.0"),
+        ({"sampling_ratio": True}, TypeError, "sampling_ratio must be an integer, got True"),
+        ({"canonical_level": 4.0}, TypeError, "canonical_level must be an integer, got 4.0"),
+        ({"aligned": 1}, TypeError, "aligned must be a bool, got 1"),
         ({"spatial_scales": [0.5]}, ValueError, r"spatial_scales must have one entry per level \(2\), got 1"),
         ({"spatial_scales": [0.5, NAN]}, ValueError, "spatial_scale must be positive and finite, got nan"),
         ({"spatial_scales": [0.5, 0.0]}, ValueError, "spatial_scale must be positive and finite, got 0.0"),
+        ({"spatial_scales": [0.5, None]}, TypeError, "spatial_scale must be a number, got None"),
         ({"spatial_scales": [0.5, 0.125]}, ValueError, r"spatial_scales must halve from.*got \[0.5, 0.125\]"),
+        ({"spatial_scales": [0.5, 0.5]}, ValueError, "spatial_scales must halve from level to level"),
+        (
+            {"features": [MAP] * 4, "spatial_scales": [1 / 4, 1 / 16, 1 / 8, 1 / 32]},
+            ValueError,
+            r"spatial_scales must halve from level to level, got \[0.25, 0.0625, 0.125, 0.03125\]",
+        ),
         (
             {"assignment": "mmdet"},
             ValueError,
@@ -73,6 +89,7 @@ MAP = torch.randn(2, 3, 4, 4)
         ({"lowest_level": 1.0}, TypeError, "lowest_level must be an integer or None, got 1.0"),
         ({"lowest_level": True}, TypeError, "lowest_level must be an integer or None, got True"),
         ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive and finite, got 0"),
+        ({"canonical_scale": "224"}, TypeError, "canonical_scale must be a number, got '224'"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -116,6 +133,31 @@ def test_raw_launcher_checks_before_it_runs() -> None:
     with pytest.raises(RuntimeError, match="grad must have shape"):
         backward = torch.ops.nasdet.multilevel_roi_align_backward
         backward(torch.zeros(1, 3, 2, 3), rois, 1, [8], [8], 0, [0.5], 2, 2, 2, False, 0, 224.0, 4, True)
+
+
+class BackwardCalls(TorchDispatchMode):
+    """The last argument, ``deterministic``, of every call of the raw backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deterministic: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.nasdet.multilevel_roi_align_backward.default:
+            self.deterministic.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_backward_is_told_of_deterministic_algorithms(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA another kernel runs then. What counts is what is set when the gradient is computed."""
+    x, rois = torch.randn(1, 3, 8, 8, requires_grad=True), torch.tensor([[0, 1.0, 1.0, 7.0, 7.0]])
+    y = roi_align(x, rois, 2, backend="cpp") + multilevel_roi_align([x, x[..., ::2, ::2]], rois, 2, [1.0, 0.5])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: wanted)
+    with BackwardCalls() as calls:
+        y.sum().backward()
+    assert calls.deterministic == [wanted, wanted]
 
 
 @pytest.mark.needs("cpp")

@@ -187,9 +187,10 @@ def test_modules_and_functions_give_torchvisions_values(tv: Any, clustered: Call
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["gap", "two-dtypes", "other-epsilon"])
+@pytest.mark.parametrize("case", ["gap", "unordered", "two-dtypes", "other-epsilon"])
 def test_pyramids_of_another_kind_go_to_torchvisions_own_pooler(tv: Any, case: str) -> None:
-    maps = {str(i): torch.randn(1, 2, 256 // s, 256 // s) for i, s in enumerate((4, 8, 16, 32))}
+    strides = (4, 16, 8, 32) if case == "unordered" else (4, 8, 16, 32)
+    maps = {str(i): torch.randn(1, 2, 256 // s, 256 // s) for i, s in enumerate(strides)}
     names = ["0", "2"] if case == "gap" else ["0", "1", "2", "3"]
     pooler = tv.MultiScaleRoIAlign(names, 2, 2)
     boxes = [torch.tensor([[0.0, 0.0, s, s] for s in (8.0, 111.9999, 112.0, 130.0, 240.0)])]

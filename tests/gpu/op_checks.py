@@ -159,6 +159,18 @@ def guarded_allocations() -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
+def deterministic_algorithms(on: bool = True) -> Iterator[None]:
+    """Sums in an order of their own, where an op has a slower form that gives it; nothing changes when not ``on``."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on or before, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """float32 products as exact as the tolerances expect: torch's convolutions use TF32 unless told otherwise."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
@@ -197,10 +209,11 @@ def run(
     return [y.detach() for y in outputs], list(gradients)
 
 
-def check(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
+def check(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, deterministic: bool = False) -> None:
     """Outputs and every gradient against the reference in float64; integer outputs to the bit."""
     raw, kwargs = case.make(Inputs(dtype, device))
-    outputs, gradients = run(op, case, dtype, device, backend)
+    with deterministic_algorithms(deterministic):  # not for the reference: torch's own products may have no such form
+        outputs, gradients = run(op, case, dtype, device, backend)
     exact_args, exact_leaves = with_leaves(op, double(list(raw)))
     exact_outputs = tensors(op.reference(*exact_args, **double(dict(kwargs))))
     assert outputs

@@ -34,12 +34,20 @@ PAIRS = [
     if backend.name in SOURCES and _is_written(op, backend)
 ]
 BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend.name}") for op, backend in PAIRS]
-# An op whose size depends on the data has to wait for it, which no graph can hold.
-STATIC = [row for row, (op, _) in zip(BACKENDS, PAIRS, strict=True) if not has_data_dependent_size(op)]
 ROWS = [
     pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
     for op, backend in PAIRS
     for case in op_checks.cases_of(op, large=True)
+]
+# Their gradients are summed by atomics, in any order, unless torch is told to use deterministic algorithms.
+ATOMIC = ("roi_align", "multilevel_roi_align")
+ATOMIC_ROWS = [row for row in ROWS if row.values[0].name in ATOMIC]
+# For graphs: an op whose size depends on the data has to wait for it, which no graph can hold.
+FORMS = [
+    pytest.param(op, backend, deterministic, id=f"{op.name}-{backend.name}" + "-deterministic" * deterministic)
+    for op, backend in PAIRS
+    if not has_data_dependent_size(op)
+    for deterministic in ((False, True) if op.name in ATOMIC else (False,))
 ]
 DTYPES = {**op_checks.DTYPES, "fp64": torch.float64}
 
@@ -77,10 +85,17 @@ def test_matches_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtyp
     op_checks.check(op, case, dtype, DEVICE, backend.name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize(("op", "backend", "case"), ATOMIC_ROWS)
+def test_deterministic_form_matches_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    op_checks.check(op, case, dtype, DEVICE, backend.name, deterministic=True)
+
+
 @pytest.mark.parametrize(("op", "backend", "case"), ROWS)
 def test_runs_twice_bit_for_bit(op: Op, backend: Backend, case: Case) -> None:
-    first = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
-    second = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
+    with op_checks.deterministic_algorithms():
+        first = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
+        second = op_checks.run(op, case, torch.bfloat16, DEVICE, backend.name)
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -133,16 +148,17 @@ def test_runs_on_the_current_stream(op: Op, backend: Backend) -> None:
     assert all(torch.equal(y, wanted) for y, wanted in zip(outputs, expected, strict=True))
 
 
-@pytest.mark.parametrize(("op", "backend"), STATIC)
-def test_records_into_a_cuda_graph(op: Op, backend: Backend) -> None:
+@pytest.mark.parametrize(("op", "backend", "deterministic"), FORMS)
+def test_records_into_a_cuda_graph(op: Op, backend: Backend, deterministic: bool) -> None:
     raw, kwargs = op_checks.typical_case(op).make(Inputs(torch.float32, DEVICE))
     args, leaves = op_checks.with_leaves(op, raw)
 
-    def step() -> list[Tensor]:
-        outputs = op_checks.tensors(op.call(*args, **kwargs, backend=backend.name))
-        ys = [y for y in outputs if y.requires_grad]
-        gradients = torch.autograd.grad(ys, leaves, upstream) if op.differentiable else ()
-        return [*(y.detach() for y in outputs), *gradients]
+    def step() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        with op_checks.deterministic_algorithms(deterministic):
+            outputs = op_checks.tensors(op.call(*args, **kwargs, backend=backend.name))
+            ys = [y for y in outputs if y.requires_grad]
+            gradients = torch.autograd.grad(ys, leaves, upstream) if op.differentiable else ()
+        return [y.detach() for y in outputs], gradients
 
     upstream = [op_checks.upstream_of(y) for y in op_checks.tensors(op.call(*args, **kwargs)) if y.requires_grad]
     side = torch.cuda.Stream()
@@ -160,8 +176,13 @@ def test_records_into_a_cuda_graph(op: Op, backend: Backend) -> None:
                 leaf.mul_(0.75)
         graph.replay()
         torch.cuda.synchronize()
-        replayed = [t.clone() for t in recorded]
-        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+        replayed = [[t.clone() for t in part] for part in recorded]
+        outputs, gradients = step()
+        assert all(torch.equal(a, b) for a, b in zip(replayed[0], outputs, strict=True))
+        if op.name in ATOMIC and not deterministic:
+            torch.testing.assert_close(replayed[1], list(gradients), rtol=1e-4, atol=1e-5)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(replayed[1], gradients, strict=True))
 
 
 @pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))

@@ -174,6 +174,9 @@ def test_classes_at_the_scale_of_lvis() -> None:
     assert dropped.any() and above_threshold.all()
     first = torch.unique(idxs).numel()
     assert len(keep) >= first
+    one, other = (idxs[keep][:, None] == idxs[keep]).triu(1).nonzero().unbind(1)  # kept pairs of one class
+    ious = iou_with(boxes[keep][one, None], boxes[keep][other, None])
+    assert len(ious) > 100 and not above(ious, 0.5).any()
 
 
 def test_negative_coordinates_do_not_merge_classes() -> None:

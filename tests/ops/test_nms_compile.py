@@ -65,10 +65,11 @@ def test_one_compiled_graph_serves_any_number_of_survivors(compiler: str) -> Non
             for actual, expected in zip(compiled(*inputs), survivors(*inputs), strict=True):
                 torch.testing.assert_close(actual, expected)
         # No box: inductor itself cannot lower boxes[keep] of a tensor known to be empty.
-        alone = torch.compile(lambda b, s: nms(b, s, 0.5) * 2, fullgraph=True, backend=compiler)
-        for count in (1, 0):
-            boxes, scores = scene(count)
-            assert torch.equal(alone(boxes, scores), nms(boxes, scores, 0.5) * 2)
+        alone = torch.compile(lambda b, s: nms(b, s, 0.5) * 2, fullgraph=True, backend=compiler, dynamic=True)
+        for count, kept in ((40, 1), (0, 0), (1, 1)):
+            boxes, scores = torch.tensor([[3.0, 4, 30, 40]]).repeat(count, 1), torch.rand(count)
+            found = alone(boxes, scores)
+            assert found.shape == (kept,) and torch.equal(found, scores.argsort(descending=True)[:kept] * 2)
 
 
 @needs_cpp

@@ -20,7 +20,7 @@ Pair = tuple[int, int]
 ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
-_LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
+LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 _BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
 
 
@@ -145,7 +145,7 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices
     n, _, height, width = same_size(x, out_channels, stride)
     pixels = n * height * width
     if max(stride) > 1:
-        return groups == 1 and min(out_channels, fan) >= 64 and pixels >= _LARGE_MAP
+        return groups == 1 and min(out_channels, fan) >= 64 and pixels >= LARGE_MAP
     if single and pixels <= 16 and fan >= 32:
         return True
     return groups > 1 and fan >= 4 and _narrow_groups_are_faster(out_channels // groups, slices, pixels, products)
@@ -157,7 +157,7 @@ def _narrow_groups_are_faster(width: int, slices: int, pixels: int, products: bo
     On small maps the calls of several slices cost more than they save.
     """
     if slices > 1:
-        return 4 <= width <= 8 and pixels >= _LARGE_MAP
+        return 4 <= width <= 8 and pixels >= LARGE_MAP
     return width >= 4 and (products or width <= 8)
 
 

@@ -12,6 +12,7 @@ from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet.ops._checks import checked_parameter
 from nasdet.ops._dilation import (
+    LARGE_MAP,
     Pair,
     algorithm_code,
     checked_algorithm,
@@ -25,6 +26,7 @@ from nasdet.ops._dilation import (
     in_layout_of,
     pair,
     same_conv2d,
+    torch_is_faster,
     torchs_own,
 )
 
@@ -165,8 +167,27 @@ def _run_compiled(x: Tensor, weight: Tensor, mix: Tensor, *arguments: Any) -> Te
     pairs, strides, groups, algorithm, precision = arguments
     if algorithm is not None and holds_data(x):
         chosen_algorithm(x, weight, pairs, (), strides, groups, algorithm, precision)
+    if algorithm is None and _torch_mixes_faster(x, weight, mix, strides, groups):
+        return _by_torch(x, weight, mix, pairs, strides, groups)
     arguments = (x, weight, mix, *arguments)
     return _raw(torch.ops.nasdet.mixed_dilation_conv2d, *arguments)
+
+
+def _torch_mixes_faster(x: Tensor, weight: Tensor, mix: Tensor, stride: Pair, groups: int) -> bool:
+    """In bfloat16 with several groups on large maps, where no gradient follows: see :func:`torch_is_faster`."""
+    if groups == 1 or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
+        return False
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return pixels >= LARGE_MAP and torch_is_faster(x, weight[0], stride, groups)
+
+
+def _by_torch(x: Tensor, weight: Tensor, mix: Tensor, dilations: Sequence[Pair], stride: Pair, groups: int) -> Tensor:
+    """One of torch's convolutions for each dilation, with kernels that hold the mixture; their sum in its dtype."""
+    kernels = (weight.to(mix.dtype) * _per_channel(mix, weight.shape[1])[:, :, None, None, None]).to(x.dtype)
+    total = same_conv2d(x, kernels[0], dilations[0], stride, groups).to(mix.dtype)
+    for dilation, kernel in zip(dilations[1:], kernels[1:], strict=True):
+        total += same_conv2d(x, kernel, dilation, stride, groups)
+    return in_layout_of(total.to(x.dtype), x)
 
 
 def _run_triton(*arguments: Any) -> Tensor:

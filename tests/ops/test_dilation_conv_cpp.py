@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nasdet
+from nasdet import _library
 from nasdet.ops import _dilation, grouped_dilation_conv2d, mixed_dilation_conv2d
+from nasdet.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.needs("cpp")
 MEBIBYTE = 1 << 20
@@ -174,3 +177,68 @@ def test_strided_convolutions_are_left_to_torch_in_the_forward_only(monkeypatch:
         x, weight = torch.randn(1, 64, size, size, dtype=dtype), torch.randn(64, 64, 3, 3, dtype=dtype)
         assert _dilation.torch_is_faster(x, weight, (2, 2), 1) is expected
         assert not _dilation.torch_is_faster(x, weight.requires_grad_(), (2, 2), 1)
+
+
+def mixture_of_wholes() -> tuple[Tensor, Tensor, Tensor]:
+    """Eight groups of eight channels: every product and every sum is a bfloat16."""
+    x = torch.randint(-1, 2, (1, 64, 48, 48)).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-1, 2, (3, 64, 8, 3, 3)).bfloat16()
+    return x, weight, torch.tensor([0.5, 0.25, 0.25])[:, None].repeat(1, 8)
+
+
+def calls_of_torch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The dilations of torch's convolutions from now on."""
+    calls: list[tuple[int, ...]] = []
+    own = F.conv2d
+
+    def counted(x: Tensor, weight: Tensor, bias: None, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+        calls.append(dilation)
+        return own(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(F, "conv2d", counted)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    return calls
+
+
+def test_a_mixture_of_groups_in_bfloat16_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, mix = mixture_of_wholes()
+    dilations = (1, (2, 3), 5)
+    exact = mixed_dilation_conv2d(x.double(), weight.double(), mix, dilations, groups=8, backend="reference")
+    calls = calls_of_torch(monkeypatch)
+    y = mixed_dilation_conv2d(x, weight, mix, dilations, groups=8, backend="cpp")
+    assert calls == [(1, 1), (2, 3), (5, 5)]
+    assert torch.equal(y.double(), exact) and y.dtype == x.dtype and y.stride() == x.stride()
+    ours = mixed_dilation_conv2d(x, weight, mix, dilations, groups=8, backend="cpp", algorithm="direct")
+    assert torch.equal(ours, y) and len(calls) == 3
+
+
+@pytest.mark.skipif(_library.cpu_isa() != "avx512_bf16", reason="elsewhere torch's bfloat16 may sum in 16 bits")
+def test_what_torch_mixes_is_as_accurate_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(1, 64, 48, 48).bfloat16(), torch.randn(3, 64, 8, 3, 3).bfloat16() / 8
+    mix = torch.softmax(torch.randn(3, 64), 0)
+    exact = mixed_dilation_conv2d(x.double(), weight.double(), mix, (1, 2, 3), groups=8, backend="reference")
+    calls = calls_of_torch(monkeypatch)
+    y = mixed_dilation_conv2d(x, weight, mix, (1, 2, 3), groups=8, backend="cpp")
+    assert len(calls) == 3
+    assert_close(y, exact, tolerance(x.dtype, 3 * 8 * 9, float(exact.abs().max())), "y")
+    assert float((y - exact).norm() / exact.norm()) < torch.finfo(x.dtype).eps
+
+
+@pytest.mark.parametrize("case", ["x", "weight", "mix", "small-map", "stride", "one-group", "float32"])
+def test_other_mixtures_stay_here(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, mix = mixture_of_wholes()
+    stride, groups = (2, 8) if case == "stride" else (1, 8)
+    if case in ("x", "weight", "mix"):  # a gradient follows
+        {"x": x, "weight": weight, "mix": mix}[case].requires_grad_()
+    if case == "small-map":
+        x = x[:, :, :8, :8]
+    if case == "one-group":
+        weight, groups = torch.randn(3, 16, 64, 3, 3).bfloat16(), 1
+    if case == "float32":
+        x, weight = x.float(), weight.float()
+    calls = calls_of_torch(monkeypatch)
+    y = mixed_dilation_conv2d(x, weight, mix, (1, 2, 3), stride, groups, backend="cpp")
+    assert not calls and y.requires_grad == (case in ("x", "weight", "mix"))
+    with torch.no_grad():  # then none does
+        mixed_dilation_conv2d(x, weight, mix, (1, 2, 3), stride, groups, backend="cpp")
+    assert len(calls) == (3 if case in ("x", "weight", "mix") else 0)

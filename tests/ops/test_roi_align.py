@@ -246,6 +246,23 @@ def test_dense_maps_are_not_copied() -> None:
     assert copies == {"nchw": False, "nhwc": False, "sliced": True}
 
 
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_dense_gradients_are_not_copied(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 8, 12, 10).contiguous(memory_format=layout).requires_grad_()
+    y = roi_align(x, torch.tensor([[1, 2.0, 3.0, 9.0, 8.0], [0, 0.0, 1.0, 7.0, 5.0]]), 3, backend="cpp")
+    same = torch.randn_like(y)  # in the layout of y
+    other = torch.randn(2, 8, 3, 3) if layout == torch.channels_last else same.to(memory_format=torch.channels_last)
+    copies = {}
+    for name, upstream in {"same": same, "other": other, "sliced": torch.randn(2, 8, 3, 6)[..., ::2]}.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(y, x, upstream, retain_graph=True)
+        names = {event.name for event in profile.events()}
+        assert "nasdet::multilevel_roi_align_backward" in names
+        copies[name] = bool(names & {"aten::copy_", "aten::clone"})
+    assert copies == {"same": False, "other": True, "sliced": True}
+
+
 def test_boxes_per_image_are_rows_in_order(backend: str) -> None:
     x = torch.randn(3, 4, 9, 9)
     lists = [torch.rand(n, 4) * 4 + torch.tensor([0, 0, 4, 4]) for n in (2, 0, 3)]

@@ -9,7 +9,7 @@ import torch
 from drawing import DTYPES, Draw, compare
 from torch import Tensor
 
-from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d, mixed_dilation_conv2d
+from nasdet.ops import _dilation, depthwise_conv2d, grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.testing import tolerance
 
 
@@ -27,6 +27,8 @@ def _operands(draw: Draw) -> tuple[Tensor, tuple[int, int, int], int, Any]:
     groups, fan, width = _channels(draw)
     kernel = draw.choice((1, 3, 3, 3, 3, 5, 7))
     dtype, stride = draw.choice(DTYPES), draw.choice((1, 1, 2, (1, 2), (3, 1)))
+    if draw.chance(0.2):  # what every algorithm takes
+        groups, fan, kernel, dtype, stride = 1, groups * fan, 3, torch.float32, 1
     shape = (draw.random.randint(0 if draw.chance(0.05) else 1, 3), groups * fan, max(draw.size(20), 1), draw.size(20))
     shape = (*shape[:3], max(shape[3], 1))
     if kernel > 3 or groups * fan * width > 2000:
@@ -42,12 +44,23 @@ def _dilations(draw: Draw, count: int) -> list[Any]:
     return dilations
 
 
-def _precision(draw: Draw) -> dict[str, Any]:
+def _how(draw: Draw, *call: Any) -> dict[str, Any]:
+    """A precision, or an algorithm that can run the call: x, weight, dilations, splits, stride and groups."""
     options: dict[str, Any] = {"precision": draw.choice(("fast", "exact"))}
-    if draw.backend == "cpp" and draw.chance(0.5):
-        options = {"algorithm": "direct"}
+    if draw.backend == "cpp" and draw.chance(0.6):
+        options = {"algorithm": draw.choice([name for name in _dilation.ALGORITHMS if _can_run(name, *call)])}
     draw.note(**options)
     return options
+
+
+def _can_run(algorithm: str, x: Tensor, weight: Tensor, dilations: list[Any], splits: list[int], *rest: Any) -> bool:
+    stride, groups = rest
+    pairs = _dilation.checked_dilations(dilations)
+    try:
+        _dilation.chosen_algorithm(x, weight, pairs, splits, _dilation.pair("stride", stride), groups, algorithm)
+    except ValueError:
+        return False
+    return True
 
 
 def _bounds(
@@ -66,12 +79,13 @@ def _bounds(
 def fuzz_mixed_dilation_conv2d(draw: Draw) -> None:
     x, (groups, fan, width), kernel, stride = _operands(draw)
     count, outputs = draw.random.randint(1, 4), groups * width
-    dilations, options = _dilations(draw, count), _precision(draw)
+    dilations = _dilations(draw, count)
     columns = draw.choice([n for n in range(1, outputs + 1) if outputs % n == 0])
     scale = (fan * kernel**2) ** -0.5
     weight = draw.normal(count, outputs, fan, kernel, kernel, scale=scale).to(x.dtype)
     mix = draw.normal(count, columns).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     draw.note(columns=columns)
+    options = _how(draw, x, weight, dilations, [], stride, groups)
     leaves = [x, draw.laid_out(weight), draw.laid_out(mix)]
     magnitude = 1 + float(mix.abs().sum(0).max())
     bound, gradient_bound = _bounds(leaves, count * fan * kernel**2, magnitude, _condition(options))
@@ -91,10 +105,11 @@ def fuzz_grouped_dilation_conv2d(draw: Draw) -> None:
     cuts = sorted(draw.random.sample(range(1, whole), min(draw.random.randint(0, 4), whole - 1)))
     unit = width if groups > 1 else 1
     splits = [(b - a) * unit for a, b in zip([0, *cuts], [*cuts, whole], strict=True)]
-    dilations, options = _dilations(draw, len(splits)), _precision(draw)
+    dilations = _dilations(draw, len(splits))
     draw.note(splits=splits)
     scale = (fan * kernel**2) ** -0.5
     weight = draw.normal(groups * width, fan, kernel, kernel, scale=scale).to(x.dtype)
+    options = _how(draw, x, weight, dilations, splits, stride, groups)
     leaves = [x, draw.laid_out(weight)]
     bound, gradient_bound = _bounds(leaves, fan * kernel**2, 1.0, _condition(options))
     compare(
@@ -134,4 +149,4 @@ def fuzz_depthwise_conv2d(draw: Draw) -> None:
 
 def _condition(options: dict[str, Any]) -> float:
     """Winograd's transforms magnify a rounding."""
-    return 4.0 if options.get("precision") == "fast" else 1.0
+    return 4.0 if options.get("precision") == "fast" or options.get("algorithm") == "winograd" else 1.0

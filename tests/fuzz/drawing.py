@@ -51,7 +51,7 @@ class Draw:
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def laid_out(self, tensor: Tensor, expandable: bool = False) -> Tensor:
-        """The same values in some layout: contiguous, channels_last, or any order of dimensions amid NaN or -1.
+        """The same values in some layout: contiguous, channels_last, or any order of dimensions amid NaN, -1 or 255.
 
         With ``expandable`` also a dimension of stride 0, which makes its values equal.
         """
@@ -67,7 +67,7 @@ class Draw:
         wide = [tensor.shape[d] + sum(m) for d, m in zip(order, margins, strict=True)]
         offset = self.random.randint(0, 3)
         count = offset + torch.Size(wide).numel()
-        filler = float("nan") if tensor.is_floating_point() else -1
+        filler = float("nan") if tensor.is_floating_point() else -1 if tensor.dtype.is_signed else 255
         view = torch.full((count,), filler, dtype=tensor.dtype)[offset:].view(wide)
         for position, (d, (before, _)) in enumerate(zip(order, margins, strict=True)):
             view = view.narrow(position, before, tensor.shape[d])

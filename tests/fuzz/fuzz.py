@@ -22,6 +22,7 @@ import torch
 from convolutions import fuzz_depthwise_conv2d, fuzz_grouped_dilation_conv2d, fuzz_mixed_dilation_conv2d
 from drawing import Draw
 from losses_and_sums import fuzz_mix, fuzz_norm_act_mix, fuzz_sigmoid_focal_loss
+from overlaps import fuzz_box_iou, fuzz_generalized_box_iou
 from pooling import fuzz_multilevel_roi_align, fuzz_roi_align
 from suppression import fuzz_batched_nms, fuzz_nms, fuzz_nms_padded, fuzz_soft_nms
 from tqdm import tqdm
@@ -41,6 +42,8 @@ FUZZERS: dict[str, Callable[[Draw], None]] = {
     "mixed_dilation_conv2d": fuzz_mixed_dilation_conv2d,
     "grouped_dilation_conv2d": fuzz_grouped_dilation_conv2d,
     "depthwise_conv2d": fuzz_depthwise_conv2d,
+    "box_iou": fuzz_box_iou,
+    "generalized_box_iou": fuzz_generalized_box_iou,
 }
 BATCH = 100  # cases of one task
 

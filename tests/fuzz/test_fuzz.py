@@ -8,6 +8,7 @@ from typing import Any
 import convolutions
 import fuzz
 import losses_and_sums
+import overlaps
 import pooling
 import pytest
 import suppression
@@ -26,7 +27,7 @@ def test_every_op_is_fuzzed() -> None:
     import nasdet.ops  # noqa: F401  enters every op in the registry
     from nasdet._dispatch import OPS
 
-    assert set(fuzz.FUZZERS) == set(OPS)
+    assert set(fuzz.FUZZERS) == {*OPS, "box_iou", "generalized_box_iou"}
 
 
 def test_a_case_depends_on_seed_op_and_index_alone() -> None:
@@ -69,6 +70,10 @@ def _coordinates_in_16_bits(real: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def _an_epsilon(real: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda boxes1, boxes2: real(boxes1, boxes2) * (1 - 2e-6)
+
+
 def _other_epsilon(real: Callable[..., Any]) -> Callable[..., Any]:
     def wrong(*arguments: Any, backend: str, canonical_level: int, **more: Any) -> Any:
         return real(*arguments, backend=backend, canonical_level=canonical_level + (backend == "cpp"), **more)
@@ -109,6 +114,8 @@ def _a_row_too_low(real: Callable[..., Any]) -> Callable[..., Any]:
         pytest.param(suppression, "batched_nms", _classes_are_ignored, id="batched_nms-classes"),
         pytest.param(suppression, "nms_padded", _one_kept_box_is_lost, id="nms_padded-count"),
         pytest.param(suppression, "soft_nms", _wider_gaussian, id="soft_nms-sigma"),
+        pytest.param(overlaps, "box_iou", _an_epsilon, id="box_iou-value"),
+        pytest.param(overlaps, "generalized_box_iou", _an_epsilon, id="generalized_box_iou-value"),
         pytest.param(pooling, "roi_align", _coordinates_in_16_bits, id="roi_align-coordinates"),
         pytest.param(pooling, "multilevel_roi_align", _other_epsilon, id="multilevel_roi_align-level"),
         pytest.param(losses_and_sums, "mix", _no_gradient_for_one_map, id="mix-gradient"),

@@ -187,6 +187,23 @@ def test_all_dilation_1_is_the_original_bit_for_bit(name: str) -> None:
     assert torch.equal(maps(derived.train(), image()), expected)
 
 
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_all_dilation_1_is_the_original_by_the_kernels_too(name: str) -> None:
+    """In evaluation, at full width: sums in another order, within 1e-5 of each map's norm."""
+    torch.manual_seed(0)
+    net = BACKBONES[name]()
+    net(torch.randn(2, 3, 64, 64))
+    ones = Card("nats", "ones", {layer.name: [[1, 1]] for layer in find_layers(net)})
+    with torch.no_grad():
+        expected = net.eval()(image())
+        derived = NATSSpace.build(ones, net)
+        assert sum(isinstance(m, GroupedDilationConv2d) and m.backend is None for m in derived.modules()) == 13
+        found = derived(image())
+    for level, wanted in expected.items():
+        assert float((found[level] - wanted).norm() / wanted.norm()) < 1e-5, level
+
+
 def test_block_order_keeps_rows_and_their_norms() -> None:
     """The pretrained rows stay in their order: a slice of the derived output is that slice of the dilated layer."""
     net = tiny()

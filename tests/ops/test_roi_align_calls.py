@@ -234,3 +234,23 @@ def test_more_than_2_to_31_elements(nhwc: bool) -> None:
     y = roi_align(x, rois, 2, backend="cpp")[:, -16:]
     moved = rois - torch.tensor([0, 240, 240, 240, 240])
     torch.testing.assert_close(y, roi_align(corner.contiguous(), moved, 2, backend="cpp"), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+def test_gradient_of_more_than_2_to_31_elements(nhwc: bool) -> None:
+    """Only the gradient is touched everywhere: 4.4 GB."""
+    shape = (1, 33000, 257, 257) if not nhwc else (1, 257, 257, 33000)
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    x = (x.permute(0, 3, 1, 2) if nhwc else x).requires_grad_()
+    rois, upstream = torch.tensor([[0, 243.0, 244.0, 252.0, 254.0]]), torch.zeros(1, 33000, 2, 2, dtype=x.dtype)
+    upstream[:, -16:] = torch.randn(1, 16, 2, 2)
+    (gradient,) = torch.autograd.grad(roi_align(x, rois, 2, backend="cpp"), x, upstream)
+    assert gradient.numel() > 2**31 and gradient.stride() == x.stride()
+    corner = gradient[:, -16:, 240:257, 240:257]
+    small = torch.zeros(1, 16, 17, 17, dtype=x.dtype, requires_grad=True)
+    moved = rois - torch.tensor([0, 240, 240, 240, 240])
+    (wanted,) = torch.autograd.grad(roi_align(small, moved, 2, backend="cpp"), small, upstream[:, -16:])
+    torch.testing.assert_close(corner, wanted, rtol=1e-2, atol=1e-2)
+    assert gradient.count_nonzero() == corner.count_nonzero() > 0

@@ -191,6 +191,23 @@ def test_levels_counted_from_another_one(backend: str, strides: tuple[int, ...],
         torch.testing.assert_close(y[k : k + 1], alone, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lowest", [None, 2])
+@pytest.mark.parametrize("exponent", [-4.5, -3.5, -2.5, -1.5, 1.5])
+def test_levels_of_scales_halfway_between_two(backend: str, exponent: float, lowest: int | None) -> None:
+    """Rounded to the even level, whoever computes it: C++ and Python."""
+    scales = [2.0**exponent, 2.0 ** (exponent - 1), 2.0 ** (exponent - 2)]
+    assert math.log2(scales[0]) == exponent
+    sides = 2.0 ** (torch.arange(-4, 14) + 0.5)
+    rois = torch.stack([torch.zeros(18), torch.zeros(18), torch.zeros(18), sides, sides], 1)
+    features = [torch.full((1, 1, 64, 64), float(level)) for level in range(3)]
+    y = multilevel_roi_align(features, rois, 1, scales, 1, canonical_scale=32, lowest_level=lowest, backend=backend)
+    ones = [roi_align(torch.ones(1, 1, 64, 64), rois, 1, scale, 1, backend=backend).flatten() for scale in scales]
+    first = -round(exponent) if lowest is None else lowest  # Python rounds a half to the even neighbour
+    groups = [min(max(math.floor(4 + math.log2(side / 32)) - first, 0), 2) for side in sides.tolist()]
+    assert y.flatten().tolist() == [group * ones[group][k].item() for k, group in enumerate(groups)]
+    assert set(y.flatten().round().tolist()) == {0, 1, 2}
+
+
 def test_area_that_is_nan_or_negative_takes_the_first_level(backend: str) -> None:
     features = [torch.full((1, 1, 64, 64), 1.0), torch.full((1, 1, 32, 32), 2.0)]
     rois = torch.tensor([[0, 100.0, 20.0, 60.0, 90.0], [0, NAN, 0.0, 9.0, 9.0]])

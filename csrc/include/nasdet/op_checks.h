@@ -46,8 +46,8 @@ inline Pooling checked_pooling(std::vector<double> scales, int64_t levels, int64
   STD_TORCH_CHECK(sampling_ratio < (int64_t(1) << 31), "sampling_ratio must fit 32 bits, got ", sampling_ratio);
   STD_TORCH_CHECK(policy == kRoiTorchvision || policy == kRoiDetectron2, "policy must be 0 or 1, got ", policy);
   STD_TORCH_CHECK(canonical_scale > 0, "canonical_scale must be positive, got ", canonical_scale);
-  // Each scale need not be half of the one before: whoever calls shifts canonical_level where the first map is of another level than its scale says.
-  const int32_t k_min = -int32_t(std::lround(std::log2(scales.front()))), k_max = k_min + int32_t(levels) - 1;
+  // Halves go to the even level, as in Python's reference. Each scale need not be half of the one before: whoever calls shifts canonical_level where the first map is of another level than its scale says.
+  const int32_t k_min = -int32_t(std::nearbyint(std::log2(scales.front()))), k_max = k_min + int32_t(levels) - 1;
   return {std::move(scales), height, width, std::max<int64_t>(sampling_ratio, 0), aligned, {int32_t(policy), int32_t(canonical_level), k_min, k_max, float(canonical_scale)}};
 }
 

@@ -68,8 +68,9 @@ def has_kernel(op: str, device: str) -> bool:
 def scratch_limit(bytes: int | None = None) -> int:
     """The scratch memory, in bytes, that one call of a compiled convolution should stay below: 64 MiB unless set.
 
-    With ``bytes`` given, sets it. Smaller limits mean smaller pieces; a call takes more only where its smallest piece
-    needs it. Calls at the same time have such memory each. 0 without the compiled library.
+    With ``bytes`` given, sets it, and gives back what is kept between calls in pieces larger than that. Smaller limits
+    mean smaller pieces; a call takes more only where its smallest piece needs it. Calls at the same time have such
+    memory each. 0 without the compiled library.
     """
     if bytes is not None and (isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1):
         raise ValueError(f"bytes must be a positive integer or None, got {bytes!r}")

@@ -137,20 +137,23 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, int6
 template <class Plan> size_t spectra_of(const Plan& plan, int64_t channels) { return size_t(plan.g.planes() * plan.map_plane(channels)); }
 
 // A chunk of channels is worked on by one thread, with scratch of its own that stays in the caches, where there are enough
-// chunks and memory; otherwise by all threads together, which then read what others have just written.
+// chunks and memory; otherwise by all threads together, or as many as have room, which then read what others have just written.
 struct Crew {
   static constexpr size_t kMostEach = 8 << 20;
   int64_t size, threads;  // chunks at once, and threads of each
   size_t shared, each;    // bytes
   size_t bytes() const { return shared + size_t(size) * each; }
 
-  // each(threads): bytes of a chunk
-  template <class F> Crew(int64_t chunks, size_t all, const F& each_on) : shared(all) {
+  // each(threads): bytes of a chunk; `held`: those that the call holds besides
+  template <class F> Crew(int64_t chunks, size_t held, size_t all, const F& each_on) : shared(all) {
     const int64_t most = torch::stable::get_num_threads();
+    const auto fits = [&](int64_t at_once, int64_t threads_of_each) { return int64_t(held + shared + size_t(at_once) * each_on(threads_of_each)) <= scratch_limit(); };
     size = std::min(most, chunks);
     const bool busy = 4 * chunks >= 3 * pieces_of(chunks, size) * most;  // three quarters of the time
-    if (!busy || each_on(1) > kMostEach || int64_t(shared + size_t(size) * each_on(1)) > scratch_limit()) size = 1;
-    threads = size > 1 ? 1 : most, each = each_on(threads);
+    if (!busy || each_on(1) > kMostEach || !fits(size, 1)) size = 1;
+    threads = size > 1 ? 1 : most;
+    while (threads > 1 && !fits(size, threads)) --threads;
+    each = each_on(threads);
   }
 
   // f(the one of the crew, its chunk)
@@ -165,12 +168,13 @@ struct Crew {
 WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) { return {plan.g, plan.ins, plan.outs, plan.step_plane(), threads}; }
 WeightScratch weight_scratch(const FrequencyGradientPlan& plan, int64_t threads) { return {plan.g, plan.part_ins, plan.part_outs, plan.step_plane(), threads}; }
 
-Crew crew_of(const FrequencyPlan& plan, int64_t in_padded, int64_t out, bool spectra_there) {
-  return {pieces_of(out, plan.outs), Scratch::padded(spectra_there ? 0 : spectra_of(plan, in_padded) * 4),
+// `held`: bytes of the spectra of all of the map, if they are there.
+Crew crew_of(const FrequencyPlan& plan, int64_t in_padded, int64_t out, size_t held) {
+  return {pieces_of(out, plan.outs), held, Scratch::padded(held ? 0 : spectra_of(plan, in_padded) * 4),
           [&](int64_t threads) { return Scratch::padded(spectra_of(plan, plan.outs) * 4) + weight_scratch(plan, threads).bytes(); }};
 }
-Crew crew_of(const FrequencyGradientPlan& plan, bool spectra_there) {
-  return {pieces_of(plan.ins, plan.part_ins) * pieces_of(plan.outs, plan.part_outs), Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(spectra_there ? 0 : spectra_of(plan, plan.outs) * 4),
+Crew crew_of(const FrequencyGradientPlan& plan, size_t held) {
+  return {pieces_of(plan.ins, plan.part_ins) * pieces_of(plan.outs, plan.part_outs), held, Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(held ? 0 : spectra_of(plan, plan.outs) * 4),
           [&](int64_t threads) { return weight_scratch(plan, threads).bytes(); }};
 }
 
@@ -183,14 +187,13 @@ template <class Plan> std::vector<WeightScratch> weight_scratches(const Plan& pl
 
 // `to` = the convolution of `from`; for the gradient of the input, with the kernels turned round and the channels swapped.
 // `spectra` of all of `from`, if they are there.
-void convolve(const ConvProblem& p, const FrequencyPlan& plan, const float* from, float* to, bool gradient, const float* spectra, Scratch& scratch) {
+void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew, const float* from, float* to, bool gradient, const float* spectra, Scratch& scratch) {
   const int64_t in = gradient ? p.out_channels : p.in_channels, out = gradient ? p.in_channels : p.out_channels;
   const int64_t lanes = frequency_costs().lanes, in_padded = padded_to(in, lanes);
   const FrequencyGeometry& g = plan.g;
   const std::vector<FrequencyBranch> branches = frequency_branches(p);
   const int64_t planes = g.planes(), from_plane = plan.map_plane(in_padded), to_plane = plan.map_plane(plan.outs);
   float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, in_padded));
-  const Crew crew = crew_of(plan, in_padded, out, spectra != nullptr);
   std::vector<float*> to_planes;
   for (int64_t one = 0; one < crew.size; ++one) to_planes.push_back(scratch.take<float>(spectra_of(plan, plan.outs)));
   const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
@@ -254,7 +257,7 @@ void gather_products(const WeightScratch& s, const FrequencyWeights& w, int64_t 
 }
 
 // The products of the spectra of x and of the gradient, back to taps. `spectra` of all of the gradient, if they are there.
-void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const float* x, const float* grad, const float* spectra, Scratch& scratch) {
+void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const Crew& crew, const float* x, const float* grad, const float* spectra, Scratch& scratch) {
   const int64_t lanes = frequency_costs().lanes;
   const FrequencyGeometry& g = plan.g;
   std::vector<float> mix_parts;
@@ -262,7 +265,6 @@ void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, c
   const int64_t planes = g.planes(), x_plane = plan.map_plane(plan.ins), grad_plane = plan.map_plane(plan.outs);
   float* const x_planes = scratch.take<float>(spectra_of(plan, plan.ins));
   float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, plan.outs));
-  const Crew crew = crew_of(plan, spectra != nullptr);
   const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
   int64_t loaded_x[2] = {-1, -1}, loaded_grad[2] = {-1, -1};  // first channel and row
   for (int64_t o = 0; o < p.out_channels; o += plan.outs)
@@ -291,8 +293,9 @@ void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, c
 
 void frequency_forward(const ConvProblem& p, const void* x, void* y) {
   const FrequencyPlan plan = FrequencyPlanner(p).forward();
-  Scratch scratch(crew_of(plan, padded_to(p.in_channels, frequency_costs().lanes), p.out_channels, false).bytes());
-  convolve(p, plan, static_cast<const float*>(x), static_cast<float*>(y), false, nullptr, scratch);
+  const Crew crew = crew_of(plan, padded_to(p.in_channels, frequency_costs().lanes), p.out_channels, 0);
+  Scratch scratch(crew.bytes());
+  convolve(p, plan, crew, static_cast<const float*>(x), static_cast<float*>(y), false, nullptr, scratch);
 }
 
 void frequency_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
@@ -302,14 +305,15 @@ void frequency_backward(const ConvProblem& p, const void* x, const void* grad, v
   const FrequencyGeometry& g = plan.dw.g;
   const bool shared = plan.shared && wanted && dx;
   const int64_t out_padded = padded_to(p.out_channels, frequency_costs().lanes), plane = plan.dw.map_plane(out_padded);
-  const size_t shared_elements = shared ? spectra_of(plan.dw, out_padded) : 0;
-  Scratch scratch(Scratch::padded(shared_elements * 4) + std::max(dx ? crew_of(plan.dx, out_padded, p.in_channels, shared).bytes() : 0, wanted ? crew_of(plan.dw, shared).bytes() : 0));
+  const size_t shared_elements = shared ? spectra_of(plan.dw, out_padded) : 0, held = Scratch::padded(shared_elements * 4);
+  const Crew dx_crew = crew_of(plan.dx, out_padded, p.in_channels, held), dw_crew = crew_of(plan.dw, held);
+  Scratch scratch(held + std::max(dx ? dx_crew.bytes() : 0, wanted ? dw_crew.bytes() : 0));
   float* const spectra = shared ? scratch.take<float>(shared_elements) : nullptr;
   if (shared) run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows), {spectra, plane, out_padded, 0, g.planes() * plane * 4 >= kFrequencyCached}, static_cast<const float*>(grad), FrequencyForm::kConjugateFactor);
   const size_t mark = scratch.used();
-  if (dx) convolve(p, plan.dx, static_cast<const float*>(grad), static_cast<float*>(dx), true, spectra, scratch);
+  if (dx) convolve(p, plan.dx, dx_crew, static_cast<const float*>(grad), static_cast<float*>(dx), true, spectra, scratch);
   scratch.rewind(mark);
-  if (wanted) weight_gradients(p, plan.dw, static_cast<const float*>(x), static_cast<const float*>(grad), spectra, scratch);
+  if (wanted) weight_gradients(p, plan.dw, dw_crew, static_cast<const float*>(x), static_cast<const float*>(grad), spectra, scratch);
 }
 
 #else

@@ -200,8 +200,9 @@ class FrequencyPlanner {
     return std::min(depth, std::max<int64_t>(most, 16));
   }
   int64_t bytes(const FrequencyGeometry& g, std::initializer_list<int64_t> planes, int64_t halves, int64_t step_plane) const {
-    int64_t total = 2 * c_.lanes * c_.lanes * g.grid * g.grid * 4 + int64_t(Scratch::padded(size_t(halves * frequency_half(g.tile, g.grid)) * 4)) + frequency_step_planes(g.tile, 0) * step_plane * 4;
-    for (int64_t plane : planes) total += int64_t(Scratch::padded(size_t(g.planes() * plane) * 4));
+    const auto piece = [](int64_t elements) { return int64_t(Scratch::padded(size_t(elements) * 4)); };
+    int64_t total = piece(2 * c_.lanes * c_.lanes * g.grid * g.grid) + piece(halves * frequency_half(g.tile, g.grid)) + piece(frequency_step_planes(g.tile, 0) * step_plane);
+    for (int64_t plane : planes) total += piece(g.planes() * plane);
     return total;
   }
 

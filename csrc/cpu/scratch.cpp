@@ -4,6 +4,7 @@
 
 #include "nasdet/checks.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -42,23 +43,35 @@ Piece allocated(size_t bytes) {
   return {static_cast<char*>(data), size};
 }
 
-}  // namespace
-
-int64_t scratch_limit() { return limit.load(std::memory_order_relaxed); }
-void set_scratch_limit(int64_t bytes) { limit.store(bytes, std::memory_order_relaxed); }
-
-int64_t release_scratch() {
-  std::vector<Piece> idle;
+// Frees the idle pieces that `wanted` picks, and says how much that was.
+template <class F> int64_t release_idle(const F& wanted) {
+  std::vector<Piece> picked;
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    idle.swap(pool().idle);
+    std::vector<Piece>& idle = pool().idle;
+    const auto first = std::partition(idle.begin(), idle.end(), [&](const Piece& piece) { return !wanted(piece); });
+    for (auto piece = first; piece != idle.end(); ++piece) picked.push_back(*piece);
+    idle.erase(first, idle.end());
   }
   size_t bytes = 0;
-  for (const Piece& piece : idle) {
+  for (const Piece& piece : picked) {
     bytes += piece.size;
     std::free(piece.data);
   }
   return int64_t(bytes);
+}
+
+}  // namespace
+
+int64_t scratch_limit() { return limit.load(std::memory_order_relaxed); }
+
+void set_scratch_limit(int64_t bytes) {
+  limit.store(bytes, std::memory_order_relaxed);
+  release_idle([&](const Piece& piece) { return int64_t(piece.size) - int64_t(kHugePage) >= bytes; });  // pages that `bytes` do not need
+}
+
+int64_t release_scratch() {
+  return release_idle([](const Piece&) { return true; });
 }
 
 Scratch::Scratch(size_t bytes) : data_(nullptr), size_(0) {

@@ -1,11 +1,13 @@
-// Scratch memory that outlives a call: the first touch of fresh pages costs more than many an op.
+// Scratch memory that outlives a call: the first touch of fresh pages costs more than many an op. One pool for the whole
+// process, of pieces that only grow, as many as calls ran at once.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace nasdet {
 
-// What a call should keep its scratch below, in bytes: it works in smaller pieces instead. 64 MiB unless set.
+// What a call should keep its scratch below, in bytes: it works in smaller pieces instead. 64 MiB unless set. Setting it
+// frees the idle pieces that are larger.
 int64_t scratch_limit();
 void set_scratch_limit(int64_t bytes);
 

@@ -76,20 +76,53 @@ def test_raw_calls_with_bad_arguments_are_errors_not_crashes() -> None:
             call()
 
 
-@pytest.mark.parametrize("limit", [MEBIBYTE, 4 * MEBIBYTE, 64 * MEBIBYTE])
-def test_scratch_stays_below_the_limit_and_is_kept_until_released(limit: int) -> None:
+LEAST = {"direct": 1, "frequency": 4, "winograd": 1}  # MiB within which the smallest pieces of this problem fit
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("algorithm", "limit"), [(name, size) for name, least in LEAST.items() for size in (1, 4, 8, 64) if size >= least]
+)
+def test_scratch_stays_below_the_limit_and_is_kept_until_released(algorithm: str, limit: int, threads: int) -> None:
+    if algorithm != "direct" and _library.cpu_isa() == "baseline":
+        pytest.skip(f"{algorithm} needs AVX2")
     x, weight, mix = operands(128, 24)
-    for value in (x, weight, mix):
-        value.requires_grad_()
+    leaves = [x, weight[0]] if algorithm == "winograd" else [x, weight, mix]
+    leaves = [value.detach().requires_grad_() for value in leaves]
+
+    def convolved() -> Tensor:
+        if algorithm == "winograd":  # which takes no branches that overlap
+            return grouped_dilation_conv2d(*leaves, (1, 2), (80, 48), algorithm=algorithm)
+        return mixed_dilation_conv2d(*leaves, (1, 2), algorithm=algorithm)
+
+    before, page = torch.get_num_threads(), 2 * MEBIBYTE  # memory is taken in huge pages
+    room = -(-limit * MEBIBYTE // page) * page
     nasdet.release_scratch()
-    assert nasdet.scratch_limit(limit) == limit == nasdet.scratch_limit()
-    first = mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
-    first.sum().backward()
-    second = mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
-    assert torch.equal(first, second)
-    page = 2 * MEBIBYTE  # memory is taken in huge pages
-    assert 0 < nasdet.release_scratch() <= -(-limit // page) * page
-    assert nasdet.release_scratch() == 0
+    assert nasdet.scratch_limit(limit * MEBIBYTE) == limit * MEBIBYTE == nasdet.scratch_limit()
+    torch.set_num_threads(threads)
+    try:
+        first = convolved()
+        assert 0 < nasdet.release_scratch() <= room, "forward"
+        for needed in (leaves[:1], leaves[1:], leaves):
+            torch.autograd.grad(first.sum(), needed, retain_graph=True)
+            assert 0 < nasdet.release_scratch() <= room, f"backward to {len(needed)}"
+        assert torch.equal(first, convolved())
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < nasdet.release_scratch() <= room and nasdet.release_scratch() == 0
+
+
+def test_a_lower_limit_gives_back_what_is_larger() -> None:
+    x, weight, mix = operands(256, 24)
+    nasdet.release_scratch()
+    mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
+    kept = nasdet.release_scratch()
+    assert kept > 2 * MEBIBYTE
+    for limit, left in ((kept, kept), (kept - MEBIBYTE, kept), (kept - 2 * MEBIBYTE, 0), (MEBIBYTE, 0)):
+        nasdet.scratch_limit(64 * MEBIBYTE)
+        mixed_dilation_conv2d(x, weight, mix, (1, 2), algorithm="direct")
+        nasdet.scratch_limit(limit)
+        assert nasdet.release_scratch() == left
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "64 MB"])

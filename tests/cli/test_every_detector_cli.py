@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nasdet.cli import main
 from nasdet.detectors import DETECTORS, WITH_MASKS
 from nasdet.engine import step as step_module
 from nasdet.engine.checkpoint import LAST, load_weights
+from nasdet.engine.evaluate import load_run
 from nasdet.spaces.assemble import ModelConfig
 
+SCORING = "mask_scoring_rcnn"
 SMALL = (
     "--preset tiny --width 0.125 --fpn-channels 8 --tower-convs 1 --size 64x96 --steps 3 --batch 2 "
     "--checkpoint-every 1 --workers 0 --device cpu --no-flip"
@@ -68,7 +71,7 @@ def test_train_resume_eval_and_detect(
     (entry,) = json.loads((found / "detections.json").read_text())["images"]
     assert (found / entry["drawing"]).is_file() and entry["detections"]
     assert all(("mask" in row) == (name in WITH_MASKS) for row in entry["detections"])
-    assert all(("mask_score" in row) == (name == "mask_scoring_rcnn") for row in entry["detections"])
+    assert all(("mask_score" in row) == (name == SCORING) for row in entry["detections"])
     assert all(row["mask"]["size"] == [64, 96] for row in entry["detections"] if "mask" in row)
 
 
@@ -94,6 +97,54 @@ def test_export_of_a_run_and_of_its_card_are_the_same_program(
         outputs.append(torch.export.load(file).module()(*given))
     assert list(outputs[0])[:3] == ["boxes", "scores", "labels"] and bool((outputs[0]["labels"] >= 0).any())
     assert all(torch.equal(value, outputs[1][name]) for name, value in outputs[0].items())
+
+
+def run_onnx(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """The facts and outputs of an ONNX model of pictures of 64 x 96, on noise, and this noise."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 64, 96)
+    given = {"images": images, "sizes": torch.tensor([[64, 96]]), "threshold": torch.tensor(0.0)}
+    values = session.run(None, {name: value.numpy() for name, value in given.items()})
+    outputs = [output.name for output in session.get_outputs()]
+    found = {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
+    return session.get_modelmeta().custom_metadata_map, found, images
+
+
+def check_outputs(found: dict[str, Tensor], run: Path, images: Tensor) -> None:
+    """There are detections in the picture, best first, and the maps that they come from are those of the run."""
+    count = int((found["labels"] >= 0).sum())
+    boxes, scores, labels = (found[name][0, :count] for name in ("boxes", "scores", "labels"))
+    assert count > 0 and bool((scores.diff() <= 0).all()) and int(labels.max()) < 10
+    assert float(boxes.min()) >= 0 and float(boxes[:, 2].max()) <= 96 and float(boxes[:, 3].max()) <= 64
+    model, _ = load_run(run)
+    names = list(model.neck.strides)  # type: ignore[union-attr, arg-type]  # a pyramid's
+    with torch.no_grad():
+        maps = model(images)
+    for key, levels in maps.items():
+        for name, level in zip(names, levels, strict=True):
+            torch.testing.assert_close(found[f"{key}_{name}"], level, rtol=1e-3, atol=1e-3 * float(level.abs().max()))
+
+
+def needs_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_export_of_a_run_to_onnx(
+    name: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_onnx()
+    out, file = tmp_path / "run", tmp_path / "net.onnx"
+    assert train(digits, out, name) == 0
+    capsys.readouterr()
+    assert main(["arch", "export", str(out), "--out", str(file)]) == 0
+    assert f"{file}: {name}, 10 categories, images 1x3x64x96; agrees" in capsys.readouterr().out
+    facts, found, images = run_onnx(file)
+    assert facts["detector"] == name and json.loads(facts["categories"]) == [str(digit) for digit in range(10)]
+    assert ("mask_logits" in found) == (name in WITH_MASKS) and ("mask_scores" in found) == (name == SCORING)
+    check_outputs(found, out, images)
 
 
 @pytest.mark.parametrize(

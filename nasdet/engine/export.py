@@ -26,6 +26,7 @@ from nasdet.spaces.assemble import ModelConfig
 INPUTS = ("images", "sizes", "threshold")
 PLAIN = ("aten", "_operator", "higher_order")  # where the operators of a program may come from
 Run = Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]]
+_ROUNDING = 1e-5  # of the largest box and score
 
 
 class Disagreement(ValueError):
@@ -185,13 +186,7 @@ def check(model: Any, run: Run, images: Tensor, sizes: Tensor) -> None:
         else:
             found = model.detect(maps, areas, selection)
         for index, image in enumerate(found):
-            count = len(image["labels"])
-            if not torch.equal(given["labels"][index, :count], image["labels"]) or (
-                given["labels"][index, count:] >= 0
-            ).any():
-                raise Disagreement(f"labels of image {index} differ from the detector's {image['labels'].tolist()}")
-            for name in ("boxes", "scores"):
-                _close(name, given[name][index, :count], image[name], 1e-5)
+            _same_detections({name: given[name][index] for name in ("boxes", "scores", "labels")}, image, index)
         if getattr(model, "masks", None) is not None:
             _check_masks(model, given, maps["features"])
 
@@ -220,6 +215,25 @@ def _check_masks(model: Any, given: Mapping[str, Tensor], features: list[Tensor]
     for index, image in enumerate(model.masks.complete(features, boxes)):
         for name in image.keys() - boxes[index].keys():
             _close(name, given[name][index], image[name])
+
+
+def _same_detections(given: Mapping[str, Tensor], image: Mapping[str, Tensor], index: int) -> None:
+    """As many, of the same labels, and the same scores rank by rank; and each box with its label and score, if not at
+    its rank: rounding may swap those of equal scores."""
+    count = len(image["labels"])
+    found = {name: value[:count] for name, value in given.items()}
+    same = torch.equal(found["labels"].sort().values, image["labels"].sort().values)
+    if not same or (given["labels"][count:] >= 0).any():
+        raise Disagreement(f"labels of image {index} differ from the detector's {image['labels'].tolist()}")
+    _close("scores", found["scores"], image["scores"], _ROUNDING)
+    if not count:
+        return
+    alike = found["labels"][:, None] == image["labels"]
+    for name in ("scores", "boxes"):
+        far = (found[name].reshape(count, 1, -1) - image[name].reshape(1, count, -1)).abs().amax(-1)
+        alike &= far <= _ROUNDING * float(image[name].abs().max())
+    for lost in (~alike.any(0)).nonzero().flatten().tolist():
+        raise Disagreement(f"boxes of image {index} lack the detector's {image['boxes'][lost].tolist()}")
 
 
 def _close(name: str, value: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> None:

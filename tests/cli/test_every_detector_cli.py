@@ -147,6 +147,18 @@ def test_export_of_a_run_to_onnx(
     check_outputs(found, out, images)
 
 
+@pytest.mark.slow
+def test_export_of_a_card_with_weights_to_onnx(run: Path, tmp_path: Path) -> None:
+    """Hardly trained: scores are so near to each other that rounding swaps some."""
+    needs_onnx()
+    file = tmp_path / "fad.model"  # the format says what it is, not the name
+    words = ("fad-paper", "--weights", str(run / LAST), "--format", "onnx")
+    assert main(["arch", "export", *words, "--out", str(file)]) == 0
+    facts, found, images = run_onnx(file)
+    assert facts["detector"] == "fcos"
+    check_outputs(found, run, images)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,11 +9,12 @@ from types import MappingProxyType, TracebackType
 import torch
 from torch import Tensor, nn
 
-from nasdet._dispatch import OPS
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
 from nasdet.nn.dilation_conv import check_same_conv2d
 from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
 from nasdet.ops._dilation import chosen_algorithm, torch_is_faster
+from nasdet.ops.depthwise_conv2d import OP as DEPTHWISE
+from nasdet.ops.grouped_dilation_conv2d import OP as DENSE
 
 _TYPICAL = (1, 56, 84)  # images, height and width: a middle level of a detector's pyramid
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,7 +156,7 @@ def _why_not(conv: nn.Conv2d) -> str | None:
         return f"its weight is on {conv.weight.device.type}, where torch's convolutions are left alone"
     if conv.weight.dtype not in _TYPES:
         return f"its weight is {conv.weight.dtype}"
-    op = OPS["depthwise_conv2d" if _is_depthwise(conv) else "grouped_dilation_conv2d"]
+    op = DEPTHWISE if _is_depthwise(conv) else DENSE
     compiled = next(backend for backend in op.backends if backend.name == "cpp")
     return compiled.available() or (None if _is_depthwise(conv) else _slower(conv))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import nasdet
-from nasdet._dispatch import OPS
 from nasdet.nn import AcceleratedConv2d, DepthwiseConv2d, accelerate
 
 pytestmark = pytest.mark.needs("cpp")
@@ -267,9 +267,12 @@ def test_exported_as_torchs_convolution() -> None:
 
 
 def test_without_the_library_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("grouped_dilation_conv2d", "depthwise_conv2d"):
-        backends = [replace(backend, available=lambda: "no compiled part") for backend in OPS[name].backends]
-        monkeypatch.setitem(OPS, name, replace(OPS[name], backends=backends))
+    # by name, as the package's attribute of this name is the function
+    module = importlib.import_module("nasdet.nn.accelerate")
+    for name in ("DENSE", "DEPTHWISE"):
+        op = getattr(module, name)
+        backends = [replace(backend, available=lambda: "no compiled part") for backend in op.backends]
+        monkeypatch.setattr(module, name, replace(op, backends=backends))
     model = nn.Sequential(*net(), nn.Conv2d(16, 16, 3, padding=1, groups=16))
     report = accelerate(model)
     assert report.swapped == () and report.left["2"] == report.left["6"] == "no compiled part"

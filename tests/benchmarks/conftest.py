@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -17,3 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=f"no benchmarks beside these tests ({BENCHMARKS.name}/)"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage() -> None:
+    """What earlier tests imported and made stays out of the collections that precede every measurement of memory."""
+    gc.collect()
+    gc.freeze()

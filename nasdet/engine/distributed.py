@@ -72,9 +72,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **_meeting_place())
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting_place())
     try:
         yield
         dist.barrier()  # gloo aborts a process whose peer is gone while it takes its leave
@@ -83,6 +83,18 @@ def process_group(device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Where processes that ``torchrun`` started again find each other: its store has the addresses of those before.
+
+    On one machine, whose processes are all restarted as often; those of several may not be.
+    """
+    if not restarted() or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return {}
+    store, place, size = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": own, "rank": place, "world_size": size}
 
 
 def restarted() -> bool:

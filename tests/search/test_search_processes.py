@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,14 +17,17 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
+from nasdet.data import open_data
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.records import read_lines
 from nasdet.engine.search_detnas import DetNASSearchConfig
 from nasdet.engine.search_msnas import MSNASSearchConfig
 from nasdet.spaces.detnas import DetNASSpace
 
-# Each process may evaluate as many candidates as it is told, and dies in the midst of the next.
+# Each process may evaluate as many candidates as it is told, and dies in the midst of the next. It notes how many
+# objects it sees in each step, and holds that all processes have gradients for the same parameters.
 PROGRAM = """
     import json
     import os
@@ -32,7 +37,7 @@ PROGRAM = """
     import torch
 
     from nasdet.data import Split, open_data
-    from nasdet.engine import evolve, one_shot
+    from nasdet.engine import distributed, evolve, one_shot, step
     from nasdet.engine.distributed import restarted
     from nasdet.engine.search_detnas import DetNASSearchConfig, search_detnas
     from nasdet.engine.search_msnas import MSNASSearchConfig, search_msnas
@@ -46,7 +51,8 @@ PROGRAM = """
         "detnas": (DetNASSearchConfig, search_detnas),
         "msnas": (MSNASSearchConfig, search_msnas),
     }[sys.argv[6]]
-    real = one_shot.evaluate
+    real, real_step, real_average = one_shot.evaluate, one_shot.train_step, step.average_gradients
+    objects = []
 
     def evaluate(*arguments, **options):
         global count
@@ -56,31 +62,47 @@ PROGRAM = """
         assert not torch.distributed.is_initialized()
         return real(*arguments, **options)
 
+    def train_step(module, optimizer, batch, *rest, **options):
+        objects.append(sum(len(target["boxes"]) for target in batch.targets))
+        return real_step(module, optimizer, batch, *rest, **options)
+
+    def average_gradients(parameters):
+        parameters = list(parameters)
+        patterns = distributed.gather_objects([parameter.grad is not None for parameter in parameters])
+        assert all(pattern == patterns[0] for pattern in patterns), "gradients of other parameters elsewhere"
+        real_average(parameters)
+
     one_shot.evaluate = evaluate
+    one_shot.train_step, step.average_gradients = train_step, average_gradients
     evolve._PATIENCE = 30.0 if min(json.loads(sys.argv[5])) > 50 else 3.0
     card = search(make(**settings), open_data(data), out, resume=resume, progress=False)
-    (Path(out) / f"found{rank}.json").write_text(json.dumps([card.to_json(), count]))
+    (Path(out) / f"found{rank}.json").write_text(json.dumps([card.to_json(), count, objects]))
 """
 MANY = 99
 
 
 @pytest.fixture(scope="module")
 def launch(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[int], str]]:
-    """``launch(config, out, allowed, resume)``: exit codes of as many processes as ``allowed`` has numbers, and what
-    they said."""
+    """``launch(config, out, allowed, resume, data=...)``: exit codes of as many processes as ``allowed`` has numbers,
+    and what they said."""
     script = tmp_path_factory.mktemp("program") / "search.py"
     script.write_text(textwrap.dedent(PROGRAM))
     root = Path(__file__).resolve().parents[2]
 
     def run(
-        config: Any, out: Path, allowed: Sequence[int], resume: bool = False, launcher: Sequence[str] = ()
+        config: Any,
+        out: Path,
+        allowed: Sequence[int],
+        resume: bool = False,
+        launcher: Sequence[str] = (),
+        data: Path = folder,
     ) -> tuple[list[int], str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        words = [json.dumps(dataclasses.asdict(config)), str(folder), str(out), "resume" if resume else "fresh"]
+        words = [json.dumps(dataclasses.asdict(config)), str(data), str(out), "resume" if resume else "fresh"]
         words += [json.dumps(list(allowed)), "msnas" if isinstance(config, MSNASSearchConfig) else "detnas"]
         command, processes = [sys.executable, *launcher, str(script), *words], []
         if launcher:
@@ -209,6 +231,46 @@ def test_the_supernet_learns_as_in_one_process(
     assert len(blocks) == 32 and on_paths < blocks
     assert {name.rsplit(".", 3)[0] for name in moved if ".branch" in name} == on_paths
     assert {name for name in names if ".branch" not in name} <= moved, "all else is on every path"
+
+
+def test_a_step_changes_the_weights_as_in_one_process(
+    launch: Callable[..., Any], config: DetNASSearchConfig, tmp_path: Path
+) -> None:
+    """Of the first step, as norms over 8 values (2 x 2 at 1/32 of two pictures) make later ones multiply what rounding
+    leaves: 1e-5 of a value here, 1e-2 after two more."""
+    few: dict[str, Any] = {"steps": 1, "optimizer": "sgd", "log_every": 1, "supernet": None, "clip": None}
+    short = dataclasses.replace(config, **few, population=1, parents=1, generations=1)
+    states = []
+    for name, allowed in (("one", [MANY]), ("two", [MANY, MANY])):
+        codes, said = launch(short, tmp_path / name, allowed)
+        assert codes == [0] * len(allowed), said[-3000:]
+        states.append(load_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["state"]["model"])
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-6)
+
+
+def without_objects(folder: Path, image: int, out: Path) -> Path:
+    """A copy of a data folder in which one training image has no objects."""
+    shutil.copytree(folder, out)
+    path = out / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != image]
+    path.write_text(json.dumps(content))
+    return out
+
+
+def test_one_process_sees_no_objects(
+    launch: Callable[..., Any], cases: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """Faster R-CNN on MSNAS's supernet: all that is on the path has a gradient there too, so that both can average."""
+    few = {"norm": "sync_bn", "steps": 4, "log_every": 1, "population": 1, "parents": 1, "generations": 1}
+    config = dataclasses.replace(cases["msnas"].config, **few, tuning_steps=0)
+    data = without_objects(folder, open_data(folder).split.search_train[0], tmp_path / "data")
+    codes, said = launch(config, tmp_path / "run", [MANY, MANY], data=data)
+    assert codes == [0, 0], said[-3000:]
+    objects = [json.loads((tmp_path / "run" / f"found{rank}.json").read_text())[2] for rank in (0, 1)]
+    alone = [step for step, pair in enumerate(zip(*objects, strict=True)) if min(pair) == 0 < max(pair)]
+    assert len(objects[0]) == 4 and [step // 2 for step in alone] == [0, 1], "once an epoch of two steps"
+    assert all(math.isfinite(line["loss"]) for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_the_batch_must_be_divisible(launch: Callable[..., Any], config: DetNASSearchConfig, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 #include "nasdet/checks.h"
 #include "nasdet/isa.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace nasdet {
 namespace {
@@ -66,7 +67,7 @@ inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, co
   int64_t bands = 0;
   for (const ConvWork& w : work) bands = std::max(bands, (pixels(w) + step - 1) / step);
   const int64_t tasks = int64_t(work.size());
-  torch::stable::parallel_for(0, bands * tasks, 1, [&](int64_t begin, int64_t end) {
+  for_ranges(bands * tasks, threads(), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const ConvWork& w = work[size_t(p.groups > 1 ? i % tasks : i / bands)];
       const ConvFamily& f = *w.family;
@@ -111,8 +112,9 @@ inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families
         f.panels[size_t(last)].weights = packed + used;
         used += bytes;
       }
-      torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) pack_panel(p, f, f.panels[size_t(i)], panel_bytes(f, f.panels[size_t(i)]), transposed);
+      for_tasks(last - first, threads(), [&](int64_t, int64_t i) {
+        ConvPanel& panel = f.panels[size_t(first + i)];
+        pack_panel(p, f, panel, panel_bytes(f, panel), transposed);
       });
       for (const auto& [from, to] : panel_tasks(f.panels, first, last, kTaskSources)) work.push_back({&f, from, to});
       if (last < count || p.groups == 1) flush();
@@ -216,14 +218,12 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
       }
       used += units[last].bytes;
     }
-    torch::stable::parallel_for(int64_t(first), int64_t(last), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const GradUnit& unit = units[size_t(i)];
-        NASDET_KERNEL(conv_direct_weight_grad)({p.storage, unit.form, {x, p.in_channels, p.height, p.width}, {grad, p.out_channels, p.out_height, p.out_width}, zeros,
-                                                p.images, p.stride_h, p.stride_w, unit.taps->data(), int64_t(unit.taps->size()), unit.first, unit.last,
-                                                unit.panels.data(), int64_t(unit.panels.size())});
-        unfold_unit(p, unit, mixes);
-      }
+    for_tasks(int64_t(last - first), threads(), [&](int64_t, int64_t i) {
+      const GradUnit& unit = units[first + size_t(i)];
+      NASDET_KERNEL(conv_direct_weight_grad)({p.storage, unit.form, {x, p.in_channels, p.height, p.width}, {grad, p.out_channels, p.out_height, p.out_width}, zeros,
+                                              p.images, p.stride_h, p.stride_w, unit.taps->data(), int64_t(unit.taps->size()), unit.first, unit.last,
+                                              unit.panels.data(), int64_t(unit.panels.size())});
+      unfold_unit(p, unit, mixes);
     });
   }
   p.storage == 1 ? sum_mixes(p, reinterpret_cast<const double*>(mixes), ranges) : sum_mixes(p, reinterpret_cast<const float*>(mixes), ranges);

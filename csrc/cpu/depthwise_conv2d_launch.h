@@ -11,6 +11,7 @@
 #include "nasdet/isa.h"
 #include "results.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace nasdet {
 namespace {
@@ -135,11 +136,9 @@ struct DepthwiseCopies {
 // Units of work over the threads, each with a piece of scratch of its own.
 template <class F> void over_threads(int64_t units, size_t bytes, Scratch& scratch, int64_t workers, F&& run) {
   char* const memory = scratch.take<char>(bytes * size_t(workers));
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) run(units * w / workers, units * (w + 1) / workers, memory + bytes * size_t(w));
-  });
+  for_ranges(units, workers, [&](int64_t worker, int64_t first, int64_t last) { run(first, last, memory + bytes * size_t(worker)); });
 }
-inline int64_t workers_for(int64_t units) { return std::max<int64_t>(1, std::min<int64_t>(units, torch::stable::get_num_threads())); }
+inline int64_t workers_for(int64_t units) { return std::max<int64_t>(1, std::min(units, threads())); }
 
 // Channels of a unit: all of them, or even parts of whole vectors, if that takes more units or less room.
 inline int64_t channels_of_unit(int64_t channels, int64_t units, int64_t most) {
@@ -171,7 +170,7 @@ inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tens
     const bool streaming = target.numel() * p.element() >= kStreamingBytes && aligned(target) && p.channels * p.element() % 64 == 0;
     const DepthwisePixels job{p.storage, source.const_data_ptr(), weights, zeros, target.mutable_data_ptr(), from, to, p.kernel, columns.lattices.data(), int64_t(columns.lattices.size()), streaming};
     const auto kernel = NASDET_KERNEL(depthwise_pixels);
-    torch::stable::parallel_for(0, all * chunks, 1, [&](int64_t first, int64_t last) {
+    for_ranges(all * chunks, threads(), [&](int64_t, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t c = i / all, t = i % all;
         kernel(job, tiles[size_t(t % int64_t(tiles.size()))], t / int64_t(tiles.size()), c * each, c + 1 == chunks ? p.channels : (c + 1) * each);

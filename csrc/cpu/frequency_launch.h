@@ -5,6 +5,7 @@
 
 #include "frequency_plan.h"
 #include "nasdet/checks.h"
+#include "tasks.h"
 
 namespace nasdet {
 namespace {
@@ -44,10 +45,7 @@ struct Slots {
 
   // f(the slot's scratch, begin, end)
   template <class F> void run(float* scratch, int64_t units, const F& f) const {
-    const int64_t slots = std::min(count, units);
-    torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
-      for (int64_t slot = first; slot < last; ++slot) f(scratch + slot * each, units * slot / slots, units * (slot + 1) / slots);
-    });
+    for_ranges(units, count, [&](int64_t slot, int64_t begin, int64_t end) { f(scratch + slot * each, begin, end); });
   }
 };
 
@@ -88,12 +86,12 @@ struct WeightScratch {
 
 void run_spectra(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, const float* map, FrequencyForm form) {
   const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_spectra);
-  torch::stable::parallel_for(0, tiles.tiles * vectors_of(planes.channels), 1, [&](int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, form, begin, end); });
+  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(), [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, form, begin, end); });
 }
 
 void run_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
   const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_maps);
-  torch::stable::parallel_for(0, tiles.tiles * vectors_of(planes.channels), 1, [&](int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
+  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(), [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
 }
 
 void run_add_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
@@ -101,13 +99,13 @@ void run_add_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const
   const int phases = (g.tile + g.step_h - 1) / g.step_h;
   const int64_t rows = tiles.tiles / g.columns;
   for (int phase = 0; phase < phases && phase < rows; ++phase)
-    torch::stable::parallel_for(0, (rows - phase + phases - 1) / phases * vectors_of(planes.channels), 1,
-                                [&](int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, phase, phases, begin, end); });
+    for_ranges((rows - phase + phases - 1) / phases * vectors_of(planes.channels), threads(),
+               [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, phase, phases, begin, end); });
 }
 
 void clear_map(float* map, int64_t count) {
   constexpr int64_t kPart = 1 << 16;
-  torch::stable::parallel_for(0, (count + kPart - 1) / kPart, 1, [&](int64_t begin, int64_t end) {
+  for_ranges((count + kPart - 1) / kPart, threads(), [&](int64_t, int64_t begin, int64_t end) {
     std::memset(map + begin * kPart, 0, size_t(std::min(end * kPart, count) - begin * kPart) * sizeof(float));
   });
 }
@@ -146,7 +144,7 @@ struct Crew {
 
   // each(threads): bytes of a chunk; `held`: those that the call holds besides
   template <class F> Crew(int64_t chunks, size_t held, size_t all, const F& each_on) : shared(all) {
-    const int64_t most = torch::stable::get_num_threads();
+    const int64_t most = nasdet::threads();
     const auto fits = [&](int64_t at_once, int64_t threads_of_each) { return int64_t(held + shared + size_t(at_once) * each_on(threads_of_each)) <= scratch_limit(); };
     size = std::min(most, chunks);
     const bool busy = 4 * chunks >= 3 * pieces_of(chunks, size) * most;  // three quarters of the time
@@ -158,10 +156,7 @@ struct Crew {
 
   // f(the one of the crew, its chunk)
   template <class F> void run(int64_t chunks, const F& f) const {
-    torch::stable::parallel_for(0, size, 1, [&](int64_t first, int64_t last) {
-      for (int64_t one = first; one < last; ++one)
-        for (int64_t chunk = chunks * one / size; chunk < chunks * (one + 1) / size; ++chunk) f(size_t(one), chunk);
-    });
+    for_tasks(chunks, size, [&](int64_t one, int64_t chunk) { f(size_t(one), chunk); });
   }
 };
 

@@ -8,6 +8,7 @@
 
 #include "results.h"
 #include "roi_align_plan.h"
+#include "tasks.h"
 
 namespace nasdet {
 namespace {
@@ -73,7 +74,7 @@ Plans planned(const Tensor& rois, int64_t batch, const Pooling& p, const std::ve
   const int64_t count = rois.size(0), chunks = (count + kPlanRois - 1) / kPlanRois;
   const int32_t lanes = NASDET_KERNEL(roi_align_bytes)() / int32_t(sizeof(T));
   Plans plans{ordered(data, count, batch, p, levels), std::vector<RoiWork>(size_t(count)), std::vector<RoiArena>(size_t(chunks))};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  for_ranges(chunks, threads(), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       RoiPlanner<T> planner(plans.arenas[chunk]);
       for (int64_t i = chunk * kPlanRois; i < std::min(count, (chunk + 1) * kPlanRois); ++i) {
@@ -145,13 +146,12 @@ void pool(const std::vector<Level>& levels, const Tensor& rois, const Pooling& p
   const auto pixels = NASDET_KERNEL(roi_align_pixels);
   const auto planes = NASDET_KERNEL(roi_align_planes);
   const int storage = storage_code(out, "features");
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
-    std::vector<T> scratch(size_t(kPlaneChannels * p.bins() + 32));
-    for (int64_t t = first; t < last; ++t) {
-      const Task& task = tasks[t];
-      const RoiJob job{out.mutable_data_ptr(), scratch.data(), task.first, task.last, 0, p.bins(), storage, false, streaming && (!task.channels_last || pixels_aligned)};
-      (task.channels_last ? pixels : planes)(job, &plans.works[task.begin], task.end - task.begin);
-    }
+  const int64_t workers = threads();
+  std::vector<std::vector<T>> scratch(static_cast<size_t>(workers), std::vector<T>(size_t(kPlaneChannels * p.bins() + 32)));
+  for_tasks(int64_t(tasks.size()), workers, [&](int64_t worker, int64_t t) {
+    const Task& task = tasks[size_t(t)];
+    const RoiJob job{out.mutable_data_ptr(), scratch[size_t(worker)].data(), task.first, task.last, 0, p.bins(), storage, false, streaming && (!task.channels_last || pixels_aligned)};
+    (task.channels_last ? pixels : planes)(job, &plans.works[task.begin], task.end - task.begin);
   });
 }
 
@@ -206,7 +206,7 @@ void clear_untouched(char* from, int64_t bytes) {
 }
 
 void clear(const std::vector<std::pair<char*, int64_t>>& pieces) {
-  torch::stable::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t first, int64_t last) {
+  for_ranges(int64_t(pieces.size()), threads(), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) clear_untouched(pieces[i].first, pieces[i].second);
     baseline::streaming_fence();
   });
@@ -304,16 +304,16 @@ template <class T> struct MapGradient {
 
 // Maps of pixels are cut into rows, all channels side by side; planes, and 16-bit maps with their sums, into channels.
 std::vector<GradientTask> gradient_tasks(const std::vector<Group>& groups, const std::vector<Level>& levels, int64_t channels, bool narrow) {
-  const int64_t threads = torch::stable::get_num_threads(), parts = threads > 1 ? kRowParts * threads : 1;
+  const int64_t parts = threads() > 1 ? kRowParts * threads() : 1;
   std::vector<GradientTask> tasks;
-  for (int64_t thread = 0; thread < threads; ++thread)  // to each thread rows from everywhere: boxes lie in clusters
-    for (int64_t part = thread; part < parts; part += threads)
-      for (const Group& group : groups) {
-        const Level& level = levels[group.level];
-        const int64_t top = level.height * part / parts, bottom = level.height * (part + 1) / parts;
-        if (level.channels_last && !narrow && top < bottom) tasks.push_back({&group, 0, channels, top, bottom});
-      }
-  for (int64_t c = 0; c < channels; ++c)  // channels before groups: an even share of every level for each thread
+  for (const Group& group : groups) {  // finest level first: small pieces come last
+    const Level& level = levels[group.level];
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t top = level.height * part / parts, bottom = level.height * (part + 1) / parts;
+      if (level.channels_last && !narrow && top < bottom) tasks.push_back({&group, 0, channels, top, bottom});
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c)
     for (const Group& group : groups) {
       const Level& level = levels[group.level];
       if (level.channels_last && !narrow) continue;
@@ -354,10 +354,9 @@ void add_up(const Tensor& grad_pixels, const Tensor& grad_planes, const Tensor& 
   clear(pieces);
   const MapGradient<T> gradient{plans, levels, channels, p.bins(), storage_code(levels[0].map, "grad"), narrow};
   const std::vector<GradientTask> tasks = gradient_tasks(groups, levels, channels, narrow);
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t first, int64_t last) {
-    std::vector<T> sums;
-    for (int64_t t = first; t < last; ++t) gradient(tasks[t], sums);
-  });
+  const int64_t workers = threads();
+  std::vector<std::vector<T>> sums(static_cast<size_t>(workers));
+  for_tasks(int64_t(tasks.size()), workers, [&](int64_t worker, int64_t t) { gradient(tasks[size_t(t)], sums[size_t(worker)]); });
 }
 
 std::vector<Tensor> multilevel_roi_align_backward(Tensor grad, Tensor rois, int64_t batch, std::vector<int64_t> heights, std::vector<int64_t> widths, int64_t channels_last_mask,

@@ -1,14 +1,11 @@
 // The launcher of Winograd's convolution: cuts a problem into dilations, pieces of the weights that stay in the caches, and
 // chunks of tiles, and estimates the time. Only for conv_winograd.cpp under NASDET_REGISTER.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "conv.h"
 #include "scratch.h"
+#include "tasks.h"
 #include "winograd_cost.h"
 
 namespace nasdet {
@@ -37,17 +34,6 @@ const WinogradKernels* winograd_kernels() {
 #endif
   return nullptr;
 }
-
-// All tasks, each by one of at most `workers` threads: body(worker, task). Nothing may depend on who takes which.
-template <class Body> void for_tasks(int64_t tasks, int64_t workers, const Body& body) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, workers), 1, [&](int64_t first, int64_t last) {
-    for (int64_t worker = first; worker < last; ++worker)
-      for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
-  });
-}
-
-int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
 // The slices of one dilation.
 struct Dilated {

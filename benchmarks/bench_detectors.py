@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rivals import TORCHVISION_DETECTORS
+from step_race import time_target
 
 DETECTORS = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "mask_scoring_rcnn")
 OURS: dict[str, Any] = {"library": "nasdet", "accelerated": False, "backend": None}
@@ -48,10 +49,8 @@ def contestants_of(detector: str, phase: str, images: int) -> tuple[dict[str, di
 
 def complete(info: dict[str, Any], outcome: Any) -> None:
     info["images_per_s"] = info["images"] / info["median_s"]
-    if info["contestant"] == "nasdet" and (ratio := info["speedup_over"].get("torchvision")):
-        info["targets"] = [
-            {"quantity": "time", "over": "torchvision", "at_least": AIM, "ratio": ratio, "met": ratio >= AIM}
-        ]
+    if info["contestant"] == "nasdet":
+        info["targets"] = time_target(info, "torchvision", AIM)
 
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)

@@ -113,6 +113,13 @@ def step_info(outcome: Outcome, contestant: str, **facts: Any) -> dict[str, Any]
     return info
 
 
+def time_target(info: Mapping[str, Any], over: str, at_least: float) -> list[dict[str, Any]]:
+    """The promise that a row's contestant is ``at_least`` times as fast as another; none where that one was absent."""
+    ratio = info["speedup_over"].get(over)
+    target = {"quantity": "time", "over": over, "at_least": at_least}
+    return [] if ratio is None else [target | {"ratio": ratio, "met": ratio >= at_least}]
+
+
 def step_threads(asked: int) -> int:
     """Threads of a step: all processors where none are asked for."""
     return asked or len(os.sched_getaffinity(0))

@@ -157,8 +157,9 @@ def run(
     """Pretrain, and print the accuracy and where everything lies."""
     from nasdet.data import ClassificationFolder, Split
     from nasdet.data.errors import format_counts
+    from nasdet.detectors.weights import PRETRAINED
     from nasdet.engine.distributed import is_main, restarted
-    from nasdet.engine.pretrain import WEIGHTS, PretrainConfig, pretrain
+    from nasdet.engine.pretrain import PretrainConfig, pretrain
 
     resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
@@ -182,7 +183,7 @@ def run(
     if is_main():
         _report(out, network)
         if verb := _next(network.named, settings):
-            print(f"next: nasdet {verb} --weights {out / WEIGHTS} --data DIR --out RUN")
+            print(f"next: nasdet {verb} --weights {out / PRETRAINED} --data DIR --out RUN")
     return 0
 
 

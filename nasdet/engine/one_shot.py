@@ -23,7 +23,7 @@ from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.paths import uniform_draw
 from nasdet.engine.step import train_step
-from nasdet.engine.supernet import SupernetRun, check_settings, fixed, measured_elsewhere
+from nasdet.engine.supernet import SupernetRun, check_settings, fixed
 from nasdet.measure.latency_table import Blocks, LatencyTable, Record
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import RANDOM, Evolution, Offspring
@@ -218,9 +218,6 @@ class OneShotRun(SupernetRun):
         table = self.config.latency_table
         timed = {} if table is None else {"latency": asdict(Record.load(table).setting)}
         return {"space": self.space.settings(), "limits": limits, **images, **timed}
-
-    def notes(self) -> list[str]:
-        return measured_elsewhere(self.config.latency_table, self.device)
 
     def ready(self, out: Path, resume: bool) -> bool:
         """Whether the supernet is that of another run; ``ValueError`` where it cannot be taken from there."""

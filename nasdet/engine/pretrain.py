@@ -22,6 +22,7 @@ from nasdet.data.classification import (
 from nasdet.data.loader import make_loader
 from nasdet.data.transforms import Batch
 from nasdet.detectors.classifier import Classifier
+from nasdet.detectors.weights import DESCRIPTION, PRETRAINED
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, load_into, load_weights, save_checkpoint, seed_everything
 from nasdet.engine.classify import evaluate_classifier
@@ -34,8 +35,6 @@ from nasdet.engine.records import append_line, read_lines
 from nasdet.engine.runs import recorded
 from nasdet.engine.step import train_step
 
-WEIGHTS = "weights.pt"
-DESCRIPTION = "classifier.json"
 PARTS = ("train", "search-train")
 # What may differ between a run and its continuation without changing a single weight.
 _FREE = ("workers", "log_every", "checkpoint_every", "eval_every", "eval_batch", "recalibration_images", "device")
@@ -229,7 +228,7 @@ class _Pretraining:
         distributed.share_state(self.model)
         if distributed.is_main():
             state = self.model.backbone.state_dict()
-            save_checkpoint(self.out / WEIGHTS, {key: value.cpu().contiguous() for key, value in state.items()})
+            save_checkpoint(self.out / PRETRAINED, {key: value.cpu().contiguous() for key, value in state.items()})
         if self.paths is not None:
             self.measure_path(self.paths, dataset)
         self.evaluate(self.data.test() if self.paths is None else self.data.search_val(), steps, self.out)

@@ -20,7 +20,7 @@ from nasdet.engine.hit_config import HitSearchConfig, deviations
 from nasdet.engine.hit_run import HitRun
 from nasdet.engine.loop import Loop
 from nasdet.engine.screen_hit import screen_hit
-from nasdet.engine.supernet import SearchOptions, measured_elsewhere, run_search
+from nasdet.engine.supernet import SearchOptions, run_search
 from nasdet.measure.latency_table import LatencyTable
 from nasdet.spaces.hit import CostTable, HitSpace, expected_cost
 from nasdet.spaces.hit.latency import HitBlocks
@@ -96,9 +96,6 @@ class _JointRun(HitRun):
 
     def deviations(self) -> list[str]:
         return deviations(self.config, self.data, self.weights is not None)
-
-    def notes(self) -> list[str]:
-        return measured_elsewhere(self.config.latency_table, self.device)
 
     def derive(self, source: Mapping[str, Any]) -> Card:
         config = self.config

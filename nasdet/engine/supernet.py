@@ -125,10 +125,6 @@ class SupernetRun(ABC):
     def deviations(self) -> list[str]:
         """Every way in which the search differs from the paper's, in words."""
 
-    def notes(self) -> list[str]:
-        """What else a reader of the result should know: told at the start, and kept with the deviations."""
-        return []
-
     def alphas(self) -> dict[str, list[list[float]]]:
         """Raw alphas by group for ``alphas.jsonl``; empty where a method has none."""
         return {}
@@ -295,7 +291,7 @@ def run_search(
         named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
         settings = fixed(config) | {"split": data.split.sha256, "pretrained": weights is not None}
         loop = None if run.ready(out, resume) else run.loop(out, settings, resume, progress)
-        notes = run.notes()
+        notes = measured_elsewhere(getattr(config, "latency_table", None), where)
         for line in notes if progress and distributed.is_main() else ():
             tqdm.write(line, file=sys.stderr)
         facts = {

@@ -135,12 +135,19 @@ def _folded(
     places = x.shape[0] * -(-x.shape[2] // strides[0]) * -(-x.shape[3] // strides[1])
     if places < weight[0, 0].numel():
         return _reference(x, weight, mix, dilations, strides, groups)
-    mix = _per_channel(mix, weight.shape[1])
-    wide, total = x.to(mix.dtype), None
-    kernels = weight.to(mix.dtype) * mix[:, :, None, None, None]
-    for dilation, kernel in zip(checked_dilations(dilations), kernels, strict=True):
-        term = same_conv2d(wide, kernel, dilation, strides, groups)
-        total = term if total is None else total + term
+    return _with_folded_kernels(x, weight, mix, checked_dilations(dilations), strides, groups, mix.dtype)
+
+
+def _with_folded_kernels(
+    x: Tensor, weight: Tensor, mix: Tensor, dilations: Sequence[Pair], stride: Pair, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """One of torch's convolutions in ``dtype`` for each dilation, with kernels that hold the mixture; their sum in
+    the dtype of ``mix``."""
+    kernels = (weight.to(mix.dtype) * _per_channel(mix, weight.shape[1])[:, :, None, None, None]).to(dtype)
+    wide, total = x.to(dtype), None
+    for dilation, kernel in zip(dilations, kernels, strict=True):
+        term = same_conv2d(wide, kernel, dilation, stride, groups)
+        total = term.to(mix.dtype) if total is None else total.add_(term)
     assert total is not None
     return in_layout_of(total.to(x.dtype), x)
 
@@ -168,7 +175,7 @@ def _run_compiled(x: Tensor, weight: Tensor, mix: Tensor, *arguments: Any) -> Te
     if algorithm is not None and holds_data(x):
         chosen_algorithm(x, weight, pairs, (), strides, groups, algorithm, precision)
     if algorithm is None and _torch_mixes_faster(x, weight, mix, strides, groups):
-        return _by_torch(x, weight, mix, pairs, strides, groups)
+        return _with_folded_kernels(x, weight, mix, pairs, strides, groups, x.dtype)
     arguments = (x, weight, mix, *arguments)
     return _raw(torch.ops.nasdet.mixed_dilation_conv2d, *arguments)
 
@@ -179,15 +186,6 @@ def _torch_mixes_faster(x: Tensor, weight: Tensor, mix: Tensor, stride: Pair, gr
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return pixels >= LARGE_MAP and torch_is_faster(x, weight[0], stride, groups)
-
-
-def _by_torch(x: Tensor, weight: Tensor, mix: Tensor, dilations: Sequence[Pair], stride: Pair, groups: int) -> Tensor:
-    """One of torch's convolutions for each dilation, with kernels that hold the mixture; their sum in its dtype."""
-    kernels = (weight.to(mix.dtype) * _per_channel(mix, weight.shape[1])[:, :, None, None, None]).to(x.dtype)
-    total = same_conv2d(x, kernels[0], dilations[0], stride, groups).to(mix.dtype)
-    for dilation, kernel in zip(dilations[1:], kernels[1:], strict=True):
-        total += same_conv2d(x, kernel, dilation, stride, groups)
-    return in_layout_of(total.to(x.dtype), x)
 
 
 def _run_triton(*arguments: Any) -> Tensor:

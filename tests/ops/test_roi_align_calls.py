@@ -219,15 +219,20 @@ def test_gradient_does_not_depend_on_threads_or_neighbours(dtype: torch.dtype, l
     assert torch.equal(gradient, results[0][1][:, 16:32])
 
 
+def untouched(nhwc: bool) -> torch.Tensor:
+    """A map of more than 2**31 elements, virtual memory until something is written."""
+    shape = (1, 257, 257, 33000) if nhwc else (1, 33000, 257, 257)
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    return x.permute(0, 3, 1, 2) if nhwc else x
+
+
 @pytest.mark.slow
 @pytest.mark.needs("cpp")
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 def test_more_than_2_to_31_elements(nhwc: bool) -> None:
-    """The map is virtual memory that is never touched but where the boxes lie."""
-    shape = (1, 33000, 257, 257) if not nhwc else (1, 257, 257, 33000)
-    x = torch.empty(shape, dtype=torch.bfloat16)
-    x = x.permute(0, 3, 1, 2) if nhwc else x
-    assert x.numel() > 2**31
+    """The map is never touched but where the boxes lie."""
+    x = untouched(nhwc)
     corner = x[:, -16:, 240:257, 240:257]
     corner.copy_(torch.randn(corner.shape))
     rois = torch.tensor([[0, 243.0, 244.0, 252.0, 254.0]])
@@ -241,13 +246,11 @@ def test_more_than_2_to_31_elements(nhwc: bool) -> None:
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 def test_gradient_of_more_than_2_to_31_elements(nhwc: bool) -> None:
     """Only the gradient is touched everywhere: 4.4 GB."""
-    shape = (1, 33000, 257, 257) if not nhwc else (1, 257, 257, 33000)
-    x = torch.empty(shape, dtype=torch.bfloat16)
-    x = (x.permute(0, 3, 1, 2) if nhwc else x).requires_grad_()
+    x = untouched(nhwc).requires_grad_()
     rois, upstream = torch.tensor([[0, 243.0, 244.0, 252.0, 254.0]]), torch.zeros(1, 33000, 2, 2, dtype=x.dtype)
     upstream[:, -16:] = torch.randn(1, 16, 2, 2)
     (gradient,) = torch.autograd.grad(roi_align(x, rois, 2, backend="cpp"), x, upstream)
-    assert gradient.numel() > 2**31 and gradient.stride() == x.stride()
+    assert gradient.stride() == x.stride()
     corner = gradient[:, -16:, 240:257, 240:257]
     small = torch.zeros(1, 16, 17, 17, dtype=x.dtype, requires_grad=True)
     moved = rois - torch.tensor([0, 240, 240, 240, 240])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -233,6 +234,17 @@ def finished(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
 def records() -> Callable[[Path, str], list[dict[str, Any]]]:
     """``records(out, name)``: the lines of a record, but for their timings."""
     return lambda out, name: [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(out / name)]
+
+
+@pytest.fixture(scope="session")
+def candidates() -> Callable[[Path], list[dict[str, Any]]]:
+    """``candidates(out)``: those of a run's evolution, in the order they came."""
+
+    def of(out: Path) -> list[dict[str, Any]]:
+        generations = json.loads((out / "evolution.json").read_text())["state"]["generations"]
+        return [candidate for generation in generations for candidate in generation]
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from nasdet.spaces.detnas.latency import DetNASBlocks
 from nasdet.spaces.msnas import resolutions
 from nasdet.spaces.msnas.latency import MSNASBlocks
 
+Candidates = Callable[[Path], list[dict[str, Any]]]
+
 
 def made_up(blocks: Blocks, path: Path, ms: Callable[[str], float], device: str = "a made-up machine") -> str:
     """A table as if measured on ``device``: every block takes as long as ``ms`` says of its key."""
@@ -29,11 +31,6 @@ def made_up(blocks: Blocks, path: Path, ms: Callable[[str], float], device: str 
     rows = {key: [ms(key)] for key, _, _ in blocks.blocks((64, 64))}
     write_json(path, Record(setting, "today", rows).to_json())
     return str(path)
-
-
-def candidates(out: Path) -> list[dict[str, Any]]:
-    generations = json.loads((out / "evolution.json").read_text())["state"]["generations"]
-    return [one for generation in generations for one in generation]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,7 @@ def detnas(cases: dict[str, Any], whole: Path) -> DetNASSearchConfig:
     return dataclasses.replace(cases["detnas"].config, supernet=str(whole))
 
 
-def test_of_detnas(detnas: DetNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+def test_of_detnas(detnas: DetNASSearchConfig, data: DataFolder, tmp_path: Path, candidates: Candidates) -> None:
     slow = {"xcep": 5.0, "sh7": 3.0}
     blocks = DetNASBlocks(detnas.search_space())
     table = made_up(blocks, tmp_path / "table.json", lambda key: slow.get(key.split()[0], 1.0))
@@ -98,7 +95,7 @@ def fine_is_slow(key: str) -> float:
     return 3.0 if key.endswith("1/4") else 1.0
 
 
-def test_of_msnas(msnas: MSNASSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+def test_of_msnas(msnas: MSNASSearchConfig, data: DataFolder, tmp_path: Path, candidates: Candidates) -> None:
     blocks = MSNASBlocks(msnas.search_space())
     table = made_up(blocks, tmp_path / "table.json", fine_is_slow)
     predict, rng = LatencyTable.load(table, blocks, (64, 64)), Random(0)

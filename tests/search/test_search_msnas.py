@@ -28,6 +28,8 @@ from nasdet.search.evolution import PRESETS
 from nasdet.spaces.assemble import ModelConfig, build_model, searched_fields
 from nasdet.spaces.msnas import MSNASSpace
 
+Candidates = Callable[[Path], list[dict[str, Any]]]
+
 
 @pytest.fixture(scope="module")
 def config(cases: dict[str, Any]) -> MSNASSearchConfig:
@@ -38,11 +40,6 @@ def config(cases: dict[str, Any]) -> MSNASSearchConfig:
 @pytest.fixture(scope="module")
 def whole(finished: Callable[[str], Path]) -> Path:
     return finished("msnas")
-
-
-def candidates(out: Path) -> list[dict[str, Any]]:
-    generations = json.loads((out / "evolution.json").read_text())["state"]["generations"]
-    return [candidate for generation in generations for candidate in generation]
 
 
 def run_of(config: MSNASSearchConfig, data: DataFolder, source: Path | None = None) -> _MSNASRun:
@@ -100,7 +97,7 @@ def test_children_are_the_papers(data: DataFolder, config: MSNASSearchConfig) ->
     assert [group.count for group in run.children()] == [1, 1]
 
 
-def test_population(whole: Path, config: MSNASSearchConfig) -> None:
+def test_population(whole: Path, config: MSNASSearchConfig, candidates: Candidates) -> None:
     space, found = config.search_space(), candidates(whole)
     assert 6 <= len(found) <= 10
     assert len({Card.from_json(one["card"]).key for one in found}) == len(found), "none twice"
@@ -144,7 +141,9 @@ def test_a_path_takes_the_detector_along(config: MSNASSearchConfig, data: DataFo
         assert model.rpn.anchors.sizes == ((32,), (64,), (128,), (256,), (512,))
 
 
-def test_a_candidate_is_trained_on_its_own(whole: Path, config: MSNASSearchConfig, data: DataFolder) -> None:
+def test_a_candidate_is_trained_on_its_own(
+    whole: Path, config: MSNASSearchConfig, data: DataFolder, candidates: Candidates
+) -> None:
     """Its score is that of its own detector with the shared weights, trained as it was: nothing else reaches it."""
     candidate = candidates(whole)[-1]
     card, search = Card.from_json(candidate["card"]), run_of(config, data, whole)
@@ -165,7 +164,11 @@ def test_a_candidate_is_trained_on_its_own(whole: Path, config: MSNASSearchConfi
 
 
 def test_a_candidates_batch_may_come_in_parts(
-    whole: Path, config: MSNASSearchConfig, data: DataFolder, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    config: MSNASSearchConfig,
+    data: DataFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    candidates: Candidates,
 ) -> None:
     """As many images and steps, of which the device sees fewer at a time."""
     seen: dict[int | None, list[list[int]]] = {}
@@ -191,7 +194,9 @@ def test_a_candidates_batch_may_come_in_parts(
         dataclasses.replace(config, tuning_batch=4, tuning_micro_batch=3)
 
 
-def test_fitness_depends_on_the_card_alone(whole: Path, config: MSNASSearchConfig, data: DataFolder) -> None:
+def test_fitness_depends_on_the_card_alone(
+    whole: Path, config: MSNASSearchConfig, data: DataFolder, candidates: Candidates
+) -> None:
     """Weights that a candidate learnt are discarded."""
     search = run_of(config, data, whole)
     before, found = digest(search.model.state_dict()), candidates(whole)
@@ -206,7 +211,12 @@ def test_fitness_depends_on_the_card_alone(whole: Path, config: MSNASSearchConfi
 
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_killed_in_the_search(
-    at: int, run: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int,
+    run: Callable[..., Any],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    candidates: Candidates,
 ) -> None:
     """After a candidate was trained, before its score was known."""
     (tmp_path / "checkpoints").mkdir()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class Contestant:
     may_fail: bool = False  # a rival that may be missing or wrong: then absent, for that reason; in others an error
     cases: Sequence[str] = ()  # runs in these only; in all when empty
     threads: int = 0  # runs on so many, whatever the others do (CPU); 0: as the others
+    scratch: int = 0  # runs with this limit of the compiled convolutions' scratch, in bytes; 0: as the others
     same: bool = True  # computes the op; a yardstick that computes something else of the same cost is not checked
 
     def enters(self, case: Case) -> bool:
@@ -57,8 +59,9 @@ class Contestant:
         return None
 
     def place(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call`` on the contestant's own threads, if it has any."""
-        return on_threads(self.threads)(call) if self.threads else call
+        """``call`` on the contestant's own threads and with its own scratch, if it has any."""
+        call = on_threads(self.threads)(call) if self.threads else call
+        return scratch_below(self.scratch)(call) if self.scratch else call
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,17 @@ class Outcome:
     flops: float | None
     absent: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def scratch_below(limit: int) -> Iterator[None]:
+    """With another limit of the scratch; also a decorator."""
+    before = nasdet.scratch_limit()
+    nasdet.scratch_limit(limit)
+    try:
+        yield
+    finally:
+        nasdet.scratch_limit(before)
 
 
 def compiled(reference: Call, mode: str | None = None) -> Call:

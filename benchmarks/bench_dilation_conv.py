@@ -102,15 +102,11 @@ def _never_slower(over: str, cases: Sequence[str]) -> list[Target]:
 
 
 ALL = tuple(case for cases in SHAPES.values() for case in cases)
-RIVALS = ("eager", "eager, folded kernels")
-# Time for memory: what a training step holds at its peak is then below a third of eager's at every shape.
-SMALL, SMALL_SCRATCH = "nasdet, 12 MiB of scratch", 12 * 2**20
 MIXED_BENCH = OpBench(
     MIXED,
     (
         Contestant("nasdet", lambda: mixed_dilation_conv2d),
         Contestant("nasdet, 2 threads", lambda: mixed_dilation_conv2d, devices=("cpu",), cases=ALL, threads=2),
-        Contestant(SMALL, lambda: mixed_dilation_conv2d, devices=("cpu",), cases=ALL, scratch=SMALL_SCRATCH),
         Contestant("nasdet direct", lambda: _forced(mixed_dilation_conv2d, "direct"), devices=("cpu",)),
         # PyTorch 2.13's bfloat16 weight gradient of a grouped convolution is wrong on some CPUs.
         Contestant("eager", lambda: eager, may_fail=True),
@@ -121,8 +117,7 @@ MIXED_BENCH = OpBench(
         *_times("nasdet", "eager", (8.0, 6.0, 3.8), (10.0, 7.5, 5.5)),
         *_times("nasdet", "eager, folded kernels", (8.0, 6.0, 3.8), (10.0, 7.5, 5.5)),
         *_times("nasdet, 2 threads", "nasdet", (1.7,) * 3, (1.7,) * 3),
-        *(Target(ours, TRAINING, "eager", 3.0, "resident_memory", cases=ALL) for ours in ("nasdet", SMALL)),
-        *(Target(SMALL, phase, rival, 1.0, cases=ALL) for phase in PHASES for rival in RIVALS),
+        *(Target("nasdet", TRAINING, "eager", 3.0, "resident_memory", cases=SHAPES[c]) for c in CHANNELS),
         *_never_slower("eager", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps", "c128-n1-nchw")),
         *_never_slower("eager, folded kernels", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps")),
         *(Target("nasdet", phase, "eager", 1.0, cases=ALL, dtypes=("bf16",)) for phase in PHASES),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +38,6 @@ class Contestant:
     may_fail: bool = False  # a rival that may be missing or wrong: then absent, for that reason; in others an error
     cases: Sequence[str] = ()  # runs in these only; in all when empty
     threads: int = 0  # runs on so many, whatever the others do (CPU); 0: as the others
-    scratch: int = 0  # runs with this limit of the compiled convolutions' scratch, in bytes; 0: as the others
     same: bool = True  # computes the op; a yardstick that computes something else of the same cost is not checked
 
     def enters(self, case: Case) -> bool:
@@ -59,9 +57,8 @@ class Contestant:
         return None
 
     def place(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call`` on the contestant's own threads and with its own scratch, if it has any."""
-        call = on_threads(self.threads)(call) if self.threads else call
-        return scratch_below(self.scratch)(call) if self.scratch else call
+        """``call`` on the contestant's own threads, if it has any."""
+        return on_threads(self.threads)(call) if self.threads else call
 
 
 @dataclass(frozen=True)
@@ -121,17 +118,6 @@ class Outcome:
     flops: float | None
     absent: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-
-
-@contextlib.contextmanager
-def scratch_below(limit: int) -> Iterator[None]:
-    """With another limit of the scratch; also a decorator."""
-    before = nasdet.scratch_limit()
-    nasdet.scratch_limit(limit)
-    try:
-        yield
-    finally:
-        nasdet.scratch_limit(before)
 
 
 def compiled(reference: Call, mode: str | None = None) -> Call:

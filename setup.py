@@ -1,7 +1,7 @@
 """Drives CMakeLists.txt, the one description of the build.
 
 Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS,
-NASDET_PYBIND=1|0, NASDET_SANITIZE=1|native, NASDET_BUILD_DIR (where CMake works; a second build there compiles only
+NASDET_PYBIND=1|0, NASDET_SANITIZE=1|avx2, NASDET_BUILD_DIR (where CMake works; a second build there compiles only
 what changed), MAX_JOBS, CMAKE_ARGS.
 """
 
@@ -21,7 +21,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SANITIZE = {"1": "ON", "native": "native"}.get(os.environ.get("NASDET_SANITIZE", ""), "OFF")
+SANITIZE = {"1": "ON", "avx2": "avx2"}.get(os.environ.get("NASDET_SANITIZE", ""), "OFF")
 WITH_PYBIND = os.environ.get("NASDET_PYBIND", "1") != "0"
 
 

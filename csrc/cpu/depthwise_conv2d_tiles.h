@@ -156,9 +156,9 @@ template <int kStep, class F> NASDET_INLINE void with_taps(const DepthwiseTile& 
     default: return with_rows<7, kStep>(tile.rows, f);
   }
 }
-// double and half have the plain form alone: the shared ones are much code.
-template <class S> inline constexpr bool kHasShared = sizeof(S) == 4;
-template <> inline constexpr bool kHasShared<BFloat16> = true;
+// double and half have the plain form alone, and so has the baseline: the shared ones are much code.
+template <class S> inline constexpr bool kHasShared = kBytes > 16 && sizeof(S) == 4;
+template <> inline constexpr bool kHasShared<BFloat16> = kBytes > 16;
 
 template <class S> NASDET_INLINE bool rows_are_shared(const DepthwiseTile& tile) {
   return kHasShared<S> && tile.step > 0 && (tile.axis->taps == 3 || tile.axis->taps == 5 || tile.axis->taps == 7);

@@ -83,6 +83,7 @@ def run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_export_of_a_run_and_of_its_card_are_the_same_program(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

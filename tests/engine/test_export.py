@@ -122,7 +122,7 @@ def test_program_without_nasdet(name: str, part: str, batch: int, tmp_path: Path
 
 
 def test_onnx_without_nasdet(tmp_path: Path) -> None:
-    compare(tmp_path / "net.onnx", "onnx", "mask_scoring_rcnn", batch=2)
+    compare(tmp_path / "net.onnx", "onnx", "fcos", batch=2)
 
 
 # A searched backbone for every detector, searched towers or mask heads for those that have them.

@@ -1,4 +1,4 @@
-"""Runs ops in Triton's interpreter and prints a verdict for each case: ``python interpret_ops.py OP...``.
+"""Runs an op in Triton's interpreter and prints a verdict for each case: ``python interpret_ops.py OP DTYPE...``.
 
 A program of its own, because TRITON_INTERPRET is read when triton is imported.
 """
@@ -246,23 +246,23 @@ PROPERTIES: dict[str, tuple[Callable[[], None], ...]] = {
 }
 
 
-def main(names: list[str]) -> None:
+def main(name: str, dtypes: list[str]) -> None:
     assert INTERPRETING, "TRITON_INTERPRET must be 1"
     torch.set_num_threads(1)
     bfloat16_as_on_a_device()
     verdicts: dict[str, str] = {}
-    for name in names:
-        op = OPS[name]
-        ensure_registered(name)
-        for case in op_checks.cases_of(op):
-            for label, dtype in dtypes_of(name, case).items():
+    op = OPS[name]
+    ensure_registered(name)
+    for case in op_checks.cases_of(op):
+        for label, dtype in dtypes_of(name, case).items():
+            if label in dtypes:
                 check = functools.partial(op_checks.check, op, case, dtype, "cpu", "triton")
                 with without_overflow_checks(label != "fp32"):
-                    verdicts[f"{name}-{case.id}-{label}"] = verdict(check)
-        for test in PROPERTIES.get(name, ()):
-            verdicts[f"{name}-{test.__name__}"] = verdict(test)
+                    verdicts[f"{case.id}-{label}"] = verdict(check)
+    for test in PROPERTIES.get(name, ()) if "fp32" in dtypes else ():
+        verdicts[test.__name__] = verdict(test)
     print(json.dumps(verdicts))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -78,6 +78,7 @@ def test_kernels_on_the_cpu(driver: Path, storage: str, program_environment: Cal
     run_checks(driver, storage, 3_001, program_environment)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("nvcc")
 @pytest.mark.parametrize(
     ("program", "kernels"),

@@ -18,34 +18,51 @@ from nasdet._dispatch import OPS
 pytestmark = pytest.mark.needs("triton")
 WITH_TRITON = [op.name for op in OPS.values() if any(backend.name == "triton" for backend in op.backends)]
 TESTS = {
-    name: [
-        f"{case.id}-{dtype}" for case in op_checks.cases_of(OPS[name]) for dtype in interpret_ops.dtypes_of(name, case)
-    ]
-    + [test.__name__ for test in interpret_ops.PROPERTIES.get(name, ())]
+    name: {
+        **{
+            f"{case.id}-{dtype}": dtype
+            for case in op_checks.cases_of(OPS[name])
+            for dtype in interpret_ops.dtypes_of(name, case)
+        },
+        **{test.__name__: "fp32" for test in interpret_ops.PROPERTIES.get(name, ())},
+    }
     for name in WITH_TRITON
 }
 
 
-@pytest.fixture(scope="module")
-def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[str], dict[str, str]]:
-    """All verdicts on an op, from one process: TRITON_INTERPRET is read when triton is imported."""
-    known: dict[str, dict[str, str]] = {}
+def slow(name: str, dtype: str) -> bool:
+    """Products of 16-bit matrices take the interpreter a minute."""
+    return name in interpret_ops.CONVOLUTION_OPS and dtype != "fp32"
 
-    def of(name: str) -> dict[str, str]:
-        if name not in known:
-            command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name]
+
+@pytest.fixture(scope="module")
+def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[str, bool], dict[str, str]]:
+    """All verdicts on an op, fast or slow, from one process: TRITON_INTERPRET is read when triton is imported."""
+    known: dict[tuple[str, bool], dict[str, str]] = {}
+
+    def of(name: str, slowly: bool) -> dict[str, str]:
+        if (name, slowly) not in known:
+            dtypes = [dtype for dtype in op_checks.DTYPES if slow(name, dtype) == slowly]
+            command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name, *dtypes]
             environment = program_environment(TRITON_INTERPRET="1")
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             assert result.returncode == 0, result.stderr[-4000:]
-            known[name] = json.loads(result.stdout.splitlines()[-1])
-        return known[name]
+            known[name, slowly] = json.loads(result.stdout.splitlines()[-1])
+        return known[name, slowly]
 
     return of
 
 
-@pytest.mark.parametrize(("name", "test"), [(name, test) for name, tests in TESTS.items() for test in tests])
-def test_interpreted(verdicts: Callable[[str], dict[str, str]], name: str, test: str) -> None:
-    verdict = verdicts(name)[f"{name}-{test}"]
+@pytest.mark.parametrize(
+    ("name", "test", "dtype"),
+    [
+        pytest.param(name, test, dtype, id=f"{name}-{test}", marks=pytest.mark.slow if slow(name, dtype) else ())
+        for name, tests in TESTS.items()
+        for test, dtype in tests.items()
+    ],
+)
+def test_interpreted(verdicts: Callable[[str, bool], dict[str, str]], name: str, test: str, dtype: str) -> None:
+    verdict = verdicts(name, slow(name, dtype))[test]
     assert verdict == "right", verdict
 
 

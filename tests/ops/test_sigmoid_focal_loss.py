@@ -310,3 +310,19 @@ def test_more_than_2_to_31_elements() -> None:
     loss = sigmoid_focal_loss(logits, logits, -1, 0)  # logits as targets: no second large tensor
     wanted = {-1: math.log1p(math.exp(-1)), 2**31 + 3: math.log1p(math.exp(0.5)) - 0.25, 5: math.log(2)}
     assert all(loss[index].item() == pytest.approx(value, rel=4e-3) for index, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_gradient_of_more_than_2_to_31_elements(reduction: str) -> None:
+    """Logits and targets are memory of zeros that is hardly touched; losses and gradients are 4.3 GB each."""
+    logits, targets = (torch.zeros(2**31 + 100, dtype=torch.bfloat16) for _ in range(2))
+    for values in (logits, targets):
+        values[-1], values[2**31 + 3] = 1.0, 0.5
+    loss = sigmoid_focal_loss(logits.requires_grad_(), targets, -1, 0, reduction, backend="cpp")
+    upstream = torch.ones((), dtype=loss.dtype).expand(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    assert gradient.shape == logits.shape
+    wanted = {-1: 1 / (1 + math.exp(-1)) - 1, 2**31 + 3: 1 / (1 + math.exp(-0.5)) - 0.5, 5: 0.5, 2**31 + 4: 0.5}
+    assert all(gradient[index].item() == pytest.approx(value, rel=4e-3) for index, value in wanted.items())
+    assert bool((gradient[:-100:4099] == 0.5).all())

@@ -27,6 +27,7 @@ def test_one_more_operator(tree: Any, repository: Any) -> None:
     assert "passed" in report and "failed" not in report
 
 
+@pytest.mark.slow
 @pytest.mark.needs("triton")
 def test_one_more_backend(tree: Any) -> None:
     add_scale(tree, "scale_with_triton.py")
@@ -36,6 +37,7 @@ def test_one_more_backend(tree: Any) -> None:
     assert tree.check("backend", TRITON_INTERPRET="1").split() == ["same"]
 
 
+@pytest.mark.slow
 def test_one_more_search_space(tree: Any) -> None:
     tree.add("kernel_space.py", "nasdet/spaces/kernel.py")
     last, line = '"fad": "nasdet.spaces.fad:FADSpace",', '"kernel": "nasdet.spaces.kernel:KernelSpace",'
@@ -43,11 +45,13 @@ def test_one_more_search_space(tree: Any) -> None:
     assert tree.check("space").split() == ["same"]
 
 
+@pytest.mark.slow
 def test_one_more_algorithm(tree: Any) -> None:
     tree.add("climb.py", "nasdet/search/climb.py")
     assert tree.check("algorithm").split() == ["same"]
 
 
+@pytest.mark.slow
 def test_one_more_backbone(tree: Any) -> None:
     tree.add("pooled.py", "nasdet/detectors/pooled.py")
     line = "from nasdet.detectors.pooled import Pooled"
@@ -67,6 +71,7 @@ def test_one_more_detector(tree: Any) -> None:
     assert tree.check("detector").split() == ["done"]
 
 
+@pytest.mark.slow
 def test_one_more_data_set(tree: Any) -> None:
     pytest.importorskip("PIL")
     tree.add("table.py", "nasdet/data/table.py")

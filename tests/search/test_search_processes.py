@@ -166,6 +166,7 @@ def test_one_process_dies_and_the_other_goes_on(
     assert [len(share) for share in stored(tmp_path)] == [7, 1]
 
 
+@pytest.mark.slow
 def test_both_die_and_one_resumes(
     launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_both_die_and_one_resumes(
     assert json.loads((tmp_path / "found0.json").read_text())[1] == 8 - known, "what was known is not evaluated again"
 
 
+@pytest.mark.slow
 def test_msnas_candidates_are_dealt_too(
     launch: Callable[..., Any], cases: dict[str, Any], finished: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -191,6 +193,7 @@ def test_msnas_candidates_are_dealt_too(
     assert all(stored(tmp_path)) and len(stored(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_torchrun_starts_all_again(
     launch: Callable[..., Any], config: DetNASSearchConfig, whole: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +207,7 @@ def test_torchrun_starts_all_again(
     assert evaluated < 8, "what was known is not evaluated again"
 
 
+@pytest.mark.slow
 def test_the_supernet_learns_as_in_one_process(
     launch: Callable[..., Any], config: DetNASSearchConfig, tmp_path: Path
 ) -> None:

@@ -8,7 +8,16 @@
 #define NASDET_X86 1
 #endif
 
-// Declares a kernel in the namespace of each instruction set.
+// Declares a kernel in the namespace of each instruction set. NASDET_UP_TO_AVX2: a build without the wider ones.
+#ifdef NASDET_UP_TO_AVX2
+#define NASDET_DECLARE_KERNEL(result, name, ...)      \
+  namespace nasdet {                                  \
+  namespace baseline { result name(__VA_ARGS__); }    \
+  namespace avx2 { result name(__VA_ARGS__); }        \
+  namespace avx512 { using avx2::name; }              \
+  namespace avx512_bf16 { using avx2::name; }         \
+  }
+#else
 #define NASDET_DECLARE_KERNEL(result, name, ...)      \
   namespace nasdet {                                  \
   namespace baseline { result name(__VA_ARGS__); }    \
@@ -16,6 +25,7 @@
   namespace avx512 { result name(__VA_ARGS__); }      \
   namespace avx512_bf16 { result name(__VA_ARGS__); } \
   }
+#endif
 
 #ifdef NASDET_REGISTER
 #include <cstdlib>
@@ -38,11 +48,15 @@ inline Isa cpu_capability() {
         best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
 #endif
+#ifdef NASDET_UP_TO_AVX2
+    Isa cap = Isa::avx2;
+#else
     Isa cap = Isa::avx512_bf16;
+#endif
     if (const char* name = std::getenv("NASDET_CPU_CAPABILITY")) {
       if (!std::strcmp(name, "baseline")) cap = Isa::baseline;
       if (!std::strcmp(name, "avx2")) cap = Isa::avx2;
-      if (!std::strcmp(name, "avx512")) cap = Isa::avx512;
+      if (!std::strcmp(name, "avx512") && cap > Isa::avx512) cap = Isa::avx512;
     }
     return best < cap ? best : cap;
   }();

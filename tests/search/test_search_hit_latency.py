@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nasdet._files import read_json, write_json
 from nasdet.data import DataFolder
 from nasdet.engine.hit_config import HitSearchConfig
-from nasdet.engine.search_hit import _JointRun, search_hit
+from nasdet.engine.search_hit import search_hit
 from nasdet.measure import measure_table
 from nasdet.spaces.hit import HitSpace
 from nasdet.spaces.hit.latency import HitBlocks
@@ -72,20 +71,16 @@ def test_latency_tables_that_do_not_fit(config: HitSearchConfig, data: DataFolde
     assert not (tmp_path / "run").exists()
 
 
-def test_another_table_is_another_search(config: HitSearchConfig, data: DataFolder, tmp_path: Path) -> None:
+def test_a_table_of_another_device_is_told_and_another_table_is_another_search(
+    config: HitSearchConfig, data: DataFolder, tmp_path: Path
+) -> None:
     path = tmp_path / "ms.json"
     timed = dataclasses.replace(config, latency_table=table_of_parameters(path, config.search_space()))
+    write_json(path, read_json(path) | {"device": "a phone"})
     search_hit(timed, data, tmp_path / "run", progress=False)
+    deviations = read_json(tmp_path / "run" / "run.json")["deviations"]
+    assert any(line.startswith("milliseconds are those of a phone; the search runs on ") for line in deviations)
     path.unlink()
     table_of_parameters(path, config.search_space(), per_ms=2e6)
     with pytest.raises(ValueError, match="cost_range"):
         search_hit(timed, data, tmp_path / "run", resume=True, progress=False)
-
-
-def test_a_table_of_another_device_is_told(config: HitSearchConfig, data: DataFolder, tmp_path: Path) -> None:
-    path = Path(table_of_parameters(tmp_path / "ms.json", config.search_space()))
-    write_json(path, read_json(path) | {"device": "a phone"})
-    timed = dataclasses.replace(config, latency_table=str(path))
-    (line,) = _JointRun(timed, data, torch.device("cpu")).notes()
-    assert line.startswith("milliseconds are those of a phone; the search runs on ")
-    assert _JointRun(config, data, torch.device("cpu")).notes() == []

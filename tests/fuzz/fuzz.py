@@ -46,6 +46,7 @@ FUZZERS: dict[str, Callable[[Draw], None]] = {
     "generalized_box_iou": fuzz_generalized_box_iou,
 }
 BATCH = 100  # cases of one task
+THREADS = (1, 1, 1, 3)  # of the cases in turns
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,21 @@ class Batch:
 def run_case(seed: int, op: str, index: int, backend: str) -> str:
     """What is wrong with one case, with what it was; empty if nothing is."""
     draw = Draw(seed, op, index, backend)
+    before, threads = torch.get_num_threads(), THREADS[index % len(THREADS)]
     try:
+        torch.set_num_threads(threads)
         FUZZERS[op](draw)
     except Exception:  # also what an op raises where it should not
         facts = "".join(f"\n  {name}: {value}" for name, value in draw.notes.items())
-        return f"{op}, seed {seed}, case {index}, backend {backend}{facts}\n{traceback.format_exc(limit=-4)}"
+        what = f"{op}, seed {seed}, case {index}, backend {backend}, threads {threads}"
+        return f"{what}{facts}\n{traceback.format_exc(limit=-4)}"
+    finally:
+        torch.set_num_threads(before)
     return ""
 
 
 def run_batch(seed: int, op: str, first: int, count: int, backend: str, deadline: float) -> Batch:
     """The cases of a batch until one fails or time is up; ``deadline`` by ``time.time``, the same in every process."""
-    torch.set_num_threads(1)
     for index in range(first, first + count):
         if time.time() > deadline:
             return Batch(op, index - first)
@@ -106,7 +111,7 @@ def fuzz(seed: int, seconds: float, ops: Sequence[str], cases: int, jobs: int, b
     for op in ops:
         print(f"{op:22s} {done[op]:7,d} cases{'   FAILED' if op in failures else ''}")
     for failure in failures.values():
-        op, seed_text, case, _ = failure.splitlines()[0].split(", ")
+        op, seed_text, case, *_ = failure.splitlines()[0].split(", ")
         again = f"--op {op} --seed {seed_text.split()[1]} --index {case.split()[1]}"
         print(f"failed: {op}; once more: python tests/fuzz/fuzz.py {again}")
     if failures:

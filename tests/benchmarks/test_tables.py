@@ -211,6 +211,17 @@ def test_a_convolution_is_compared_with_the_faster_of_its_rivals(results: Path, 
     assert line in tables.headline(results)
 
 
+def test_the_headline_leaves_a_processor_held_to_less_to_the_page(results: Path, tmp_path: Path) -> None:
+    held = ENVIRONMENT | {"machine": "a-cpu-baseline", "isa": "baseline"}
+    slower = {"bench": "mixed_dilation_conv2d", "phase": "forward", "environment": held}
+    rows = [row("eager", 0.9, "c128-n1", **slower), row("nasdet", 0.3, "c128-n1", error=3e-7, **slower)]
+    full = [row("nasdet", 0.1, "c128-n1", error=3e-7, bench="mixed_dilation_conv2d"), detection_row("nasdet", 0.1)]
+    record.record(document(tmp_path / "held.json", *rows), results)
+    record.record(document(tmp_path / "full.json", *full), results)
+    assert "(baseline)" in tables.render(results) and "(baseline)" in tables.convolutions(results)
+    assert "(baseline)" not in tables.headline(results) and "(avx2)" in tables.headline(results)
+
+
 def test_a_nats_step_is_shown_fused_and_by_reference(results: Path, tmp_path: Path) -> None:
     common = {"case": "1x3x416x416", "phase": "w step + alpha step", "bench": "supernet_nats"}
     memory = [{"step": peak, "step, resident": 2 * peak} for peak in (500_000_000, 1_700_000_000)]

@@ -112,7 +112,7 @@ rivals: $(RIVALS)/.installed  ## the tests against torchvision, on the same whee
 	  $(CURDIR)/tests/rivals $(CURDIR)/tests/compat $(ARGS)
 
 # The sanitizers' runtimes must come first in the process; libstdc++ with them, or exceptions are not understood.
-test-asan: install  ## the operators' tests under the sanitizers (SANITIZE=avx2: no wider kernels, in a third of the time)
+test-asan: install  ## the operators' tests under the sanitizers (SANITIZE=avx2: no wider kernels, in less time)
 	rm -rf build/asan/site
 	NASDET_SANITIZE=$(SANITIZE) NASDET_CUDA=0 NASDET_BUILD_DIR=$(CURDIR)/build/asan $(pip) install --quiet --no-deps \
 	  --target build/asan/site build/sdist

@@ -80,10 +80,12 @@ def _fullest(results: Path) -> list[dict[str, list[Row]]]:
     found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for machine in sorted(path for path in results.glob("*") if path.is_dir()):
         files = result_files(machine)
-        for rows in list(files.values())[:1]:
-            key = rows[0]["environment"]["device"], rows[0]["environment"]["cpu"]
-            if len(files) > len(found.get(key, {})):
-                found[key] = files
+        if not files:
+            continue
+        environment = next(iter(files.values()))[0]["environment"]
+        key = environment["device"], environment["cpu"]
+        if len(files) > len(found.get(key, {})):
+            found[key] = files
     return list(found.values())
 
 

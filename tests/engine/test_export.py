@@ -121,8 +121,9 @@ def test_program_without_nasdet(name: str, part: str, batch: int, tmp_path: Path
     compare(tmp_path / "net.pt2", "torch", name, part, batch)
 
 
-def test_onnx_without_nasdet(tmp_path: Path) -> None:
-    compare(tmp_path / "net.onnx", "onnx", "fcos", batch=2)
+@pytest.mark.parametrize("name", ["fcos", pytest.param("mask_scoring_rcnn", marks=pytest.mark.slow)])
+def test_onnx_without_nasdet(name: str, tmp_path: Path) -> None:
+    compare(tmp_path / "net.onnx", "onnx", name, batch=2)
 
 
 # A searched backbone for every detector, searched towers or mask heads for those that have them.

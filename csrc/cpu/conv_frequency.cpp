@@ -27,11 +27,8 @@ template <class F> NASDET_INLINE void for_tile_and_grid(int tile, int grid, cons
 
 }  // namespace
 
-void frequency_spectra(int tile, const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, FrequencyForm form, int64_t begin, int64_t end) {
-  for_tile(tile, [&](auto size) {
-    if (form == FrequencyForm::kFactor) spectra<size, typename Tile<size>::Factor>(t, out, map, begin, end);
-    else spectra<size, typename Tile<size>::ConjugateFactor>(t, out, map, begin, end);
-  });
+void frequency_spectra(int tile, const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
+  for_tile(tile, [&](auto size) { spectra<size>(t, out, map, begin, end); });
 }
 
 void frequency_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
@@ -58,7 +55,9 @@ void frequency_weight_planes_back(int tile, int grid, const FrequencyWeights& w,
   for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_planes_back<size, taps>(w, s); });
 }
 
-void frequency_multiply(const FrequencyProduct& p, int64_t begin, int64_t end) { multiply(p, begin, end); }
+void frequency_multiply(const FrequencyProduct& p) { multiply(p); }
+
+void frequency_multiply_gradients(const FrequencyGradientProduct& p) { multiply_gradients(p); }
 
 }  // namespace nasdet::NASDET_ISA
 #endif

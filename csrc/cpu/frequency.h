@@ -1,9 +1,10 @@
 // The convolution in the frequency domain: what its kernels are given. Maps are cut into overlapping T x T tiles, whose
 // spectra are multiplied with those of the taps: per frequency a matrix product over the channels.
 //
-// A spectrum is a row of planes. Three planes hold a complex frequency, ready for Gauss's product of three real ones; the
-// last four planes are the frequencies that are real. A plane of a map's spectrum is a matrix [tile][channel], one of the
-// weights' spectrum [in][out] in panels. All channels are padded with zeros to whole vectors.
+// A spectrum is a row of T * T planes: two for each complex frequency, its real and its imaginary part; the last four are
+// the frequencies that are real. A plane of a map's spectrum is a matrix [tile][channel]. In the weights' spectrum three
+// planes hold a complex frequency, ready for Gauss's product of three real ones; a plane is [in][out] in panels. All
+// channels are padded with zeros to whole vectors.
 #pragma once
 #include "nasdet/isa.h"
 
@@ -22,18 +23,15 @@ struct FrequencyTiles {
   int64_t first_tile, tiles;    // those in hand
 };
 
-// Planes of some channels of some tiles: [plane][tile][channel].
+// Planes of some channels of some tiles, by blocks of channels: [block][plane][tile][channel of the block].
 struct FrequencyPlanes {
   float* data;
-  int64_t plane;                // elements from one plane to the next
+  int64_t plane;                // elements from one plane of a block to the next
+  int64_t block;                // channels, a multiple of the lanes
   int64_t channels;             // a multiple of the lanes
   int64_t first_channel;        // of the map
   bool streaming;               // too large for the caches: store past them
 };
-
-// Which three combinations of re and im stand for a complex frequency: of a map as a factor, re + im, re and im; of a
-// gradient that is a conjugated one, re, re + im and re - im.
-enum class FrequencyForm : int { kFactor, kConjugateFactor };
 
 // A convolution's outputs [first, last) and its taps at (i - 1) * dilation from the centre of a grid.
 struct FrequencyBranch {
@@ -45,38 +43,63 @@ struct FrequencyBranch {
   float* mix_grad_part;         // [blocks of in-channels][last - first] sums over a block; null: not wanted
 };
 
-// The weights between some input and some output channels. Half-way to their spectrum, or back, lie the transforms of
-// the taps' rows: [depth][vector of the width], of which each step has some columns. For the map's gradient the depth
-// counts outputs and the width inputs, else the other way round.
+// Taps folded about the centre of their grid: for each place (y, x >= 0) that any branch has a tap at, what is even or odd in
+// y, and in x, of the taps at (+-y, +-x). Those are terms of sums: for each parity, and row y of it, the terms of its places.
+struct FrequencyPlace {
+  int32_t y, x;
+  int32_t term[4];              // even in both; odd in x; odd in y; odd in both. -1 where there is no such part
+};
+struct FrequencyFold {
+  const FrequencyPlace* places;
+  int64_t place_count;
+  const int32_t* ends;          // [parity][y up to the grid's radius]: where the terms of a row end
+  int64_t terms;
+};
+
+// The weights between some input and some output channels, folded: [depth][vector of the width][term]. For the map's
+// gradient the depth counts outputs and the width inputs, else the other way round.
 struct FrequencyWeights {
   const FrequencyBranch* branches;
   int64_t branch_count, in_channels, out_channels;
-  int32_t radius_h;             // rows of taps above and below the centre
+  FrequencyFold fold;
   int64_t first_in, ins, first_out, outs;  // the chunk; firsts are multiples of the lanes
   bool transposed;              // for the map's gradient
-  float* halves;                // frequency_half elements for each lane
+  float* folded;
   float* grids;                 // 2 x lanes x lanes x (grid area) elements of scratch for each call
 };
 
-// Some columns of the half spectra of `depth` rows of a chunk's weights as planes: [plane of the step][depth][width], in
-// panels of the width.
+// Some columns of the spectra of `depth` rows of a chunk's weights as planes: [plane of the step][depth][width], in panels of
+// the width. Of gradients, two planes for each complex frequency, without panels.
 struct FrequencyStep {
   int step;
   float* planes;
   int64_t plane;
-  int64_t first, depth;         // rows of the halves
-  bool add;                     // to the halves, of gradients
+  int64_t first, depth;         // rows of the folded weights
+  bool add;                     // to the folded gradients
 };
 
-// c = a b (+ c) for every plane.
+// c = a b (+ c) for some frequencies, `complex` complex ones and after them `real` real ones: maps times weights.
 struct FrequencyProduct {
   const float *a, *b;
   float* c;
   int64_t a_plane, b_plane, c_plane;
-  int64_t a_row, a_step, c_row;  // elements from row to row, and from term to term of the sum
-  int64_t b_step;                // 0: in panels, each [depth][width]
-  int64_t rows, columns, depth;  // columns is a multiple of the lanes
+  int64_t a_row, c_row;         // elements from tile to tile
+  int64_t rows, columns, depth; // columns is a multiple of the lanes
+  int64_t complex, real;
   bool add;
+  bool fetch;                   // a and c are expected to lie outside the inner cache
+  float* packed;                // rows x depth elements of scratch, the latter padded to whole vectors
+};
+
+// c = transposed(a) conj(b): of a map and a gradient over the same tiles, the latter in blocks.
+struct FrequencyGradientProduct {
+  const float *a, *b;
+  float* c;
+  int64_t a_plane, b_plane, b_block, c_plane;
+  int64_t a_row, b_row;         // elements from tile to tile
+  int64_t rows, columns, tiles;
+  int64_t complex, real;
+  float* packed;                // tiles x (rows + 3 columns) elements of scratch, each padded to whole vectors
 };
 
 // Tiles and tap grids that kernels exist for. A grid holds the taps' rows and columns.
@@ -84,24 +107,24 @@ constexpr int kFrequencyTiles[] = {16, 20, 24, 32};
 constexpr int kFrequencyGrids[] = {7, 11, 29};  // the last for tiles of 32 only
 
 constexpr int64_t frequency_bins(int64_t tile) { return (tile / 2 - 1) * (tile + 2); }  // complex ones
-constexpr int64_t frequency_planes(int64_t tile) { return 3 * frequency_bins(tile) + 4; }
+constexpr int64_t frequency_planes(int64_t tile) { return tile * tile; }
 
 // The planes are worked on in steps: a column of complex frequencies in each, the last has the two real columns.
 constexpr int64_t frequency_steps(int64_t tile) { return tile / 2; }
-constexpr int64_t frequency_step_first(int64_t tile, int64_t step) { return 3 * tile * step; }
-constexpr int64_t frequency_step_planes(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? 3 * tile : 3 * (tile - 2) + 4; }
-
-// Elements for each lane of the transforms of a grid's rows.
-constexpr int64_t frequency_half(int64_t tile, int64_t grid) { return (tile / 2 + 1) * 4 * (grid / 2 + 1); }
+constexpr int64_t frequency_step_complex(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? tile : tile - 2; }
+constexpr int64_t frequency_step_real(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? 0 : 4; }
+constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }    // of maps and gradients
+constexpr int64_t frequency_weight_planes(int64_t tile) { return 3 * tile; }  // of weights, at most
 
 }  // namespace nasdet
 
-// Ranges count tiles x vectors of channels (the latter fastest); of weights, vectors of outs x vectors of ins; planes.
-NASDET_DECLARE_KERNEL(void, frequency_spectra, int tile, const FrequencyTiles&, const FrequencyPlanes&, const float* map, FrequencyForm, int64_t begin, int64_t end)
+// Ranges count tiles x vectors of channels (the latter fastest); of weights, vectors of outs x vectors of ins.
+NASDET_DECLARE_KERNEL(void, frequency_spectra, int tile, const FrequencyTiles&, const FrequencyPlanes&, const float* map, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_add_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map, int phase, int phases, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, int grid, const FrequencyWeights&, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
 NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, int grid, const FrequencyWeights&, int64_t begin, int64_t end)
-NASDET_DECLARE_KERNEL(void, frequency_multiply, const FrequencyProduct&, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_multiply, const FrequencyProduct&)
+NASDET_DECLARE_KERNEL(void, frequency_multiply_gradients, const FrequencyGradientProduct&)

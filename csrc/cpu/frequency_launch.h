@@ -49,44 +49,43 @@ struct Slots {
   }
 };
 
-// What the weights of a chunk need on their way, on so many threads.
+// What the weights of a chunk need on their way, on so many threads; `sizes` must outlive it.
 struct WeightScratch {
-  const FrequencyGeometry& g;
-  int64_t half_elements, step_plane;
+  const FrequencySizes sizes;
+  int64_t folded_elements, step_plane;
   Slots grids, steps;
-  float *halves = nullptr, *grid_data = nullptr, *step_data = nullptr;
+  float *folded = nullptr, *grid_data = nullptr, *step_data = nullptr;
 
-  WeightScratch(const FrequencyGeometry& geometry, int64_t ins, int64_t outs, int64_t plane, int64_t threads)
-      : g(geometry), half_elements(ins * outs * frequency_half(geometry.tile, geometry.grid)), step_plane(plane),
-        grids(vectors_of(ins) * vectors_of(outs), threads, 2 * geometry.grid * geometry.grid * frequency_costs().lanes * frequency_costs().lanes),
-        steps(frequency_steps(geometry.tile), threads, frequency_step_planes(geometry.tile, 0) * plane) {}
-  size_t bytes() const { return Scratch::padded(size_t(half_elements) * 4) + Scratch::padded(grids.elements() * 4) + Scratch::padded(steps.elements() * 4); }
+  WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads)
+      : sizes(s), folded_elements(s.folded(ins, outs)), step_plane(s.step_plane(outs)), grids(vectors_of(ins) * vectors_of(outs), threads, 2 * s.g.grid * s.g.grid * frequency_costs().lanes * frequency_costs().lanes),
+        steps(frequency_steps(s.g.tile), threads, padded_to(step_elements, 16)) {}
+  size_t bytes() const { return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(grids.elements() * 4) + Scratch::padded(steps.elements() * 4); }
   void take(Scratch& scratch) {
-    halves = scratch.take<float>(size_t(half_elements));
+    folded = scratch.take<float>(size_t(folded_elements));
     grid_data = scratch.take<float>(grids.elements());
     step_data = scratch.take<float>(steps.elements());
   }
 
-  // The weights to their halves, or with the other kernel back.
+  // The weights folded, or with the other kernel back.
   template <class Kernel> void run_blocks(Kernel kernel, const FrequencyWeights& w) const {
     grids.run(grid_data, vectors_of(w.outs) * vectors_of(w.ins), [&](float* data, int64_t begin, int64_t end) {
       FrequencyWeights own = w;
       own.grids = data;
-      kernel(g.tile, g.grid, own, begin, end);
+      kernel(sizes.g.tile, sizes.g.grid, own, begin, end);
     });
   }
 
-  // f(step, its planes) for all steps.
+  // f(step, its scratch) for all steps.
   template <class F> void run_steps(const F& f) const {
-    steps.run(step_data, frequency_steps(g.tile), [&](float* data, int64_t begin, int64_t end) {
+    steps.run(step_data, frequency_steps(sizes.g.tile), [&](float* data, int64_t begin, int64_t end) {
       for (int64_t step = begin; step < end; ++step) f(int(step), data);
     });
   }
 };
 
-void run_spectra(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, const float* map, FrequencyForm form) {
+void run_spectra(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, const float* map) {
   const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_spectra);
-  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(), [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, form, begin, end); });
+  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(), [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
 }
 
 void run_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
@@ -112,27 +111,26 @@ void clear_map(float* map, int64_t count) {
 
 // Products of the spectra of a map with those of the weights between `ins` of its channels and `outs` others.
 struct Products {
-  const float* from;  // planes of the map, from the first of the channels
+  const float* from;  // spectra of the map, from the block of the first of the channels
   float* to;
-  int64_t from_plane, to_plane, from_row, tiles;
+  int64_t from_plane, from_block, to_plane, tiles;
   bool add;
 };
-void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, int64_t step_depth, const Products& m) {
-  const int64_t depth = w.transposed ? w.outs : w.ins, width = padded_to(w.transposed ? w.ins : w.outs, frequency_costs().lanes);
+void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, const Products& m) {
+  const int64_t depth = w.transposed ? w.outs : w.ins, width = padded_to(w.transposed ? w.ins : w.outs, frequency_costs().lanes), tile = s.sizes.g.tile;
   s.run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weights), w);
   s.run_steps([&](int step, float* planes) {
-    const int64_t first = frequency_step_first(s.g.tile, step), count = frequency_step_planes(s.g.tile, step);
-    for (int64_t row = 0; row < depth; row += step_depth) {
-      const int64_t rows = std::min(step_depth, depth - row);
-      NASDET_FREQUENCY_KERNEL(frequency_weight_planes)(s.g.tile, s.g.grid, w, {step, planes, s.step_plane, row, rows, false});
+    const int64_t first = step * frequency_step_planes(tile);
+    for (int64_t row = 0; row < depth; row += m.from_block) {
+      const int64_t rows = std::min(m.from_block, depth - row);
+      const float* const from = m.from + row / m.from_block * frequency_planes(tile) * m.from_plane;
+      NASDET_FREQUENCY_KERNEL(frequency_weight_planes)(s.sizes.g.tile, s.sizes.g.grid, w, {step, planes, s.step_plane, row, rows, false});
       NASDET_FREQUENCY_KERNEL(frequency_multiply)
-      ({m.from + first * m.from_plane + row, planes, m.to + first * m.to_plane, m.from_plane, s.step_plane, m.to_plane, m.from_row, 1, width, 0, m.tiles, width, rows, m.add || row > 0}, 0, count);
+      ({from + first * m.from_plane, planes, m.to + first * m.to_plane, m.from_plane, s.step_plane, m.to_plane, m.from_block, width, m.tiles, width, rows, frequency_step_complex(tile, step),
+        frequency_step_real(tile, step), m.add || row > 0, row == 0, planes + frequency_weight_planes(tile) * s.step_plane});
     }
   });
 }
-
-// Elements of the spectra of `channels` of the map in hand.
-template <class Plan> size_t spectra_of(const Plan& plan, int64_t channels) { return size_t(plan.g.planes() * plan.map_plane(channels)); }
 
 // A chunk of channels is worked on by one thread, with scratch of its own that stays in the caches, where there are enough
 // chunks and memory; otherwise by all threads together, or as many as have room, which then read what others have just written.
@@ -160,24 +158,13 @@ struct Crew {
   }
 };
 
-WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) { return {plan.g, plan.ins, plan.outs, plan.step_plane(), threads}; }
-WeightScratch weight_scratch(const FrequencyGradientPlan& plan, int64_t threads) { return {plan.g, plan.part_ins, plan.part_outs, plan.step_plane(), threads}; }
+WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) { return {plan.sizes(), plan.ins, plan.outs, plan.sizes().step(plan.outs), threads}; }
 
 // `held`: bytes of the spectra of all of the map, if they are there.
 Crew crew_of(const FrequencyPlan& plan, int64_t in_padded, int64_t out, size_t held) {
-  return {pieces_of(out, plan.outs), held, Scratch::padded(held ? 0 : spectra_of(plan, in_padded) * 4),
-          [&](int64_t threads) { return Scratch::padded(spectra_of(plan, plan.outs) * 4) + weight_scratch(plan, threads).bytes(); }};
-}
-Crew crew_of(const FrequencyGradientPlan& plan, size_t held) {
-  return {pieces_of(plan.ins, plan.part_ins) * pieces_of(plan.outs, plan.part_outs), held, Scratch::padded(spectra_of(plan, plan.ins) * 4) + Scratch::padded(held ? 0 : spectra_of(plan, plan.outs) * 4),
-          [&](int64_t threads) { return weight_scratch(plan, threads).bytes(); }};
-}
-
-// The scratch of each of a crew.
-template <class Plan> std::vector<WeightScratch> weight_scratches(const Plan& plan, const Crew& crew, Scratch& scratch) {
-  std::vector<WeightScratch> all(size_t(crew.size), weight_scratch(plan, crew.threads));
-  for (WeightScratch& one : all) one.take(scratch);
-  return all;
+  const FrequencySizes s = plan.sizes();
+  return {pieces_of(out, plan.outs), held, held ? 0 : Scratch::padded(size_t(s.spectra(in_padded, block_of(in_padded))) * 4),
+          [&](int64_t threads) { return Scratch::padded(size_t(s.spectra(plan.outs, plan.outs)) * 4) + weight_scratch(plan, threads).bytes(); }};
 }
 
 // `to` = the convolution of `from`; for the gradient of the input, with the kernels turned round and the channels swapped.
@@ -186,24 +173,30 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
   const int64_t in = gradient ? p.out_channels : p.in_channels, out = gradient ? p.in_channels : p.out_channels;
   const int64_t lanes = frequency_costs().lanes, in_padded = padded_to(in, lanes);
   const FrequencyGeometry& g = plan.g;
+  const FrequencySizes sizes = plan.sizes();
   const std::vector<FrequencyBranch> branches = frequency_branches(p);
-  const int64_t planes = g.planes(), from_plane = plan.map_plane(in_padded), to_plane = plan.map_plane(plan.outs);
-  float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, in_padded));
-  std::vector<float*> to_planes;
-  for (int64_t one = 0; one < crew.size; ++one) to_planes.push_back(scratch.take<float>(spectra_of(plan, plan.outs)));
-  const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
+  const TapFold fold(p);
+  std::vector<int32_t> ends;
+  const int64_t block = block_of(in_padded), from_plane = sizes.plane(block), to_plane = sizes.plane(plan.outs), from_elements = sizes.spectra(in_padded, block);
+  float* const own = scratch.take<float>(spectra ? 0 : size_t(from_elements));
+  std::vector<float*> results;
+  for (int64_t one = 0; one < crew.size; ++one) results.push_back(scratch.take<float>(size_t(sizes.spectra(plan.outs, plan.outs))));
+  std::vector<WeightScratch> scratches(size_t(crew.size), weight_scratch(plan, crew.threads));
+  for (WeightScratch& one : scratches) one.take(scratch);
+  FrequencyWeights all{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, fold.of(g.grid, ends), 0, 0, 0, 0, gradient, nullptr, nullptr};
   if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
     const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
-    if (!spectra) run_spectra(g, g.tiles(p, in, !gradient, row, rows), {own, from_plane, in_padded, 0, planes * from_plane * 4 >= kFrequencyCached}, from, gradient ? FrequencyForm::kConjugateFactor : FrequencyForm::kFactor);
+    if (!spectra) run_spectra(g, g.tiles(p, in, !gradient, row, rows), {own, from_plane, block, in_padded, 0, from_elements * 4 >= kFrequencyCached}, from);
     crew.run(pieces_of(out, plan.outs), [&](size_t one, int64_t chunk) {
       const int64_t o = chunk * plan.outs, outs = std::min(plan.outs, out - o);
       for (int64_t i = 0; i < in; i += plan.ins) {
-        FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i, std::min(plan.ins, in - i), o, outs, gradient, scratches[one].halves, nullptr};
+        FrequencyWeights w = all;
+        w.first_in = i, w.ins = std::min(plan.ins, in - i), w.first_out = o, w.outs = outs, w.folded = scratches[one].folded;
         if (gradient) std::swap(w.first_in, w.first_out), std::swap(w.ins, w.outs);
-        multiply_by_weights(scratches[one], w, plan.step_ins, {(spectra ? spectra : own) + i, to_planes[one], from_plane, to_plane, in_padded, tiles, i > 0});
+        multiply_by_weights(scratches[one], w, {(spectra ? spectra : own) + i / block * g.planes() * from_plane, results[one], from_plane, block, to_plane, tiles, i > 0});
       }
-      const FrequencyPlanes result{to_planes[one], to_plane, padded_to(outs, lanes), o, false};
+      const FrequencyPlanes result{results[one], to_plane, padded_to(outs, lanes), padded_to(outs, lanes), o, false};
       if (gradient) run_add_maps(g, g.tiles(p, out, true, row, rows), result, to);
       else run_maps(g, g.tiles(p, out, false, row, rows), result, to);
     });
@@ -232,54 +225,85 @@ void sum_mix_gradients(const ConvProblem& p, const std::vector<FrequencyBranch>&
     }
 }
 
-// Products of the spectra of x and of the output's gradient over tiles, back to halves.
+// How the gradient of the weights is dealt out: in parts, each with all its sums over tiles and frequencies by one thread.
+// Where the sums go on over several goes, every part keeps its own folded weights, else every thread has one.
+struct GradientCrew {
+  const FrequencySizes sizes;
+  int64_t ins, outs, part_ins, part_outs, parts, threads, kept;
+  int64_t grid_elements, step_elements;
+  size_t shared;  // bytes of the spectra
+
+  GradientCrew(const FrequencyGradientPlan& plan, size_t held) : sizes(plan.sizes()), ins(plan.ins), outs(plan.outs), part_ins(plan.part_ins), part_outs(plan.part_outs) {
+    const int64_t most = nasdet::threads();
+    for (int64_t* part : {&part_ins, &part_outs})
+      while (most > 1 && count() < 2 * most && *part > kFrequencyBlock) *part = padded_to(*part / 2, kFrequencyBlock);
+    parts = count(), threads = std::min(most, parts);
+    const int64_t lanes = frequency_costs().lanes, grid = sizes.g.grid;
+    grid_elements = 2 * lanes * lanes * grid * grid, step_elements = sizes.gradient_step(part_outs);
+    shared = Scratch::padded(size_t(sizes.spectra(ins, block_of(ins))) * 4) + (held ? 0 : Scratch::padded(size_t(sizes.spectra(outs, block_of(outs))) * 4));
+    while (kept = plan.rows < plan.g.all_rows ? parts : threads, threads > 1 && int64_t(held + bytes()) > scratch_limit()) --threads;
+  }
+  int64_t count() const { return pieces_of(ins, part_ins) * pieces_of(outs, part_outs); }
+  size_t bytes() const {
+    return shared + size_t(kept) * Scratch::padded(size_t(sizes.folded(part_ins, part_outs)) * 4) + size_t(threads) * (Scratch::padded(size_t(grid_elements) * 4) + Scratch::padded(size_t(step_elements) * 4));
+  }
+};
+
+// Products of the spectra of x and of the output's gradient over tiles, folded.
 struct GradientProducts {
-  const float *x, *grad;  // planes, from the first of the channels
-  int64_t x_plane, grad_plane, x_row, grad_row, tiles;
+  const float *x, *grad;  // spectra, from the blocks of the first of the channels
+  int64_t x_plane, x_block, grad_plane, grad_block, tiles;
   bool add;
 };
-void gather_products(const WeightScratch& s, const FrequencyWeights& w, int64_t step_depth, const GradientProducts& m) {
-  const int64_t width = padded_to(w.outs, frequency_costs().lanes);
-  s.run_steps([&](int step, float* planes) {
-    const int64_t first = frequency_step_first(s.g.tile, step), count = frequency_step_planes(s.g.tile, step);
-    for (int64_t row = 0; row < w.ins; row += step_depth) {
-      const int64_t rows = std::min(step_depth, w.ins - row);
-      NASDET_FREQUENCY_KERNEL(frequency_multiply)
-      ({m.x + first * m.x_plane + row, m.grad + first * m.grad_plane, planes, m.x_plane, m.grad_plane, s.step_plane, 1, m.x_row, width, m.grad_row, rows, width, m.tiles, false}, 0, count);
-      NASDET_FREQUENCY_KERNEL(frequency_weight_planes_back)(s.g.tile, s.g.grid, w, {step, planes, s.step_plane, row, rows, m.add});
+void gather_products(const FrequencySizes& s, const FrequencyWeights& w, float* planes, int64_t step_plane, const GradientProducts& m) {
+  const int64_t width = padded_to(w.outs, frequency_costs().lanes), tile = s.g.tile, all = frequency_planes(tile);
+  for (int step = 0; step < frequency_steps(tile); ++step) {
+    const int64_t first = step * frequency_step_planes(tile);
+    for (int64_t row = 0; row < w.ins; row += m.x_block) {
+      const int64_t rows = std::min(m.x_block, w.ins - row);
+      NASDET_FREQUENCY_KERNEL(frequency_multiply_gradients)
+      ({m.x + (row / m.x_block * all + first) * m.x_plane, m.grad + first * m.grad_plane, planes, m.x_plane, m.grad_plane, all * m.grad_plane, step_plane, m.x_block, m.grad_block, rows, width, m.tiles,
+        frequency_step_complex(tile, step), frequency_step_real(tile, step), planes + frequency_step_planes(tile) * step_plane});
+      NASDET_FREQUENCY_KERNEL(frequency_weight_planes_back)(s.g.tile, s.g.grid, w, {step, planes, step_plane, row, rows, m.add || step > 0});
     }
-  });
+  }
 }
 
 // The products of the spectra of x and of the gradient, back to taps. `spectra` of all of the gradient, if they are there.
-void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const Crew& crew, const float* x, const float* grad, const float* spectra, Scratch& scratch) {
-  const int64_t lanes = frequency_costs().lanes;
+void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const GradientCrew& crew, const float* x, const float* grad, const float* spectra, Scratch& scratch) {
   const FrequencyGeometry& g = plan.g;
+  const FrequencySizes sizes = plan.sizes();
+  const int64_t lanes = frequency_costs().lanes, x_block = block_of(plan.ins), grad_block = block_of(plan.outs), x_plane = sizes.plane(x_block), grad_plane = sizes.plane(grad_block);
+  const int64_t x_elements = sizes.spectra(plan.ins, x_block), grad_elements = sizes.spectra(plan.outs, grad_block), step_plane = sizes.step_plane(crew.part_outs);
+  const TapFold fold(p);
   std::vector<float> mix_parts;
+  std::vector<int32_t> ends;
   const std::vector<FrequencyBranch> branches = gradient_branches(p, mix_parts);
-  const int64_t planes = g.planes(), x_plane = plan.map_plane(plan.ins), grad_plane = plan.map_plane(plan.outs);
-  float* const x_planes = scratch.take<float>(spectra_of(plan, plan.ins));
-  float* const own = scratch.take<float>(spectra ? 0 : spectra_of(plan, plan.outs));
-  const std::vector<WeightScratch> scratches = weight_scratches(plan, crew, scratch);
+  float *const x_planes = scratch.take<float>(size_t(x_elements)), *const own = scratch.take<float>(spectra ? 0 : size_t(grad_elements));
+  std::vector<float*> folded, grids, steps;
+  for (int64_t i = 0; i < crew.kept; ++i) folded.push_back(scratch.take<float>(size_t(sizes.folded(crew.part_ins, crew.part_outs))));
+  for (int64_t i = 0; i < crew.threads; ++i) grids.push_back(scratch.take<float>(size_t(crew.grid_elements))), steps.push_back(scratch.take<float>(size_t(crew.step_elements)));
+  const FrequencyWeights all{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, fold.of(g.grid, ends), 0, 0, 0, 0, false, nullptr, nullptr};
+  const bool goes = plan.rows < g.all_rows;
   int64_t loaded_x[2] = {-1, -1}, loaded_grad[2] = {-1, -1};  // first channel and row
   for (int64_t o = 0; o < p.out_channels; o += plan.outs)
     for (int64_t i = 0; i < p.in_channels; i += plan.ins) {
-      const int64_t outs = std::min(plan.outs, p.out_channels - o), ins = std::min(plan.ins, p.in_channels - i);
-      const int64_t x_width = padded_to(ins, lanes), grad_width = padded_to(outs, lanes);
+      const int64_t outs = std::min(plan.outs, p.out_channels - o), ins = std::min(plan.ins, p.in_channels - i), in_parts = pieces_of(ins, crew.part_ins);
       for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
         const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
         if (!spectra && (loaded_grad[0] != o || loaded_grad[1] != row))
-          run_spectra(g, g.tiles(p, p.out_channels, false, row, rows), {own, grad_plane, grad_width, o, planes * grad_plane * 4 >= kFrequencyCached}, grad, FrequencyForm::kConjugateFactor);
+          run_spectra(g, g.tiles(p, p.out_channels, false, row, rows), {own, grad_plane, grad_block, padded_to(outs, lanes), o, grad_elements * 4 >= kFrequencyCached}, grad);
         if (loaded_x[0] != i || loaded_x[1] != row)
-          run_spectra(g, g.tiles(p, p.in_channels, true, row, rows), {x_planes, x_plane, x_width, i, planes * x_plane * 4 >= kFrequencyCached}, x, FrequencyForm::kFactor);
+          run_spectra(g, g.tiles(p, p.in_channels, true, row, rows), {x_planes, x_plane, x_block, padded_to(ins, lanes), i, x_elements * 4 >= kFrequencyCached}, x);
         loaded_grad[0] = o, loaded_grad[1] = row, loaded_x[0] = i, loaded_x[1] = row;
-        const int64_t in_parts = pieces_of(ins, plan.part_ins);
-        crew.run(in_parts * pieces_of(outs, plan.part_outs), [&](size_t one, int64_t part) {
-          const int64_t part_o = part / in_parts * plan.part_outs, part_i = part % in_parts * plan.part_ins;
-          const FrequencyWeights w{branches.data(), int64_t(branches.size()), p.in_channels, p.out_channels, g.radius_h, i + part_i, std::min(plan.part_ins, ins - part_i), o + part_o,
-                                   std::min(plan.part_outs, outs - part_o), false, scratches[one].halves, nullptr};
-          gather_products(scratches[one], w, plan.step_ins, {x_planes + part_i, (spectra ? spectra : own) + part_o, x_plane, grad_plane, x_width, grad_width, tiles, row > 0});
-          if (row + plan.rows >= g.all_rows) scratches[one].run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weight_gradients), w);
+        for_tasks(in_parts * pieces_of(outs, crew.part_outs), crew.threads, [&](int64_t one, int64_t part) {
+          const int64_t part_o = part / in_parts * crew.part_outs, part_i = part % in_parts * crew.part_ins;
+          FrequencyWeights w = all;
+          w.first_in = i + part_i, w.ins = std::min(crew.part_ins, ins - part_i), w.first_out = o + part_o, w.outs = std::min(crew.part_outs, outs - part_o);
+          w.folded = folded[size_t(goes ? part : one)], w.grids = grids[size_t(one)];
+          gather_products(sizes, w, steps[size_t(one)], step_plane,
+                          {x_planes + part_i / x_block * g.planes() * x_plane, (spectra ? spectra : own) + part_o / grad_block * g.planes() * grad_plane, x_plane, x_block, grad_plane, grad_block, tiles, row > 0});
+          if (row + plan.rows >= g.all_rows) NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, g.grid, w, 0, vectors_of(w.outs) * vectors_of(w.ins));
         });
       }
     }
@@ -298,13 +322,15 @@ void frequency_backward(const ConvProblem& p, const void* x, const void* grad, v
   for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
   const FrequencyBackwardPlan plan = FrequencyPlanner(p).backward();
   const FrequencyGeometry& g = plan.dw.g;
+  const FrequencySizes sizes = plan.dw.sizes();
   const bool shared = plan.shared && wanted && dx;
-  const int64_t out_padded = padded_to(p.out_channels, frequency_costs().lanes), plane = plan.dw.map_plane(out_padded);
-  const size_t shared_elements = shared ? spectra_of(plan.dw, out_padded) : 0, held = Scratch::padded(shared_elements * 4);
-  const Crew dx_crew = crew_of(plan.dx, out_padded, p.in_channels, held), dw_crew = crew_of(plan.dw, held);
+  const int64_t out_padded = padded_to(p.out_channels, frequency_costs().lanes), block = block_of(out_padded), plane = sizes.plane(block);
+  const size_t elements = shared ? size_t(sizes.spectra(out_padded, block)) : 0, held = Scratch::padded(elements * 4);
+  const Crew dx_crew = crew_of(plan.dx, out_padded, p.in_channels, held);
+  const GradientCrew dw_crew(plan.dw, held);
   Scratch scratch(held + std::max(dx ? dx_crew.bytes() : 0, wanted ? dw_crew.bytes() : 0));
-  float* const spectra = shared ? scratch.take<float>(shared_elements) : nullptr;
-  if (shared) run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows), {spectra, plane, out_padded, 0, g.planes() * plane * 4 >= kFrequencyCached}, static_cast<const float*>(grad), FrequencyForm::kConjugateFactor);
+  float* const spectra = shared ? scratch.take<float>(elements) : nullptr;
+  if (shared) run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows), {spectra, plane, block, out_padded, 0, elements * 4 >= size_t(kFrequencyCached)}, static_cast<const float*>(grad));
   const size_t mark = scratch.used();
   if (dx) convolve(p, plan.dx, dx_crew, static_cast<const float*>(grad), static_cast<float*>(dx), true, spectra, scratch);
   scratch.rewind(mark);

@@ -1,5 +1,7 @@
-// The matrix products of the frequency domain: register tiles of 6 rows x 4 vectors (6 x 2 on 16 registers), one plane
-// after the other, while the next plane's operands are fetched.
+// The matrix products of the frequency domain: register tiles of 6 rows x 4 vectors (6 x 2 on 16 registers), one frequency
+// after the other, while the next one's operands are fetched. A complex product is Gauss's of three real ones: with a factor
+// f as f_re, f_im - f_re and -(f_re + f_im), (a_re + a_im) f_re and a_re (f_im - f_re) make the imaginary part, the first
+// and a_im (-f_re - f_im) the real one.
 #pragma once
 #include "frequency_taps.h"
 
@@ -17,12 +19,25 @@ NASDET_INLINE Lane broadcast(const float* p) {
 
 constexpr int most_rows(int vectors) { return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12; }
 
-template <int kRows, int kVectors>
-NASDET_APART void register_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c, int64_t c_row, int64_t depth, bool add, const char* ahead, int lines) {
+// A product of some rows and one panel: row r of `a` is at a + r * a_row, its terms a_step apart; those of `b` b_step. The
+// result goes to `c`, and to `also` where that is not null.
+struct PanelProduct {
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_step;
+  float *c, *also;
+  int64_t c_row, depth;
+  bool add;
+};
+
+template <int kRows, int kVectors> NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
   Lane sums[kRows][kVectors];
   unroll<kRows>([&](auto r) { unroll<kVectors>([&](auto v) { sums[r][v] = Lane{}; }); });
+  const int64_t a_row = p.a_row, a_step = p.a_step, b_step = p.b_step;
+  const float *a = p.a + first * a_row, *b = p.b;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < p.depth; ++k) {
     Lane row[kVectors];
     unroll<kVectors>([&](auto v) { row[v] = load(b + v * kFloats); });
     unroll<kRows>([&](auto r) {
@@ -32,74 +47,145 @@ NASDET_APART void register_tile(const float* a, int64_t a_row, int64_t a_step, c
     for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     a += a_step, b += b_step;
   }
+  float* const c = p.c + first * p.c_row;
+  const int64_t c_row = p.c_row, to_also = p.also ? p.also - p.c : 0;
+  const bool add = p.add;
   unroll<kRows>([&](auto r) {
     unroll<kVectors>([&](auto v) {
-      float* const p = c + r * c_row + v * kFloats;
-      store(p, add ? sums[r][v] + load(p) : sums[r][v]);
+      float* const to = c + r * c_row + v * kFloats;
+      if (to_also) store(to + to_also, add ? sums[r][v] + load(to + to_also) : sums[r][v]);
+      store(to, add ? sums[r][v] + load(to) : sums[r][v]);
     });
   });
 }
 
 template <int kVectors, int kRows = most_rows(kVectors)>
-NASDET_INLINE void dispatch_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, float* c, int64_t c_row, int64_t depth, bool add, const char* ahead, int lines) {
-  if (rows == kRows) return register_tile<kRows, kVectors>(a, a_row, a_step, b, b_step, c, c_row, depth, add, ahead, lines);
-  if constexpr (kRows > 1) dispatch_rows<kVectors, kRows - 1>(rows, a, a_row, a_step, b, b_step, c, c_row, depth, add, ahead, lines);
+NASDET_INLINE void dispatch_rows(int64_t rows, const PanelProduct& p, int64_t first, const char* ahead, int lines) {
+  if (rows == kRows) return register_tile<kRows, kVectors>(p, first, ahead, lines);
+  if constexpr (kRows > 1) dispatch_rows<kVectors, kRows - 1>(rows, p, first, ahead, lines);
 }
 
-// What the next plane reads, handed out in runs of consecutive lines, and so many of them for each term of a sum that all
-// are asked for in time.
+// What the next frequency reads or writes, in runs of consecutive lines that are handed out so fast that all are asked for in time.
 struct Ahead {
-  const char* next;
-  int64_t left;  // lines
-  const char* then;
-  int lines;
-  const char* take(int64_t terms) {
-    const char* const from = next;
-    next += terms * lines * 64, left -= terms * lines;
-    if (left <= 0 && then) next = then, left = INT64_MAX, then = nullptr;
+  struct Run { const float* first; int64_t lines; };
+  Run runs[4];
+  int current = 0, lines = 0;
+  // Over so many steps of a sum.
+  void spread(int64_t steps) {
+    int64_t all = 0;
+    for (const Run& run : runs) all += run.lines;
+    lines = all == 0 ? 0 : all <= steps ? 1 : all < 4 * steps ? int((all + steps - 1) / steps) : 4;
+  }
+  const char* take(int64_t steps) {
+    while (current < 3 && runs[current].lines <= 0) ++current;
+    Run& run = runs[current];
+    const char* const from = reinterpret_cast<const char*>(run.first);
+    run.first += steps * lines * 16, run.lines -= steps * lines;
     return from;
   }
 };
 
-template <int kVectors>
-void panel(const FrequencyProduct& p, const float* a, const float* b, int64_t b_step, float* c, Ahead& ahead) {
+// Three products in one: f(rows, first) for blocks of rows.
+template <int kVectors> void panel(const PanelProduct* products, int count, int64_t rows, Ahead& ahead) {
   constexpr int kMost = most_rows(kVectors);
-  const int64_t blocks = (p.rows + kMost - 1) / kMost;
+  const int64_t blocks = (rows + kMost - 1) / kMost;
   for (int64_t i = 0, row = 0; i < blocks; ++i) {
-    const int64_t rows = (p.rows - row + blocks - i - 1) / (blocks - i);
-    dispatch_rows<kVectors>(rows, a + row * p.a_row, p.a_row, p.a_step, b, b_step, c + row * p.c_row, p.c_row, p.depth, p.add, ahead.take(p.depth), ahead.lines);
-    row += rows;
+    const int64_t some = (rows - row + blocks - i - 1) / (blocks - i);
+    for (int n = 0; n < count; ++n) dispatch_rows<kVectors>(some, products[n], row, ahead.take(products[n].depth), ahead.lines);
+    row += some;
   }
 }
 
-inline void multiply(const FrequencyProduct& p, int64_t begin, int64_t end) {
-  const auto fetch_rows = [](const float* first, int64_t row, int64_t rows, int64_t columns) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < columns; i += 16) __builtin_prefetch(first + r * row + i, 0, 2);
-  };
-  const bool rows_of_a = p.a_step == 1;  // else its columns are the rows of the product
-  const bool all_of_a = rows_of_a && p.depth == p.a_row;
-  const int64_t tiles = (p.rows + 5) / 6 * ((p.columns + kPanel - 1) / kPanel), b_lines = p.b_step ? 0 : p.depth * p.columns / 16;
-  const int64_t lines = b_lines + (all_of_a ? p.rows * p.depth / 16 : p.add || p.b_step ? p.rows * p.columns / 16 : 0);
-  const int64_t each = (lines + tiles * p.depth - 1) / (tiles * p.depth);
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
+inline void dispatch_panel(int64_t width, const PanelProduct* products, int count, int64_t rows, Ahead& ahead) {
+  switch (width / kFloats) {
+    case 1: return panel<1>(products, count, rows, ahead);
+    case 2: return panel<2>(products, count, rows, ahead);
+#if defined(__AVX512F__)
+    case 3: return panel<3>(products, count, rows, ahead);
+    case 4: return panel<4>(products, count, rows, ahead);
+#endif
+  }
+}
+
+// Blocks of rows x columns so wide.
+NASDET_INLINE int64_t panel_steps(int64_t rows, int64_t columns, int64_t depth) { return (rows + 5) / 6 * ((columns + kPanel - 1) / kPanel) * depth; }
+NASDET_INLINE int64_t whole_vectors(int64_t count) { return (count + kFloats - 1) / kFloats * kFloats; }
+
+// to[row][column] = a + b.
+NASDET_INLINE void pack_sum(const float* a, const float* b, int64_t from_row, int64_t rows, int64_t columns, float* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += kFloats) store(to + r * columns + i, load(a + r * from_row + i) + load(b + r * from_row + i));
+}
+
+inline void multiply(const FrequencyProduct& p) {
+  const int64_t packed_row = whole_vectors(p.depth), all = p.complex + p.real;
+  for (int64_t f = 0; f < all; ++f) {
+    const bool real = f >= p.complex;
+    const int64_t plane = f + (real ? p.complex : f);  // of maps
+    const float *const a = p.a + plane * p.a_plane, *const b = p.b + (real ? 3 * p.complex + f - p.complex : 3 * f) * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    const char* const after = all_of_a ? reinterpret_cast<const char*>(a + p.a_plane) : reinterpret_cast<const char*>(c + p.c_plane);
-    Ahead ahead{b_lines ? reinterpret_cast<const char*>(b + p.b_plane) : after, b_lines ? b_lines : INT64_MAX, after, each < 4 ? int(each) : 4};
-    if (!all_of_a) fetch_rows(a + p.a_plane, rows_of_a ? p.a_row : p.a_step, rows_of_a ? p.rows : p.depth, rows_of_a ? p.depth : p.rows);
-    if (p.b_step) fetch_rows(b + p.b_plane, p.b_step, p.depth, p.columns);
+    const int next = real ? 1 : 2;
+    Ahead ahead{{{a + next * p.a_plane, p.fetch ? next * p.a_plane / 16 : 0}, {c + next * p.c_plane, p.fetch ? next * p.c_plane / 16 : 0}, {}, {a, 0}}};
+    ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (real ? 1 : 3));
+    if (!real) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
-      const float* const from = b + (p.b_step ? column : column * p.depth);
-      const int64_t step = p.b_step ? p.b_step : width;
-      switch (width / kFloats) {
-        case 1: panel<1>(p, a, from, step, c + column, ahead); break;
-        case 2: panel<2>(p, a, from, step, c + column, ahead); break;
-#if defined(__AVX512F__)
-        case 3: panel<3>(p, a, from, step, c + column, ahead); break;
-        case 4: panel<4>(p, a, from, step, c + column, ahead); break;
-#endif
+      const float* const factors = b + column * p.depth;
+      float *const re = c + column, *const im = re + p.c_plane;
+      if (real) {
+        const PanelProduct one{a, p.a_row, 1, factors, width, re, nullptr, p.c_row, p.depth, p.add};
+        dispatch_panel(width, &one, 1, p.rows, ahead);
+      } else {
+        const PanelProduct three[] = {{p.packed, packed_row, 1, factors, width, re, im, p.c_row, p.depth, p.add},
+                                      {a, p.a_row, 1, factors + p.b_plane, width, im, nullptr, p.c_row, p.depth, true},
+                                      {a + p.a_plane, p.a_row, 1, factors + 2 * p.b_plane, width, re, nullptr, p.c_row, p.depth, true}};
+        dispatch_panel(width, three, 3, p.rows, ahead);
+      }
+    }
+  }
+}
+
+// The columns of a gradient's planes side by side: as the conjugated factor of a complex product, or a real one.
+NASDET_INLINE void pack_factors(const FrequencyGradientProduct& p, const float* planes, bool real, float* to) {
+  const int64_t part = p.tiles * p.columns;
+  for (int64_t column = 0; column < p.columns; column += kFloats) {
+    const float* from = planes + column / p.b_row * p.b_block + column % p.b_row;
+    for (int64_t tile = 0; tile < p.tiles; ++tile, from += p.b_row) {
+      float* const at = to + tile * p.columns + column;
+      const Lane re = load(from);
+      store(at, re);
+      if (real) continue;
+      const Lane im = load(from + p.b_plane);
+      store(at + part, -re - im), store(at + 2 * part, im - re);
+    }
+  }
+}
+
+inline void multiply_gradients(const FrequencyGradientProduct& p) {
+  const int64_t sum_row = whole_vectors(p.rows), part = p.tiles * p.columns, all = p.complex + p.real;
+  float *const sums = p.packed, *const factors = p.packed + p.tiles * sum_row;
+  for (int64_t f = 0; f < all; ++f) {
+    const bool real = f >= p.complex;
+    const int64_t plane = f + (real ? p.complex : f);
+    const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
+    float* const c = p.c + plane * p.c_plane;
+    const int next = real ? 1 : 2;
+    Ahead ahead{{{a + next * p.a_plane, next * p.a_plane / 16}, {b + next * p.b_plane, next * p.b_plane / 16}, {b + p.b_block + next * p.b_plane, p.columns > p.b_row ? next * p.b_plane / 16 : 0}, {a, 0}}};
+    ahead.spread(panel_steps(p.rows, p.columns, p.tiles) * (real ? 1 : 3));
+    pack_factors(p, b, real, factors);
+    if (!real) pack_sum(a, a + p.a_plane, p.a_row, p.tiles, sum_row, sums);
+    for (int64_t column = 0; column < p.columns; column += kPanel) {
+      const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
+      const float* const of = factors + column;
+      float *const re = c + column, *const im = re + p.c_plane;
+      if (real) {
+        const PanelProduct one{a, 1, p.a_row, of, p.columns, re, nullptr, p.columns, p.tiles, false};
+        dispatch_panel(width, &one, 1, p.rows, ahead);
+      } else {
+        const PanelProduct three[] = {{sums, 1, sum_row, of, p.columns, re, im, p.columns, p.tiles, false},
+                                      {a, 1, p.a_row, of + part, p.columns, im, nullptr, p.columns, p.tiles, true},
+                                      {a + p.a_plane, 1, p.a_row, of + 2 * part, p.columns, re, nullptr, p.columns, p.tiles, true}};
+        dispatch_panel(width, three, 3, p.rows, ahead);
       }
     }
   }

@@ -6,6 +6,7 @@
 
 #include "conv.h"
 #include "frequency.h"
+#include "frequency_fold.h"
 #include "scratch.h"
 
 namespace nasdet {
@@ -72,29 +73,45 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
 }
 
 // Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
-// and inputs whose half transforms stay in the outer cache.
-constexpr int64_t kFrequencyOuts = 64, kFrequencyIns = 32;
+// and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
+constexpr int64_t kFrequencyOuts = 64, kFrequencyBlock = 32;
+constexpr int64_t kFoldedBytes = 640 << 10;  // of a chunk's folded weights, which are to stay in the inner cache
+
+// What the pieces of scratch take, in elements.
+struct FrequencySizes {
+  const FrequencyGeometry& g;
+  int64_t rows, terms;  // of tiles in hand, and of folded taps
+
+  int64_t tiles() const { return rows * g.columns; }
+  int64_t plane(int64_t block) const { return plane_stride(tiles() * block); }
+  int64_t spectra(int64_t channels, int64_t block) const { return pieces_of(channels, block) * g.planes() * plane(block); }
+  int64_t folded(int64_t ins, int64_t outs) const { return ins * outs * terms; }
+  int64_t step_plane(int64_t outs) const { return plane_stride(kFrequencyBlock * outs); }
+  // Planes of a step, and operands as they are multiplied.
+  int64_t step(int64_t outs) const { return frequency_weight_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock; }
+  int64_t gradient_step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 3 * outs); }
+};
+
+inline int64_t block_of(int64_t channels) { return std::min(channels, kFrequencyBlock); }
 
 // A convolution (forward, or of the gradient to the input): all inputs of some rows of tiles in hand at once, then
-// `outs` outputs. Their weights are half-way transformed for `ins` inputs, and for `step_ins` of those the rest of the way.
+// `outs` outputs. Their weights are folded for `ins` inputs.
 struct FrequencyPlan {
   FrequencyGeometry g;
-  int64_t rows, outs, ins, step_ins;
+  int64_t rows, outs, ins, terms;
   double seconds;
   int64_t bytes;
-  int64_t map_plane(int64_t channels) const { return plane_stride(rows * g.columns * channels); }
-  int64_t step_plane() const { return plane_stride(step_ins * outs); }
+  FrequencySizes sizes() const { return {g, rows, terms}; }
 };
 
 // The gradient of the weights: spectra of `ins` and `outs` channels of some rows of tiles in hand, of which products of
-// part_ins x part_outs are gathered half-way, from those of step_ins x part_outs.
+// part_ins x part_outs are gathered as folded taps.
 struct FrequencyGradientPlan {
   FrequencyGeometry g;
-  int64_t rows, outs, ins, part_outs, part_ins, step_ins;
+  int64_t rows, outs, ins, part_outs, part_ins, terms;
   double seconds;
   int64_t bytes;
-  int64_t map_plane(int64_t channels) const { return plane_stride(rows * g.columns * channels); }
-  int64_t step_plane() const { return plane_stride(step_ins * part_outs); }
+  FrequencySizes sizes() const { return {g, rows, terms}; }
 };
 
 // Both gradients. Where both hold all tiles of the output's gradient at once, its spectra serve both.
@@ -107,7 +124,8 @@ struct FrequencyBackwardPlan {
 
 class FrequencyPlanner {
  public:
-  explicit FrequencyPlanner(const ConvProblem& p) : p_(p), limit_(scratch_limit()), in_padded_(padded_to(p.in_channels, c_.lanes)), out_padded_(padded_to(p.out_channels, c_.lanes)), taps_(0) {
+  explicit FrequencyPlanner(const ConvProblem& p)
+      : p_(p), limit_(scratch_limit()), in_padded_(padded_to(p.in_channels, c_.lanes)), out_padded_(padded_to(p.out_channels, c_.lanes)), terms_(TapFold(p).terms()), taps_(0) {
     for (const ConvBranch& b : p.branches) taps_ += 9 * double(b.last - b.first) / double(p.out_channels);
   }
 
@@ -127,19 +145,17 @@ class FrequencyPlanner {
   }
 
  private:
-  static constexpr int64_t kStepBytes = 800 << 10;  // of a step's planes, which are to stay in the inner cache
-
   // With one tile, or any (0); `whole`: with all tiles in hand at once. No bytes where there is no such plan.
   FrequencyPlan convolution(int64_t in, int64_t out, int only, bool whole) const {
     FrequencyPlan best{};
     for (int tile : kFrequencyTiles) {
       FrequencyPlan plan{};
       if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
-      plan.outs = std::min(kFrequencyOuts, out), plan.ins = std::min(kFrequencyIns, in);
-      plan.step_ins = step_depth(plan.g, plan.ins, plan.outs);
+      plan.terms = terms_, plan.outs = std::min(kFrequencyOuts, out), plan.ins = folded_ins(in, plan.outs);
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
         plan.rows = pieces_of(plan.g.all_rows, parts);
-        plan.bytes = bytes(plan.g, {plan.map_plane(in), plan.map_plane(plan.outs)}, plan.ins * plan.outs, plan.step_plane());
+        const FrequencySizes s = plan.sizes();
+        plan.bytes = bytes({grids(plan.g), s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs), s.folded(plan.ins, plan.outs), s.step(plan.outs)});
         plan.seconds = seconds(plan, in, out);
         if (better(plan, best)) best = plan;
         if (plan.rows == 1) break;
@@ -154,7 +170,8 @@ class FrequencyPlanner {
     for (int tile : kFrequencyTiles) {
       FrequencyGradientPlan plan{};
       if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
-      for (int64_t ins : {kFrequencyIns, 2 * kFrequencyIns, 8 * kFrequencyIns, in_padded_}) {
+      plan.terms = terms_;
+      for (int64_t ins : {2 * kFrequencyBlock, 8 * kFrequencyBlock, in_padded_}) {
         for (int64_t outs : {kFrequencyOuts, 2 * kFrequencyOuts, 4 * kFrequencyOuts, out_padded_}) {
           plan.ins = std::min(ins, in_padded_), plan.outs = std::min(outs, out_padded_);
           if (!whole || plan.outs == out_padded_) try_rows(plan, whole, best);
@@ -168,19 +185,20 @@ class FrequencyPlanner {
 
   void try_rows(FrequencyGradientPlan plan, bool whole, FrequencyGradientPlan& best) const {
     plan.rows = plan.g.all_rows;
-    plan.part_ins = std::min(kFrequencyIns, plan.ins), plan.part_outs = std::min(kFrequencyOuts, plan.outs);
+    plan.part_outs = std::min(kFrequencyOuts, plan.outs), plan.part_ins = folded_ins(plan.ins, plan.part_outs);
     consider(plan, best);
-    if (whole || plan.outs > kFrequencyOuts || best.bytes <= limit_) return;
-    // Sums over tiles in several goes: then all products of what is in hand are kept half-way.
-    plan.part_ins = plan.ins, plan.part_outs = plan.outs;
+    if (whole || best.bytes <= limit_) return;
     for (int64_t parts = 2; plan.rows > 1; parts += (parts + 1) / 2) {
       plan.rows = pieces_of(plan.g.all_rows, parts);
       consider(plan, best);
     }
   }
   void consider(FrequencyGradientPlan& plan, FrequencyGradientPlan& best) const {
-    plan.step_ins = step_depth(plan.g, plan.part_ins, plan.part_outs);
-    plan.bytes = bytes(plan.g, {plan.map_plane(plan.ins), plan.map_plane(plan.outs)}, plan.part_ins * plan.part_outs, plan.step_plane());
+    const FrequencySizes s = plan.sizes();
+    // Sums over tiles in several goes: then those of all that is in hand are kept.
+    const bool goes = plan.rows < plan.g.all_rows;
+    plan.bytes = bytes({grids(plan.g), s.spectra(plan.ins, block_of(plan.ins)), s.spectra(plan.outs, block_of(plan.outs)),
+                        goes ? s.folded(plan.ins, plan.outs) : s.folded(plan.part_ins, plan.part_outs), s.gradient_step(plan.part_outs)});
     plan.seconds = seconds(plan);
     if (better(plan, best)) best = plan;
   }
@@ -194,23 +212,25 @@ class FrequencyPlanner {
     return fits != other_fits ? fits : fits ? worth_of(a.seconds, a.bytes) < worth_of(b.seconds, b.bytes) : a.bytes < b.bytes;
   }
 
-  // As many as leave a step's planes in the inner cache.
-  static int64_t step_depth(const FrequencyGeometry& g, int64_t depth, int64_t width) {
-    const int64_t most = kStepBytes / (frequency_step_planes(g.tile, 0) * width * 4) / 16 * 16;
-    return std::min(depth, std::max<int64_t>(most, 16));
+  // As many as leave the folded weights in the inner cache.
+  int64_t folded_ins(int64_t in, int64_t outs) const {
+    const int64_t most = kFoldedBytes / (terms_ * outs * 4) / kFrequencyBlock * kFrequencyBlock;
+    return std::min(in, std::max(most, kFrequencyBlock));
   }
-  int64_t bytes(const FrequencyGeometry& g, std::initializer_list<int64_t> planes, int64_t halves, int64_t step_plane) const {
-    const auto piece = [](int64_t elements) { return int64_t(Scratch::padded(size_t(elements) * 4)); };
-    int64_t total = piece(2 * c_.lanes * c_.lanes * g.grid * g.grid) + piece(halves * frequency_half(g.tile, g.grid)) + piece(frequency_step_planes(g.tile, 0) * step_plane);
-    for (int64_t plane : planes) total += piece(g.planes() * plane);
+  int64_t grids(const FrequencyGeometry& g) const { return 2 * c_.lanes * c_.lanes * g.grid * g.grid; }
+  static int64_t bytes(std::initializer_list<int64_t> pieces) {
+    int64_t total = 0;
+    for (int64_t elements : pieces) total += int64_t(Scratch::padded(size_t(elements) * 4));
     return total;
   }
 
+  // Real products of planes.
+  static double products(const FrequencyGeometry& g) { return double(3 * frequency_bins(g.tile) + 4); }
   // Of sums of `depth` terms, `piece` at a time.
   double product(const FrequencyGeometry& g, double rows, double columns, double depth, double piece, double piece_columns) const {
     const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes;
     const double narrow = c_.lanes < 16 || vectors > 2 ? 1 : 1.5;  // tiles of 12 rows have more to address
-    return 2 * c_.flop * narrow * double(g.planes()) * std::max(rows, 5.5) * columns * depth * (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
+    return 2 * c_.flop * narrow * products(g) * std::max(rows, 5.5) * columns * depth * (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
   }
   double byte_of(int64_t bytes) const { return bytes > kFrequencyCached ? c_.byte : c_.cached_byte; }
   double map_transforms(const FrequencyGeometry& g, int64_t channels, double point) const {
@@ -218,30 +238,32 @@ class FrequencyPlanner {
     return point * outgrown * g.tile * g.tile * double(g.all_rows * g.columns) * double(channels) / c_.lanes;
   }
   double weight_transforms(const FrequencyGeometry& g, double taps) const {
-    return double(in_padded_) * double(out_padded_) / c_.lanes * (c_.element * double(frequency_half(g.tile, g.grid) + g.planes()) + c_.tap * taps);
+    return double(in_padded_) * double(out_padded_) / c_.lanes * (c_.element * (products(g) + .3 * double(terms_ * g.tile / 2)) + c_.tap * taps);
   }
 
   double seconds(const FrequencyPlan& plan, int64_t in, int64_t out) const {
     const FrequencyGeometry& g = plan.g;
+    const FrequencySizes s = plan.sizes();
     const double tiles = double(g.all_rows * g.columns), goes = double(pieces_of(g.all_rows, plan.rows)), planes = 4 * double(g.planes());
-    const double passes = double(pieces_of(in, plan.ins)), out_byte = byte_of(4 * g.planes() * plan.map_plane(plan.outs));
+    const double passes = double(pieces_of(in, plan.ins)), out_byte = byte_of(4 * s.spectra(plan.outs, plan.outs));
     return map_transforms(g, in, c_.point) + map_transforms(g, out, c_.point_back) + weight_transforms(g, taps_) * goes +
-           product(g, tiles, double(out), double(in), double(plan.step_ins), double(plan.outs)) +
-           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * g.planes() * plan.map_plane(in)) * double(pieces_of(out, plan.outs));
+           product(g, tiles, double(out), double(in), double(block_of(in)), double(plan.outs)) +
+           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * s.spectra(in, block_of(in))) * double(pieces_of(out, plan.outs));
   }
   double seconds(const FrequencyGradientPlan& plan) const {
     const FrequencyGeometry& g = plan.g;
+    const FrequencySizes s = plan.sizes();
     const double tiles = double(g.all_rows * g.columns), planes = 4 * double(g.planes()), goes = double(pieces_of(g.all_rows, plan.rows));
     const double x_times = double(pieces_of(out_padded_, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces_of(in_padded_, plan.ins)) : 1;
-    const double x_read = double(pieces_of(out_padded_, plan.part_outs)), grad_read = double(pieces_of(in_padded_, plan.step_ins));
+    const double x_read = double(pieces_of(out_padded_, plan.part_outs)), grad_read = double(pieces_of(in_padded_, plan.part_ins));
+    const double x_byte = byte_of(4 * s.spectra(plan.ins, block_of(plan.ins))), grad_byte = byte_of(4 * s.spectra(plan.outs, block_of(plan.outs)));
     return map_transforms(g, in_padded_, c_.point) * x_times + map_transforms(g, out_padded_, c_.point) * grad_times + weight_transforms(g, 1.5 * taps_) + weight_transforms(g, 0) * (goes - 1) +
-           product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) +
-           planes * tiles * double(in_padded_) * x_read * byte_of(4 * g.planes() * plan.map_plane(plan.ins)) + planes * tiles * double(out_padded_) * grad_read * byte_of(4 * g.planes() * plan.map_plane(plan.outs));
+           product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) + planes * tiles * (double(in_padded_) * x_read * x_byte + double(out_padded_) * grad_read * grad_byte);
   }
 
   const ConvProblem& p_;
   const FrequencyCosts c_ = frequency_costs();
-  const int64_t limit_, in_padded_, out_padded_;
+  const int64_t limit_, in_padded_, out_padded_, terms_;
   double taps_;
 };
 

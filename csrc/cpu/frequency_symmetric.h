@@ -1,20 +1,97 @@
 // Spectra of small grids of taps around the centre of a T x T tile, and back. A grid is split into what is even and what
-// is odd in each direction, of which only the quarter y, x >= 0 is left; the four quarters have cosine and sine sums of
-// R + 1 real terms in the place of complex transforms of T. What frequency T/2 - k has is that of k up to the signs of
-// the odd terms.
+// is odd in each direction, of which only the quarter y, x >= 0 is left, and of that the places that have taps; the four
+// parts have cosine and sine sums of few real terms in the place of complex transforms of T: along x one column of the
+// spectrum at a time, then along y. What frequency T/2 - k has is that of k up to the signs of the odd terms.
 #pragma once
 #include "frequency_tile.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
 
+// cos(tau k / T).
+template <int T> struct Circle {
+  float cosines[T];
+  constexpr Circle() : cosines{} {
+    for (int k = 0; k < T; ++k) cosines[k] = float(cosine(k, T));
+  }
+};
+template <int T> constexpr Circle<T> kCircle{};
+
 template <int T, int R> struct TapTransform {
   static_assert(T % 4 == 0 && 2 * R < T, "quarters of a circle, and taps of which none wraps round onto another");
   static constexpr int kGrid = 2 * R + 1, kLast = T / 2, kQuarter = T / 4;
 
-  // A column of the half spectrum: what is even or odd in y, and in x, by row y. A half has kLast + 1 of them.
-  struct Column { Lane even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1]; };
-  static_assert(sizeof(Column) * (kLast + 1) == size_t(frequency_half(T, kGrid)) * kBytes, "a half as the launcher counts it");
+  // A column of the spectrum by rows of taps: for each parity, as in FrequencyPlace.
+  struct Column { Lane part[4][R + 1]; };
+
+  // What a column of the spectrum takes of each term.
+  struct Factors {
+    float of[kGrid * kGrid];
+    Factors(const FrequencyFold& fold, int column) {
+      for (int64_t i = 0; i < fold.place_count; ++i)
+        for (int parity = 0; parity < 4; ++parity)
+          if (const FrequencyPlace& p = fold.places[i]; p.term[parity] >= 0) of[p.term[parity]] = kCircle<T>.cosines[(p.x * column + (parity % 2 ? 3 * kQuarter : 0)) % T];
+    }
+  };
+
+  // Parity by parity and row by row: f(parity, y, the row's first term, its end).
+  template <class F> static NASDET_INLINE void for_rows(const FrequencyFold& fold, const F& f) {
+    int begin = 0;
+    unroll<4>([&](auto parity) {
+      unroll<R + 1>([&](auto y) {
+        const int end = fold.ends[parity * (R + 1) + y];
+        f(parity, y, begin, end);
+        begin = end;
+      });
+    });
+  }
+  static NASDET_INLINE Column column_of(const FrequencyFold& fold, const Factors& factors, const float* terms) {
+    Column column;
+    for_rows(fold, [&](auto parity, auto y, int begin, int end) {
+      Lane sum{};
+      for (int i = begin; i < end; ++i) sum += factors.of[i] * load(terms + i * kFloats);
+      column.part[parity][y] = sum;
+    });
+    return column;
+  }
+  template <bool kAdd> static NASDET_INLINE void column_back(const FrequencyFold& fold, const Factors& factors, const Column& column, float* terms) {
+    for_rows(fold, [&](auto parity, auto y, int begin, int end) {
+      for (int i = begin; i < end; ++i) {
+        const Lane value = factors.of[i] * column.part[parity][y];
+        store(terms + i * kFloats, kAdd ? load(terms + i * kFloats) + value : value);
+      }
+    });
+  }
+
+  // The places of a grid [kGrid][kGrid][lane] to their terms.
+  static NASDET_INLINE void fold_grid(const FrequencyFold& fold, const float* grid, float* terms) {
+    for (int64_t i = 0; i < fold.place_count; ++i) {
+      const FrequencyPlace& p = fold.places[i];
+      const float *const below = grid + ((R + p.y) * kGrid + R) * kFloats, *const above = grid + ((R - p.y) * kGrid + R) * kFloats;
+      const int64_t x = p.x * kFloats;
+      const Lane right = load(below + x), right_above = p.y ? load(above + x) : Lane{};
+      const Lane left = p.x ? load(below - x) : Lane{}, left_above = p.x && p.y ? load(above - x) : Lane{};
+      const Lane even_right = right + right_above, even_left = left + left_above, odd_right = right - right_above, odd_left = left - left_above;
+      const Lane parts[4] = {even_right + even_left, even_right - even_left, odd_right + odd_left, odd_right - odd_left};
+      unroll<4>([&](auto parity) {
+        if (p.term[parity] >= 0) store(terms + p.term[parity] * kFloats, parts[parity]);
+      });
+    }
+  }
+  static NASDET_INLINE void unfold_grid(const FrequencyFold& fold, const float* terms, float* grid) {
+    for (int64_t i = 0; i < fold.place_count; ++i) {
+      const FrequencyPlace& p = fold.places[i];
+      float *const below = grid + ((R + p.y) * kGrid + R) * kFloats, *const above = grid + ((R - p.y) * kGrid + R) * kFloats;
+      const int64_t x = p.x * kFloats;
+      Lane parts[4];
+      unroll<4>([&](auto parity) { parts[parity] = p.term[parity] >= 0 ? load(terms + p.term[parity] * kFloats) : Lane{}; });
+      const Lane even_right = parts[0] + parts[1], even_left = parts[0] - parts[1], odd_right = parts[2] + parts[3], odd_left = parts[2] - parts[3];
+      store(below + x, even_right + odd_right);
+      if (p.x) store(below - x, even_left + odd_left);
+      if (p.y) store(above + x, even_right - odd_right);
+      if (p.x && p.y) store(above - x, even_left - odd_left);
+    }
+  }
 
   // sum += term cos(tau K / T), or with the sine.
   template <bool kSine, int K> static NASDET_INLINE void add(Lane& sum, Lane term) {
@@ -65,32 +142,15 @@ template <int T, int R> struct TapTransform {
     });
   }
 
-  // Row y and row -y of a grid [kGrid][kGrid][lane].
-  static NASDET_APART void fold_rows(const float* grid, int y, Column* half) {
-    const float *const below = grid + ((R + y) * kGrid + R) * kFloats, *const above = grid + ((R - y) * kGrid + R) * kFloats;
-    Lane even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1];
-    const Lane both = splat<float>(y == 0 ? 0 : 1);  // row 0 counts once
-    even_even[0] = load(below) + both * load(above), odd_even[0] = load(below) - load(above);
-    unroll<R>([&](auto i) {
-      constexpr int x = i + 1;
-      const Lane right = load(below + x * kFloats), left = load(below - x * kFloats), right_above = both * load(above + x * kFloats), left_above = both * load(above - x * kFloats);
-      const Lane even_right = right + right_above, even_left = left + left_above, odd_right = right - right_above, odd_left = left - left_above;
-      even_even[x] = even_right + even_left, even_odd[x] = even_right - even_left, odd_even[x] = odd_right + odd_left, odd_odd[x] = odd_right - odd_left;
-    });
-    unroll<kQuarter + 1>([&](auto k) {
-      Column &at = half[k], &mirrored = half[kLast - k];
-      cosines<decltype(k){}>(even_even, at.even_even[y], mirrored.even_even[y]), cosines<decltype(k){}>(odd_even, at.odd_even[y], mirrored.odd_even[y]);
-      sines<decltype(k){}>(even_odd, at.even_odd[y], mirrored.even_odd[y]), sines<decltype(k){}>(odd_odd, at.odd_odd[y], mirrored.odd_odd[y]);
-    });
-  }
-
-  // The frequency re - i minus_im as the second factor of a map's gradient, or its conjugate as that of a map.
+  // The frequency re - i minus_im as a factor of a map's gradient, or its conjugate as that of a map: what the map's re + im,
+  // re and im are multiplied with. The first and the second product make the imaginary part, the first and the third the real.
   template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) {
-    store(p, kGradient ? re + minus_im : re), store(p + plane, kGradient ? re : minus_im - re), store(p + 2 * plane, kGradient ? minus_im : re + minus_im);
+    const Lane sum = -re - minus_im, difference = minus_im - re;
+    store(p, re), store(p + plane, kGradient ? sum : difference), store(p + 2 * plane, kGradient ? difference : sum);
   }
 
   // The planes of a step: one complex column, or the two real ones.
-  template <bool kGradient> static NASDET_APART void complex_column(const Column& column, float* p, int64_t plane) {
+  template <bool kGradient> static NASDET_INLINE void complex_planes(const Column& column, float* p, int64_t plane) {
     const auto bins = [&](auto k, Lane a, Lane b, Lane d, Lane e) {  // frequencies k and T - k
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) {
@@ -102,83 +162,52 @@ template <int T, int R> struct TapTransform {
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], b[2], d[2], e[2];
-      cosines<decltype(k){}>(column.even_even, a[0], a[1]), cosines<decltype(k){}>(column.even_odd, b[0], b[1]);
-      sines<decltype(k){}>(column.odd_even, d[0], d[1]), sines<decltype(k){}>(column.odd_odd, e[0], e[1]);
+      cosines<decltype(k){}>(column.part[0], a[0], a[1]), cosines<decltype(k){}>(column.part[1], b[0], b[1]);
+      sines<decltype(k){}>(column.part[2], d[0], d[1]), sines<decltype(k){}>(column.part[3], e[0], e[1]);
       bins(k, a[0], b[0], d[0], e[0]);
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
   }
-  template <bool kGradient> static NASDET_APART void real_columns(const Column* half, float* planes, int64_t plane) {
-    for (int last = 0; last < 2; ++last) {
-      const Column& column = half[last * kLast];
-      float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
-      const auto bin = [&](auto k, Lane a, Lane d) {
-        constexpr int at = decltype(k){};
-        if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
-        else put<kGradient>(p + 3 * at * plane, plane, a, d);
-      };
-      unroll<kQuarter + 1>([&](auto k) {
-        Lane a[2], d[2];
-        cosines<decltype(k){}>(column.even_even, a[0], a[1]), sines<decltype(k){}>(column.odd_even, d[0], d[1]);
-        bin(k, a[0], d[0]);
-        if constexpr (decltype(k){} < kQuarter) bin(Constant<kLast - decltype(k){}>{}, a[1], d[1]);
-      });
-    }
+  template <bool kGradient> static NASDET_INLINE void real_planes(const Column& column, int last, float* planes, int64_t plane) {
+    float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
+    const auto bin = [&](auto k, Lane a, Lane d) {
+      constexpr int at = decltype(k){};
+      if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
+      else put<kGradient>(p + 3 * at * plane, plane, a, d);
+    };
+    unroll<kQuarter + 1>([&](auto k) {
+      Lane a[2], d[2];
+      cosines<decltype(k){}>(column.part[0], a[0], a[1]), sines<decltype(k){}>(column.part[2], d[0], d[1]);
+      bin(k, a[0], d[0]);
+      if constexpr (decltype(k){} < kQuarter) bin(Constant<kLast - decltype(k){}>{}, a[1], d[1]);
+    });
   }
-
-  static NASDET_INLINE void keep(Lane (&to)[R + 1], const Lane (&from)[R + 1], bool add) {
-    unroll<R + 1>([&](auto y) { to[y] = add ? to[y] + from[y] : from[y]; });
-  }
-  static NASDET_INLINE void take(const float* p, int64_t plane, Lane& re, Lane& im) { Tile<T>::template take<FrequencyResult::kWeightGradient>(p, plane, re, im); }
 
   // Of products with a conjugated factor; T * T / 2 times the taps.
-  static NASDET_APART void complex_column_back(const float* p, int64_t plane, Column& column, bool add) {
-    Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1], y[R + 1];
+  static NASDET_INLINE Column complex_planes_back(const float* p, int64_t plane) {
+    Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1];
     unroll<kLast + 1>([&](auto k) {
-      take(p + 3 * k * plane, plane, a[k], b[k]);
-      b[k] = -b[k];
+      a[k] = load(p + 2 * k * plane), b[k] = -load(p + (2 * k + 1) * plane);
       if constexpr (decltype(k){} % kLast != 0) {
-        Lane re, im;
-        take(p + 3 * (T - k) * plane, plane, re, im);
+        const Lane re = load(p + 2 * (T - k) * plane), im = load(p + (2 * (T - k) + 1) * plane);
         e[k] = re - a[k], d[k] = im + b[k], a[k] += re, b[k] -= im;
       }
     });
-    cosines_back(a, y), keep(column.even_even, y, add);
-    cosines_back(b, y), keep(column.even_odd, y, add);
-    sines_back(d, y), keep(column.odd_even, y, add);
-    sines_back(e, y), keep(column.odd_odd, y, add);
+    Column column;
+    cosines_back(a, column.part[0]), cosines_back(b, column.part[1]), sines_back(d, column.part[2]), sines_back(e, column.part[3]);
+    return column;
   }
-  static NASDET_APART void real_columns_back(const float* planes, int64_t plane, Column* half, bool add) {
-    for (int last = 0; last < 2; ++last) {
-      const float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
-      Lane a[kLast + 1], d[kLast + 1], y[R + 1];
-      a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
-      unroll<kLast - 1>([&](auto i) {
-        constexpr int k = i + 1;
-        take(p + 3 * k * plane, plane, a[k], d[k]);
-        d[k] = -d[k];
-      });
-      cosines_back(a, y), keep(half[last * kLast].even_even, y, add);
-      sines_back(d, y), keep(half[last * kLast].odd_even, y, add);
-    }
-  }
-
-  // Back to row y and row -y of a grid.
-  static NASDET_APART void unfold_rows(const Column* half, int y, float* grid) {
-    const auto row_of = [&](const Lane (Column::*part)[R + 1], Lane (&to)[kLast + 1]) { unroll<kLast + 1>([&](auto k) { to[k] = (half[k].*part)[y]; }); };
-    Lane at[kLast + 1], even_even[R + 1], even_odd[R + 1], odd_even[R + 1], odd_odd[R + 1];
-    row_of(&Column::even_even, at), cosines_back(at, even_even);
-    row_of(&Column::even_odd, at), sines_back(at, even_odd);
-    row_of(&Column::odd_even, at), cosines_back(at, odd_even);
-    row_of(&Column::odd_odd, at), sines_back(at, odd_odd);
-    float *const below = grid + ((R + y) * kGrid + R) * kFloats, *const above = grid + ((R - y) * kGrid + R) * kFloats;
-    unroll<R + 1>([&](auto i) {
-      constexpr int x = i;
-      store(above + x * kFloats, even_even[x] + even_odd[x] - odd_even[x] - odd_odd[x]);
-      if constexpr (x > 0) store(above - x * kFloats, even_even[x] - even_odd[x] - odd_even[x] + odd_odd[x]);
-      store(below + x * kFloats, even_even[x] + even_odd[x] + odd_even[x] + odd_odd[x]);
-      if constexpr (x > 0) store(below - x * kFloats, even_even[x] - even_odd[x] + odd_even[x] - odd_odd[x]);
+  static NASDET_INLINE Column real_planes_back(const float* planes, int last, int64_t plane) {
+    const float *const p = planes + 2 * (last * (kLast - 1) - 1) * plane, *const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
+    Lane a[kLast + 1], d[kLast + 1];
+    a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
+    unroll<kLast - 1>([&](auto i) {
+      constexpr int k = i + 1;
+      a[k] = load(p + 2 * k * plane), d[k] = -load(p + (2 * k + 1) * plane);
     });
+    Column column{};
+    cosines_back(a, column.part[0]), sines_back(d, column.part[2]);
+    return column;
   }
 };
 

@@ -168,19 +168,19 @@ template <int kGrid> struct Block {
   }
 };
 
-// Where the half of a row of the depth and a vector of the width lies.
-template <class Taps> struct Halves {
-  int64_t depth, vectors;
-  typename Taps::Column* first;
+// Where the terms of a row of the depth and a vector of the width lie.
+struct Folded {
+  int64_t depth, vectors, terms;
+  float* first;
 
-  explicit Halves(const FrequencyWeights& w) : depth(w.transposed ? w.outs : w.ins), vectors(((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats), first(reinterpret_cast<typename Taps::Column*>(w.halves)) {}
-  typename Taps::Column* at(int64_t row, int64_t vector) const { return first + (row * vectors + vector) * (Taps::kLast + 1); }
+  explicit Folded(const FrequencyWeights& w) : depth(w.transposed ? w.outs : w.ins), vectors(((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats), terms(w.fold.terms * kFloats), first(w.folded) {}
+  float* at(int64_t row, int64_t vector) const { return first + (row * vectors + vector) * terms; }
 };
 
 template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begin, int64_t end) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
-  const Halves<Taps> halves(w);
+  const Folded folded(w);
   const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
   float *const grids = w.grids, *const turned = w.grids + kFloats * Block<kGrid>::kRow;
   for (int64_t i = 0; i < 2 * kFloats * Block<kGrid>::kRow; i += kFloats) store(grids + i, Lane{});
@@ -189,8 +189,8 @@ template <int T, int kGrid> void weights(const FrequencyWeights& w, int64_t begi
     block.gather(grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
     if (w.transposed) block.turn(grids, turned);
     const int64_t first = w.transposed ? out : in, vector = (w.transposed ? in : out) / kFloats;
-    for (int64_t r = 0; r < kFloats && first + r < halves.depth; ++r)
-      for (int y = 0; y <= kGrid / 2; ++y) Taps::fold_rows((w.transposed ? turned : grids) + r * Block<kGrid>::kRow, y, halves.at(first + r, vector));
+    for (int64_t r = 0; r < kFloats && first + r < folded.depth; ++r)
+      Taps::fold_grid(w.fold, (w.transposed ? turned : grids) + r * Block<kGrid>::kRow, folded.at(first + r, vector));
   }
 }
 
@@ -206,12 +206,18 @@ template <class F> NASDET_INLINE void for_vectors(const FrequencyStep& s, int64_
 
 template <int T, int kGrid, bool kGradient> void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
-  const Halves<Taps> halves(w);
-  for_vectors(s, halves.vectors, [&](int64_t row, int64_t vector, float* planes) {
-    const typename Taps::Column* const half = halves.at(row, vector);
-    if (s.step < T / 2 - 1) Taps::template complex_column<kGradient>(half[s.step + 1], planes, s.plane);
-    else Taps::template real_columns<kGradient>(half, planes, s.plane);
-  });
+  const Folded folded(w);
+  if (s.step < T / 2 - 1) {
+    const typename Taps::Factors factors(w.fold, s.step + 1);
+    for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
+      Taps::template complex_planes<kGradient>(Taps::column_of(w.fold, factors, folded.at(row, vector)), planes, s.plane);
+    });
+  } else {
+    const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
+    for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
+      for (int last = 0; last < 2; ++last) Taps::template real_planes<kGradient>(Taps::column_of(w.fold, factors[last], folded.at(row, vector)), last, planes, s.plane);
+    });
+  }
 }
 template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   if (w.transposed) step_planes<T, kGrid, true>(w, s);
@@ -219,26 +225,36 @@ template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const 
 }
 
 // Of planes in which a row's vectors lie side by side.
-template <int T, int kGrid> void weight_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
+template <int T, int kGrid, bool kAdd> void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
-  const Halves<Taps> halves(w);
-  for (int64_t i = 0; i < s.depth * halves.vectors; ++i) {
-    typename Taps::Column* const half = halves.at(s.first, 0) + i * (Taps::kLast + 1);
-    if (s.step < T / 2 - 1) Taps::complex_column_back(s.planes + i * kFloats, s.plane, half[s.step + 1], s.add);
-    else Taps::real_columns_back(s.planes + i * kFloats, s.plane, half, s.add);
+  const Folded folded(w);
+  float* const terms = folded.at(s.first, 0);
+  if (s.step < T / 2 - 1) {
+    const typename Taps::Factors factors(w.fold, s.step + 1);
+    for (int64_t i = 0; i < s.depth * folded.vectors; ++i)
+      Taps::template column_back<kAdd>(w.fold, factors, Taps::complex_planes_back(s.planes + i * kFloats, s.plane), terms + i * folded.terms);
+  } else {
+    const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
+    for (int64_t i = 0; i < s.depth * folded.vectors; ++i) {
+      Taps::template column_back<kAdd>(w.fold, factors[0], Taps::real_planes_back(s.planes + i * kFloats, 0, s.plane), terms + i * folded.terms);
+      Taps::template column_back<true>(w.fold, factors[1], Taps::real_planes_back(s.planes + i * kFloats, 1, s.plane), terms + i * folded.terms);
+    }
   }
+}
+template <int T, int kGrid> void weight_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
+  if (s.add) step_planes_back<T, kGrid, true>(w, s);
+  else step_planes_back<T, kGrid, false>(w, s);
 }
 
 template <int T, int kGrid> void weight_gradients(const FrequencyWeights& w, int64_t begin, int64_t end) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Block<kGrid> block(w, T);
-  const Halves<Taps> halves(w);
+  const Folded folded(w);
   const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     if (in + kFloats > w.ins) block.clear(w.grids);
-    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r)
-      for (int y = 0; y <= w.radius_h; ++y) Taps::unfold_rows(halves.at(in + r, out / kFloats), y, w.grids + r * Block<kGrid>::kRow);
+    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r) Taps::unfold_grid(w.fold, folded.at(in + r, out / kFloats), w.grids + r * Block<kGrid>::kRow);
     block.scatter(w.grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
   }
   streaming_fence();

@@ -21,9 +21,6 @@ NASDET_INLINE void store_plane(float* p, Lane v, bool streaming) {
   else store(p, v);
 }
 
-// What three real products stand for: x conj(w), conj(w) conj(y) of which the conjugate is wanted, or x conj(y).
-enum class FrequencyResult { kMap, kMapGradient, kWeightGradient };
-
 template <int T> struct Tile {
   static constexpr int kLast = T / 2;
   static constexpr int64_t kBins = frequency_bins(T);
@@ -46,78 +43,53 @@ template <int T> struct Tile {
     keep_row(real_fft<T>(x), half, row);
   }
 
-  // How a complex frequency is stored: as factors of a map's spectrum, or of the output's gradient.
-  struct Factor {
-    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming) {
-      store_plane(p, re + im, streaming), store_plane(p + plane, re, streaming), store_plane(p + 2 * plane, im, streaming);
-    }
-  };
-  struct ConjugateFactor {
-    static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane im, bool streaming) {
-      store_plane(p, re, streaming), store_plane(p + plane, re + im, streaming), store_plane(p + 2 * plane, re - im, streaming);
-    }
-  };
-  template <class Form> static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
+  static NASDET_APART void complex_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
     Complexes<T> x;
     unroll<T>([&](auto j) { x.re[j] = half.re[column][j], x.im[j] = half.im[column][j]; });
     const Complexes<T> y = fft<T, -1>(x);
-    float* p = planes + 3 * bin(column) * plane;
-    unroll<T>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k], y.im[k], streaming); });
+    float* const p = planes + 2 * bin(column) * plane;
+    unroll<T>([&](auto k) { store_plane(p + 2 * k * plane, y.re[k], streaming), store_plane(p + (2 * k + 1) * plane, y.im[k], streaming); });
   }
-  template <class Form> static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
+  static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
     Reals<T> x;
     unroll<T>([&](auto j) { x.at[j] = half.re[column][j]; });
     const auto y = real_fft<T>(x);
-    float* const p = planes + 3 * bin(column) * plane;
-    float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
-    unroll<kLast - 1>([&](auto k) { Form::put(p + 3 * k * plane, plane, y.re[k + 1], y.im[k + 1], streaming); });
+    float *const p = planes + 2 * bin(column) * plane, *const real = planes + (2 * kBins + (column ? 2 : 0)) * plane;
+    unroll<kLast - 1>([&](auto k) { store_plane(p + 2 * k * plane, y.re[k + 1], streaming), store_plane(p + (2 * k + 1) * plane, y.im[k + 1], streaming); });
     store_plane(real, y.re[0], streaming), store_plane(real + plane, y.re[kLast], streaming);
   }
-  template <class Form> static void columns(const Half& half, float* planes, int64_t plane, bool streaming) {
-    real_column<Form>(half, 0, planes, plane, streaming);
-    real_column<Form>(half, kLast, planes, plane, streaming);
-    for (int column = 1; column < kLast; ++column) complex_column<Form>(half, column, planes, plane, streaming);
+  static void columns(const Half& half, float* planes, int64_t plane, bool streaming) {
+    real_column(half, 0, planes, plane, streaming);
+    real_column(half, kLast, planes, plane, streaming);
+    for (int column = 1; column < kLast; ++column) complex_column(half, column, planes, plane, streaming);
   }
 
-  // A complex frequency from the three real products.
-  template <FrequencyResult kResult> static NASDET_INLINE void take(const float* p, int64_t plane, Lane& re, Lane& im) {
-    const Lane first = load(p), second = load(p + plane);
-    re = first - load(p + 2 * plane);
-    im = kResult == FrequencyResult::kMap ? first + second : kResult == FrequencyResult::kMapGradient ? second - first : first - second;
-  }
-
-  // The call that comes next reads the planes `kAhead` elements further.
+  // The call that comes next but one reads the planes `kAhead` elements further.
   static constexpr int kAhead = 2 * kFloats;
-  static NASDET_INLINE void fetch_ahead(const float* p, int64_t plane) {
-    __builtin_prefetch(p + kAhead), __builtin_prefetch(p + plane + kAhead), __builtin_prefetch(p + 2 * plane + kAhead);
+  static NASDET_INLINE Lane load_and_fetch(const float* p) {
+    __builtin_prefetch(p + kAhead);
+    return load(p);
   }
 
-  template <FrequencyResult kResult> static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Half& half, int column) {
+  static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<T> x;
-    const float* const p = planes + 3 * bin(column) * plane;
-    unroll<T>([&](auto k) {
-      take<kResult>(p + 3 * k * plane, plane, x.re[k], x.im[k]);
-      fetch_ahead(p + 3 * k * plane, plane);
-    });
+    const float* const p = planes + 2 * bin(column) * plane;
+    unroll<T>([&](auto k) { x.re[k] = load_and_fetch(p + 2 * k * plane), x.im[k] = load_and_fetch(p + (2 * k + 1) * plane); });
     const Complexes<T> y = fft<T, 1>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
   }
-  template <FrequencyResult kResult> static NASDET_APART void real_column_back(const float* planes, int64_t plane, Half& half, int column) {
+  static NASDET_APART void real_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<kLast + 1> x;
-    const float* const p = planes + 3 * bin(column) * plane;
-    const float* const real = planes + (3 * kBins + (column ? 2 : 0)) * plane;
-    x.re[0] = load(real), x.re[kLast] = load(real + plane);
-    unroll<kLast - 1>([&](auto k) {
-      take<kResult>(p + 3 * k * plane, plane, x.re[k + 1], x.im[k + 1]);
-      fetch_ahead(p + 3 * k * plane, plane);
-    });
+    const float *const p = planes + 2 * bin(column) * plane, *const real = planes + (2 * kBins + (column ? 2 : 0)) * plane;
+    x.re[0] = load_and_fetch(real), x.re[kLast] = load_and_fetch(real + plane);
+    unroll<kLast - 1>([&](auto k) { x.re[k + 1] = load_and_fetch(p + 2 * k * plane), x.im[k + 1] = load_and_fetch(p + (2 * k + 1) * plane); });
     const auto y = real_ifft<T>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.at[j]; });
   }
-  template <FrequencyResult kResult> static void columns_back(const float* planes, int64_t plane, Half& half) {
-    real_column_back<kResult>(planes, plane, half, 0);
-    real_column_back<kResult>(planes, plane, half, kLast);
-    for (int column = 1; column < kLast; ++column) complex_column_back<kResult>(planes, plane, half, column);
+  static void columns_back(const float* planes, int64_t plane, Half& half) {
+    real_column_back(planes, plane, half, 0);
+    real_column_back(planes, plane, half, kLast);
+    for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, half, column);
   }
 
   template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
@@ -153,7 +125,13 @@ NASDET_INLINE Placed placed(const FrequencyTiles& t, int64_t index) {
 
 NASDET_INLINE int64_t lanes_used(int64_t channels, int64_t first) { return channels - first < kFloats ? channels - first : kFloats; }
 
-template <int T, class Form> void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
+// Where the planes of a tile's vector of channels begin, in a spectrum of T * T planes.
+template <int T> NASDET_INLINE float* planes_of(const FrequencyPlanes& planes, int64_t tile, int64_t channel) {
+  const int64_t block = channel / planes.block;
+  return planes.data + block * T * T * planes.plane + tile * planes.block + channel - block * planes.block;
+}
+
+template <int T> void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
   using Two = Tile<T>;
   const int64_t vectors = out.channels / kFloats;
   typename Two::Half half;
@@ -169,26 +147,26 @@ template <int T, class Form> void spectra(const FrequencyTiles& t, const Frequen
       else if (inside) Two::template map_row<true>(p, t.channels, 0, T, kFloats, half, row);
       else Two::template map_row<false>(p, t.channels, at.column_first, at.column_last, count, half, row);
     }
-    Two::template columns<Form>(half, out.data + tile * out.channels + channel, out.plane, out.streaming);
+    Two::columns(half, planes_of<T>(out, tile, channel), out.plane, out.streaming);
   }
   streaming_fence();
 }
 
 // One tile's vector of channels back into its map, or added to it where that is a gradient.
-template <int T, FrequencyResult kResult> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
+template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
   using Two = Tile<T>;
   const Placed at = placed(t, t.first_tile + tile);
   const int64_t count = lanes_used(t.channels, in.first_channel + channel);
   typename Two::Half half;
-  Two::template columns_back<kResult>(in.data + tile * in.channels + channel, in.plane, half);
+  Two::columns_back(planes_of<T>(in, tile, channel), in.plane, half);
   float* const corner = map + at.offset + in.first_channel + channel;
   for (int row = at.row_first; row < at.row_last; ++row)
-    Two::template map_row_back<kResult == FrequencyResult::kMapGradient>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
+    Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
 }
 
 template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
   const int64_t vectors = in.channels / kFloats;
-  for (int64_t i = begin; i < end; ++i) map_back<T, FrequencyResult::kMap>(t, in, map, i / vectors, i % vectors * kFloats);
+  for (int64_t i = begin; i < end; ++i) map_back<T, false>(t, in, map, i / vectors, i % vectors * kFloats);
 }
 
 // No two rows of tiles that are `phases` rows apart overlap. A range counts rows of tiles of this phase x vectors of
@@ -199,7 +177,7 @@ template <int T> void add_maps(const FrequencyTiles& t, const FrequencyPlanes& i
     const int64_t row = phase + i / vectors * phases, first = i % vectors;
     next = end - i < vectors - first ? end : i + vectors - first;
     for (int64_t column = 0; column < t.columns; ++column)
-      for (int64_t v = first; v < first + next - i; ++v) map_back<T, FrequencyResult::kMapGradient>(t, in, map, row * t.columns + column, v * kFloats);
+      for (int64_t v = first; v < first + next - i; ++v) map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
   }
 }
 

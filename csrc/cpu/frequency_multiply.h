@@ -19,44 +19,61 @@ NASDET_INLINE Lane broadcast(const float* p) {
 
 constexpr int most_rows(int vectors) { return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12; }
 
-// A product of some rows and one panel: row r of `a` is at a + r * a_row, its terms a_step apart; those of `b` b_step. The
-// result goes to `c`, and to `also` where that is not null.
-struct PanelProduct {
+// A sum of products: row r of `a` is at a + r * row, its terms `step` apart.
+struct Operands {
   const float* a;
-  int64_t a_row, a_step;
+  int64_t row, step;
   const float* b;
+};
+
+// Of one panel: a real product, or a complex one, of which the first operands serve both parts, the second the imaginary one
+// and the third the real one. Terms of `b` are b_step apart.
+struct PanelProduct {
+  Operands of[3];
   int64_t b_step;
-  float *c, *also;
-  int64_t c_row, depth;
+  float *re, *im;  // im null: real
+  int64_t row, depth;
   bool add;
 };
 
-template <int kRows, int kVectors> NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
-  Lane sums[kRows][kVectors];
-  unroll<kRows>([&](auto r) { unroll<kVectors>([&](auto v) { sums[r][v] = Lane{}; }); });
-  const int64_t a_row = p.a_row, a_step = p.a_step, b_step = p.b_step;
+template <int kRows, int kVectors> struct RegisterTile { Lane sums[kRows][kVectors]; };
+
+template <int kRows, int kVectors> NASDET_INLINE void add_products(RegisterTile<kRows, kVectors>& tile, const Operands& p, int64_t first, int64_t b_step, int64_t depth, const char*& ahead, int lines) {
+  const int64_t a_row = p.row, a_step = p.step;
   const float *a = p.a + first * a_row, *b = p.b;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < p.depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     Lane row[kVectors];
     unroll<kVectors>([&](auto v) { row[v] = load(b + v * kFloats); });
     unroll<kRows>([&](auto r) {
       const Lane factor = broadcast(a + r * a_row);
-      unroll<kVectors>([&](auto v) { sums[r][v] += factor * row[v]; });
+      unroll<kVectors>([&](auto v) { tile.sums[r][v] += factor * row[v]; });
     });
     for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     a += a_step, b += b_step;
   }
-  float* const c = p.c + first * p.c_row;
-  const int64_t c_row = p.c_row, to_also = p.also ? p.also - p.c : 0;
-  const bool add = p.add;
+}
+
+template <int kRows, int kVectors> NASDET_INLINE void put(const RegisterTile<kRows, kVectors>& tile, float* c, int64_t row, bool add) {
   unroll<kRows>([&](auto r) {
     unroll<kVectors>([&](auto v) {
-      float* const to = c + r * c_row + v * kFloats;
-      if (to_also) store(to + to_also, add ? sums[r][v] + load(to + to_also) : sums[r][v]);
-      store(to, add ? sums[r][v] + load(to) : sums[r][v]);
+      float* const to = c + r * row + v * kFloats;
+      store(to, add ? tile.sums[r][v] + load(to) : tile.sums[r][v]);
     });
   });
+}
+
+template <int kRows, int kVectors> NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
+  RegisterTile<kRows, kVectors> tile{};
+  add_products(tile, p.of[0], first, p.b_step, p.depth, ahead, lines);
+  if (p.im) {
+    const RegisterTile<kRows, kVectors> both = tile;
+    add_products(tile, p.of[1], first, p.b_step, p.depth, ahead, lines);
+    put(tile, p.im + first * p.row, p.row, p.add);
+    tile = both;
+    add_products(tile, p.of[2], first, p.b_step, p.depth, ahead, lines);
+  }
+  put(tile, p.re + first * p.row, p.row, p.add);
 }
 
 template <int kVectors, int kRows = most_rows(kVectors)>
@@ -85,29 +102,28 @@ struct Ahead {
   }
 };
 
-// Three products in one: f(rows, first) for blocks of rows.
-template <int kVectors> void panel(const PanelProduct* products, int count, int64_t rows, Ahead& ahead) {
+template <int kVectors> void panel(const PanelProduct& p, int64_t rows, Ahead& ahead) {
   constexpr int kMost = most_rows(kVectors);
-  const int64_t blocks = (rows + kMost - 1) / kMost;
+  const int64_t blocks = (rows + kMost - 1) / kMost, steps = p.depth * (p.im ? 3 : 1);
   for (int64_t i = 0, row = 0; i < blocks; ++i) {
     const int64_t some = (rows - row + blocks - i - 1) / (blocks - i);
-    for (int n = 0; n < count; ++n) dispatch_rows<kVectors>(some, products[n], row, ahead.take(products[n].depth), ahead.lines);
+    dispatch_rows<kVectors>(some, p, row, ahead.take(steps), ahead.lines);
     row += some;
   }
 }
 
-inline void dispatch_panel(int64_t width, const PanelProduct* products, int count, int64_t rows, Ahead& ahead) {
+inline void dispatch_panel(int64_t width, const PanelProduct& p, int64_t rows, Ahead& ahead) {
   switch (width / kFloats) {
-    case 1: return panel<1>(products, count, rows, ahead);
-    case 2: return panel<2>(products, count, rows, ahead);
+    case 1: return panel<1>(p, rows, ahead);
+    case 2: return panel<2>(p, rows, ahead);
 #if defined(__AVX512F__)
-    case 3: return panel<3>(products, count, rows, ahead);
-    case 4: return panel<4>(products, count, rows, ahead);
+    case 3: return panel<3>(p, rows, ahead);
+    case 4: return panel<4>(p, rows, ahead);
 #endif
   }
 }
 
-// Blocks of rows x columns so wide.
+// Terms of all register tiles of a real product.
 NASDET_INLINE int64_t panel_steps(int64_t rows, int64_t columns, int64_t depth) { return (rows + 5) / 6 * ((columns + kPanel - 1) / kPanel) * depth; }
 NASDET_INLINE int64_t whole_vectors(int64_t count) { return (count + kFloats - 1) / kFloats * kFloats; }
 
@@ -132,15 +148,9 @@ inline void multiply(const FrequencyProduct& p) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
       const float* const factors = b + column * p.depth;
       float *const re = c + column, *const im = re + p.c_plane;
-      if (real) {
-        const PanelProduct one{a, p.a_row, 1, factors, width, re, nullptr, p.c_row, p.depth, p.add};
-        dispatch_panel(width, &one, 1, p.rows, ahead);
-      } else {
-        const PanelProduct three[] = {{p.packed, packed_row, 1, factors, width, re, im, p.c_row, p.depth, p.add},
-                                      {a, p.a_row, 1, factors + p.b_plane, width, im, nullptr, p.c_row, p.depth, true},
-                                      {a + p.a_plane, p.a_row, 1, factors + 2 * p.b_plane, width, re, nullptr, p.c_row, p.depth, true}};
-        dispatch_panel(width, three, 3, p.rows, ahead);
-      }
+      if (real) dispatch_panel(width, {{{a, p.a_row, 1, factors}, {}, {}}, width, re, nullptr, p.c_row, p.depth, p.add}, p.rows, ahead);
+      else
+        dispatch_panel(width, {{{p.packed, packed_row, 1, factors}, {a, p.a_row, 1, factors + p.b_plane}, {a + p.a_plane, p.a_row, 1, factors + 2 * p.b_plane}}, width, re, im, p.c_row, p.depth, p.add}, p.rows, ahead);
     }
   }
 }
@@ -178,15 +188,9 @@ inline void multiply_gradients(const FrequencyGradientProduct& p) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
       const float* const of = factors + column;
       float *const re = c + column, *const im = re + p.c_plane;
-      if (real) {
-        const PanelProduct one{a, 1, p.a_row, of, p.columns, re, nullptr, p.columns, p.tiles, false};
-        dispatch_panel(width, &one, 1, p.rows, ahead);
-      } else {
-        const PanelProduct three[] = {{sums, 1, sum_row, of, p.columns, re, im, p.columns, p.tiles, false},
-                                      {a, 1, p.a_row, of + part, p.columns, im, nullptr, p.columns, p.tiles, true},
-                                      {a + p.a_plane, 1, p.a_row, of + 2 * part, p.columns, re, nullptr, p.columns, p.tiles, true}};
-        dispatch_panel(width, three, 3, p.rows, ahead);
-      }
+      if (real) dispatch_panel(width, {{{a, 1, p.a_row, of}, {}, {}}, p.columns, re, nullptr, p.columns, p.tiles, false}, p.rows, ahead);
+      else
+        dispatch_panel(width, {{{sums, 1, sum_row, of}, {a, 1, p.a_row, of + part}, {a + p.a_plane, 1, p.a_row, of + 2 * part}}, p.columns, re, im, p.columns, p.tiles, false}, p.rows, ahead);
     }
   }
 }

@@ -75,7 +75,7 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
 // Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
 // and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
 constexpr int64_t kFrequencyOuts = 64, kFrequencyBlock = 32;
-constexpr int64_t kFoldedBytes = 640 << 10;  // of a chunk's folded weights, which are to stay in the inner cache
+constexpr int64_t kFoldedBytes = 320 << 10;  // of a chunk's folded weights, which are to stay in the inner cache
 
 // What the pieces of scratch take, in elements.
 struct FrequencySizes {

@@ -168,7 +168,7 @@ template <int T, int R> struct TapTransform {
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
   }
-  template <bool kGradient> static NASDET_INLINE void real_planes(const Column& column, int last, float* planes, int64_t plane) {
+  template <bool kGradient> static NASDET_APART void real_planes(const Column& column, int last, float* planes, int64_t plane) {
     float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
     const auto bin = [&](auto k, Lane a, Lane d) {
       constexpr int at = decltype(k){};
@@ -197,7 +197,7 @@ template <int T, int R> struct TapTransform {
     cosines_back(a, column.part[0]), cosines_back(b, column.part[1]), sines_back(d, column.part[2]), sines_back(e, column.part[3]);
     return column;
   }
-  static NASDET_INLINE Column real_planes_back(const float* planes, int last, int64_t plane) {
+  static NASDET_APART Column real_planes_back(const float* planes, int last, int64_t plane) {
     const float *const p = planes + 2 * (last * (kLast - 1) - 1) * plane, *const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
     Lane a[kLast + 1], d[kLast + 1];
     a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);

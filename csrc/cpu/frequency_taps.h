@@ -204,7 +204,7 @@ template <class F> NASDET_INLINE void for_vectors(const FrequencyStep& s, int64_
     }
 }
 
-template <int T, int kGrid, bool kGradient> void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
+template <int T, int kGrid, bool kGradient> NASDET_APART void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Folded folded(w);
   if (s.step < T / 2 - 1) {
@@ -225,7 +225,7 @@ template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const 
 }
 
 // Of planes in which a row's vectors lie side by side.
-template <int T, int kGrid, bool kAdd> void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
+template <int T, int kGrid, bool kAdd> NASDET_APART void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Folded folded(w);
   float* const terms = folded.at(s.first, 0);

@@ -7,7 +7,7 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-#define NASDET_APART __attribute__((noinline))
+#define NASDET_APART __attribute__((noinline, flatten))
 
 NASDET_INLINE Lane load_lanes(const float* p, int64_t count) { return count == kFloats ? load(p) : load_part(p, count); }
 NASDET_INLINE void store_lanes(float* p, Lane v, int64_t count) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <vector>
 
+#include "caches.h"
 #include "conv.h"
 #include "scratch.h"
 #include "tasks.h"
@@ -12,7 +13,7 @@ namespace nasdet {
 namespace {
 
 constexpr int64_t kWeightBytes = 10 << 20;    // of a piece's weights in the domain: read for each chunk of tiles
-constexpr int64_t kSmallWeights = 1 << 20;   // weights up to this stay in the second cache, if a chunk of tiles leaves room
+constexpr int64_t kTilesPerMiB = 12;         // of a core's cache: a chunk of tiles in the domain, which a panel's outputs and weights pass by
 constexpr int64_t kGradientBytes = 4 << 20;  // of the tiles in the domain between two barriers, for the gradient of the weights
 
 struct WinogradKernels {
@@ -118,6 +119,12 @@ int64_t piece_vectors(const WinogradKernels& k, int64_t depth, int64_t bytes) {
   return fit > k.most_vectors ? fit / k.most_vectors * k.most_vectors : fit;
 }
 
+// Tiles of a chunk: as many as the core's cache takes, half as many where all weights stay there too.
+int64_t chunk_tiles(int64_t weight_bytes) {
+  const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, 6);
+  return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;
+}
+
 // A product and what it points to.
 struct Piece {
   WinogradProduct product;
@@ -133,7 +140,7 @@ std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, boo
   for (const Dilated& d : work.dilations) {
     const std::vector<WinogradChannels>&deep = transposed ? d.channels : work.inputs, &wide = transposed ? work.inputs : d.channels;
     const int64_t depth = rows_of(deep, lanes), step = piece_vectors(work.kernels, depth, bytes), vectors = int64_t(wide.size()), tiles = int64_t(d.tiles.size());
-    const int64_t widest = std::min({work.kernels.most_vectors, step, vectors}), chunk = kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors) <= kSmallWeights ? 6 : 12;
+    const int64_t widest = std::min({work.kernels.most_vectors, step, vectors}), chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
     for (int64_t first = 0; first < vectors; first += step) {
       const int64_t count = std::min(step, vectors - first);
       const WinogradSide in{from, transposed ? p.out_channels : p.in_channels, deep.data(), int64_t(deep.size())};

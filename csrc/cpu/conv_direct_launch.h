@@ -261,7 +261,8 @@ inline double direct_rate(const ConvProblem& p) {
 inline double direct_seconds(const ConvProblem& p, bool backward) {
   double products = 0, folded = 0;
   const double kernel = double(p.in_channels / p.groups) * p.kernel * p.kernel;
-  for (const ConvPart& part : parts_of(p)) products += double(part.taps.size()) * double(part.last - part.first);
+  const int64_t lanes = p.groups == 1 ? NASDET_KERNEL(conv_direct_shape)(p.storage).lanes : 1;  // a slice takes whole vectors
+  for (const ConvPart& part : parts_of(p)) products += double(part.taps.size()) * double((part.last - part.first + lanes - 1) / lanes * lanes);
   for (const ConvBranch& b : p.branches) folded += kernel * double(b.last - b.first);
   products *= double(p.images * p.out_height * p.out_width) * double(p.in_channels / p.groups);
   return 2e-5 + (backward ? 2 : 1) * (folded * 1.5e-10 + products / direct_rate(p));

@@ -18,7 +18,7 @@ struct WinogradCost { double into, out_of, kernel; };
 // Seconds of one thread for the slices of one dilation that fill `vectors` vectors of channels.
 inline double winograd_dilation_seconds(const ConvProblem& p, int64_t tiles, int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
   constexpr WinogradCost kProduct[] = {{90e-9, 45e-9, 85e-9}, {125e-9, 60e-9, 110e-9}}, kGradient[] = {{130e-9, 40e-9, 135e-9}, {200e-9, 75e-9, 190e-9}};
-  constexpr double kAdding = 40e-9, kRate = 90e9, kOverhead = 5e-6;
+  constexpr double kAdding = 40e-9, kRate = 100e9, kOverhead = 5e-6;
   const bool wide = lanes == 16;
   const double t = double(tiles), in = double((p.in_channels + lanes - 1) / lanes), out = double(vectors), kernels = double(p.in_channels) * out;
   const double product = t * 72 * kernels * double(lanes) / kRate + kOverhead;

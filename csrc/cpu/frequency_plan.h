@@ -34,8 +34,11 @@ inline FrequencyCosts frequency_costs() {
 inline int64_t pieces_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
 inline int64_t padded_to(int64_t count, int64_t unit) { return pieces_of(count, unit) * unit; }
 
-// Elements from plane to plane: an odd number of cache lines, so that planes side by side use all sets of a cache.
-inline int64_t plane_stride(int64_t elements) { return (padded_to(elements, 16) / 16 | 1) * 16; }
+// Elements from plane to plane: no multiple of 8 cache lines, so that planes side by side use many sets of a cache.
+inline int64_t plane_stride(int64_t elements) {
+  const int64_t lines = pieces_of(elements, 16);
+  return (lines % 8 == 0 ? lines + 1 : lines) * 16;
+}
 
 // The tiles of a problem.
 struct FrequencyGeometry {

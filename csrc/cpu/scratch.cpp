@@ -33,12 +33,18 @@ Pool& pool() {
 
 std::atomic<int64_t> limit{64 << 20};
 
+// What a piece of at least `bytes` takes: huge pages, and small ones for an end that would leave most of a huge one idle.
+size_t piece_size(size_t bytes) {
+  const size_t whole = bytes / kHugePage * kHugePage, rest = bytes - whole;
+  return whole > 0 && rest <= kHugePage / 2 ? whole + Scratch::padded(rest) : rest > 0 ? whole + kHugePage : whole;
+}
+
 Piece allocated(size_t bytes) {
-  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* const data = std::aligned_alloc(kHugePage, size);
-  if (data == nullptr) throw std::bad_alloc();
+  const size_t size = piece_size(bytes);
+  void* data = nullptr;
+  if (posix_memalign(&data, kHugePage, size) != 0) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(data, size, MADV_HUGEPAGE);
+  madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   return {static_cast<char*>(data), size};
 }
@@ -67,7 +73,7 @@ int64_t scratch_limit() { return limit.load(std::memory_order_relaxed); }
 
 void set_scratch_limit(int64_t bytes) {
   limit.store(bytes, std::memory_order_relaxed);
-  release_idle([&](const Piece& piece) { return int64_t(piece.size) - int64_t(kHugePage) >= bytes; });  // pages that `bytes` do not need
+  release_idle([&](const Piece& piece) { return piece.size > piece_size(size_t(bytes)); });
 }
 
 int64_t release_scratch() {

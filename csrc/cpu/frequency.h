@@ -2,9 +2,8 @@
 // spectra are multiplied with those of the taps: per frequency a matrix product over the channels.
 //
 // A spectrum is a row of T * T planes: two for each complex frequency, its real and its imaginary part; the last four are
-// the frequencies that are real. A plane of a map's spectrum is a matrix [tile][channel]. In the weights' spectrum three
-// planes hold a complex frequency, ready for Gauss's product of three real ones; a plane is [in][out] in panels. All
-// channels are padded with zeros to whole vectors.
+// the frequencies that are real. A plane of a map's spectrum is a matrix [tile][channel], one of the weights' [in][out] in
+// panels. All channels are padded with zeros to whole vectors.
 #pragma once
 #include "nasdet/isa.h"
 
@@ -69,7 +68,7 @@ struct FrequencyWeights {
 };
 
 // Some columns of the spectra of `depth` rows of a chunk's weights as planes: [plane of the step][depth][width], in panels of
-// the width. Of gradients, two planes for each complex frequency, without panels.
+// the width; of gradients without panels.
 struct FrequencyStep {
   int step;
   float* planes;
@@ -99,7 +98,7 @@ struct FrequencyGradientProduct {
   int64_t a_row, b_row;         // elements from tile to tile
   int64_t rows, columns, tiles;
   int64_t complex, real;
-  float* packed;                // tiles x (rows + 3 columns) elements of scratch, each padded to whole vectors
+  float* packed;                // tiles x (rows + 2 columns) elements of scratch, each padded to whole vectors
 };
 
 // Tiles and tap grids that kernels exist for. A grid holds the taps' rows and columns.
@@ -113,8 +112,7 @@ constexpr int64_t frequency_planes(int64_t tile) { return tile * tile; }
 constexpr int64_t frequency_steps(int64_t tile) { return tile / 2; }
 constexpr int64_t frequency_step_complex(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? tile : tile - 2; }
 constexpr int64_t frequency_step_real(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? 0 : 4; }
-constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }    // of maps and gradients
-constexpr int64_t frequency_weight_planes(int64_t tile) { return 3 * tile; }  // of weights, at most
+constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }
 
 }  // namespace nasdet
 

@@ -127,7 +127,7 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, cons
       NASDET_FREQUENCY_KERNEL(frequency_weight_planes)(s.sizes.g.tile, s.sizes.g.grid, w, {step, planes, s.step_plane, row, rows, false});
       NASDET_FREQUENCY_KERNEL(frequency_multiply)
       ({from + first * m.from_plane, planes, m.to + first * m.to_plane, m.from_plane, s.step_plane, m.to_plane, m.from_block, width, m.tiles, width, rows, frequency_step_complex(tile, step),
-        frequency_step_real(tile, step), m.add || row > 0, row == 0, planes + frequency_weight_planes(tile) * s.step_plane});
+        frequency_step_real(tile, step), m.add || row > 0, row == 0, planes + frequency_step_planes(tile) * s.step_plane});
     }
   });
 }

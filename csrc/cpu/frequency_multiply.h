@@ -1,7 +1,6 @@
 // The matrix products of the frequency domain: register tiles of 6 rows x 4 vectors (6 x 2 on 16 registers), one frequency
-// after the other, while the next one's operands are fetched. A complex product is Gauss's of three real ones: with a factor
-// f as f_re, f_im - f_re and -(f_re + f_im), (a_re + a_im) f_re and a_re (f_im - f_re) make the imaginary part, the first
-// and a_im (-f_re - f_im) the real one.
+// after the other, while the next one's operands are fetched. A complex product a f is Gauss's of three real ones:
+//   re = a_re f_re - a_im f_im,  im = (a_re + a_im) (f_re + f_im) - 2 a_re f_re + re
 #pragma once
 #include "frequency_taps.h"
 
@@ -19,61 +18,67 @@ NASDET_INLINE Lane broadcast(const float* p) {
 
 constexpr int most_rows(int vectors) { return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12; }
 
-// A sum of products: row r of `a` is at a + r * row, its terms `step` apart.
-struct Operands {
-  const float* a;
+// Rows of a factor of a product: row r is at p + r * row, its terms `step` apart.
+struct Rows {
+  const float* p;
   int64_t row, step;
-  const float* b;
 };
 
-// Of one panel: a real product, or a complex one, of which the first operands serve both parts, the second the imaginary one
-// and the third the real one. Terms of `b` are b_step apart.
+// Of one panel: a complex product, or a real one of `re` alone. Terms of the other factor are b_step apart, its imaginary part
+// lies b_im elements behind the real one.
 struct PanelProduct {
-  Operands of[3];
-  int64_t b_step;
-  float *re, *im;  // im null: real
-  int64_t row, depth;
+  bool complex;
+  Rows re, im, both;  // the last re + im
+  const float* b;
+  int64_t b_step, b_im;
+  float* c;
+  int64_t c_im, c_row, depth;
   bool add;
 };
 
-template <int kRows, int kVectors> struct RegisterTile { Lane sums[kRows][kVectors]; };
+enum class Term { kAdd, kSubtract, kAddOfSum };  // the last with b_re + b_im
 
-template <int kRows, int kVectors> NASDET_INLINE void add_products(RegisterTile<kRows, kVectors>& tile, const Operands& p, int64_t first, int64_t b_step, int64_t depth, const char*& ahead, int lines) {
-  const int64_t a_row = p.row, a_step = p.step;
-  const float *a = p.a + first * a_row, *b = p.b;
+template <int kRows, int kVectors> struct RegisterTile {
+  Lane sums[kRows][kVectors];
+
+  template <Term kTerm> NASDET_INLINE void multiply(const Rows& rows, int64_t first, const float* b, int64_t b_step, int64_t b_im, int64_t depth, const char*& ahead, int lines) {
+    const int64_t a_row = rows.row, a_step = rows.step;
+    const float* a = rows.p + first * a_row;
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    Lane row[kVectors];
-    unroll<kVectors>([&](auto v) { row[v] = load(b + v * kFloats); });
-    unroll<kRows>([&](auto r) {
-      const Lane factor = broadcast(a + r * a_row);
-      unroll<kVectors>([&](auto v) { tile.sums[r][v] += factor * row[v]; });
-    });
-    for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    a += a_step, b += b_step;
+    for (int64_t k = 0; k < depth; ++k) {
+      Lane row[kVectors];
+      unroll<kVectors>([&](auto v) { row[v] = kTerm == Term::kAddOfSum ? load(b + v * kFloats) + load(b + b_im + v * kFloats) : load(b + v * kFloats); });
+      unroll<kRows>([&](auto r) {
+        const Lane factor = broadcast(a + r * a_row);
+        unroll<kVectors>([&](auto v) { sums[r][v] += kTerm == Term::kSubtract ? -(factor * row[v]) : factor * row[v]; });
+      });
+      for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      a += a_step, b += b_step;
+    }
   }
-}
 
-template <int kRows, int kVectors> NASDET_INLINE void put(const RegisterTile<kRows, kVectors>& tile, float* c, int64_t row, bool add) {
-  unroll<kRows>([&](auto r) {
-    unroll<kVectors>([&](auto v) {
-      float* const to = c + r * row + v * kFloats;
-      store(to, add ? tile.sums[r][v] + load(to) : tile.sums[r][v]);
+  NASDET_INLINE void put(float* c, int64_t row, bool add) const {
+    unroll<kRows>([&](auto r) {
+      unroll<kVectors>([&](auto v) {
+        float* const to = c + r * row + v * kFloats;
+        store(to, add ? sums[r][v] + load(to) : sums[r][v]);
+      });
     });
-  });
-}
+  }
+};
 
 template <int kRows, int kVectors> NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
   RegisterTile<kRows, kVectors> tile{};
-  add_products(tile, p.of[0], first, p.b_step, p.depth, ahead, lines);
-  if (p.im) {
-    const RegisterTile<kRows, kVectors> both = tile;
-    add_products(tile, p.of[1], first, p.b_step, p.depth, ahead, lines);
-    put(tile, p.im + first * p.row, p.row, p.add);
-    tile = both;
-    add_products(tile, p.of[2], first, p.b_step, p.depth, ahead, lines);
+  float* const c = p.c + first * p.c_row;
+  tile.template multiply<Term::kAdd>(p.re, first, p.b, p.b_step, 0, p.depth, ahead, lines);
+  if (p.complex) {
+    const RegisterTile<kRows, kVectors> re_re = tile;
+    tile.template multiply<Term::kSubtract>(p.im, first, p.b + p.b_im, p.b_step, 0, p.depth, ahead, lines);
+    tile.put(c, p.c_row, p.add);
+    unroll<kRows>([&](auto r) { unroll<kVectors>([&](auto v) { tile.sums[r][v] -= 2 * re_re.sums[r][v]; }); });
+    tile.template multiply<Term::kAddOfSum>(p.both, first, p.b, p.b_step, p.b_im, p.depth, ahead, lines);
   }
-  put(tile, p.re + first * p.row, p.row, p.add);
+  tile.put(c + p.c_im, p.c_row, p.add);
 }
 
 template <int kVectors, int kRows = most_rows(kVectors)>
@@ -104,7 +109,7 @@ struct Ahead {
 
 template <int kVectors> void panel(const PanelProduct& p, int64_t rows, Ahead& ahead) {
   constexpr int kMost = most_rows(kVectors);
-  const int64_t blocks = (rows + kMost - 1) / kMost, steps = p.depth * (p.im ? 3 : 1);
+  const int64_t blocks = (rows + kMost - 1) / kMost, steps = p.depth * (p.complex ? 3 : 1);
   for (int64_t i = 0, row = 0; i < blocks; ++i) {
     const int64_t some = (rows - row + blocks - i - 1) / (blocks - i);
     dispatch_rows<kVectors>(some, p, row, ahead.take(steps), ahead.lines);
@@ -136,37 +141,31 @@ NASDET_INLINE void pack_sum(const float* a, const float* b, int64_t from_row, in
 inline void multiply(const FrequencyProduct& p) {
   const int64_t packed_row = whole_vectors(p.depth), all = p.complex + p.real;
   for (int64_t f = 0; f < all; ++f) {
-    const bool real = f >= p.complex;
-    const int64_t plane = f + (real ? p.complex : f);  // of maps
-    const float *const a = p.a + plane * p.a_plane, *const b = p.b + (real ? 3 * p.complex + f - p.complex : 3 * f) * p.b_plane;
+    const bool complex = f < p.complex;
+    const int64_t plane = complex ? 2 * f : f + p.complex, planes = complex ? 2 : 1;
+    const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    const int next = real ? 1 : 2;
-    Ahead ahead{{{a + next * p.a_plane, p.fetch ? next * p.a_plane / 16 : 0}, {c + next * p.c_plane, p.fetch ? next * p.c_plane / 16 : 0}, {}, {a, 0}}};
-    ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (real ? 1 : 3));
-    if (!real) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
+    Ahead ahead{{{a + planes * p.a_plane, p.fetch ? planes * p.a_plane / 16 : 0}, {c + planes * p.c_plane, p.fetch ? planes * p.c_plane / 16 : 0}, {}, {a, 0}}};
+    ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (complex ? 3 : 1));
+    if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
-      const float* const factors = b + column * p.depth;
-      float *const re = c + column, *const im = re + p.c_plane;
-      if (real) dispatch_panel(width, {{{a, p.a_row, 1, factors}, {}, {}}, width, re, nullptr, p.c_row, p.depth, p.add}, p.rows, ahead);
-      else
-        dispatch_panel(width, {{{p.packed, packed_row, 1, factors}, {a, p.a_row, 1, factors + p.b_plane}, {a + p.a_plane, p.a_row, 1, factors + 2 * p.b_plane}}, width, re, im, p.c_row, p.depth, p.add}, p.rows, ahead);
+      dispatch_panel(width,
+                     {complex, {a, p.a_row, 1}, {a + p.a_plane, p.a_row, 1}, {p.packed, packed_row, 1}, b + column * p.depth, width, p.b_plane, c + column, complex ? p.c_plane : 0, p.c_row, p.depth, p.add},
+                     p.rows, ahead);
     }
   }
 }
 
 // The columns of a gradient's planes side by side: as the conjugated factor of a complex product, or a real one.
-NASDET_INLINE void pack_factors(const FrequencyGradientProduct& p, const float* planes, bool real, float* to) {
+NASDET_INLINE void pack_factors(const FrequencyGradientProduct& p, const float* planes, bool complex, float* to) {
   const int64_t part = p.tiles * p.columns;
   for (int64_t column = 0; column < p.columns; column += kFloats) {
     const float* from = planes + column / p.b_row * p.b_block + column % p.b_row;
     for (int64_t tile = 0; tile < p.tiles; ++tile, from += p.b_row) {
       float* const at = to + tile * p.columns + column;
-      const Lane re = load(from);
-      store(at, re);
-      if (real) continue;
-      const Lane im = load(from + p.b_plane);
-      store(at + part, -re - im), store(at + 2 * part, im - re);
+      store(at, load(from));
+      if (complex) store(at + part, -load(from + p.b_plane));
     }
   }
 }
@@ -175,22 +174,19 @@ inline void multiply_gradients(const FrequencyGradientProduct& p) {
   const int64_t sum_row = whole_vectors(p.rows), part = p.tiles * p.columns, all = p.complex + p.real;
   float *const sums = p.packed, *const factors = p.packed + p.tiles * sum_row;
   for (int64_t f = 0; f < all; ++f) {
-    const bool real = f >= p.complex;
-    const int64_t plane = f + (real ? p.complex : f);
+    const bool complex = f < p.complex;
+    const int64_t plane = complex ? 2 * f : f + p.complex, planes = complex ? 2 : 1, b_lines = planes * p.b_plane / 16;
     const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    const int next = real ? 1 : 2;
-    Ahead ahead{{{a + next * p.a_plane, next * p.a_plane / 16}, {b + next * p.b_plane, next * p.b_plane / 16}, {b + p.b_block + next * p.b_plane, p.columns > p.b_row ? next * p.b_plane / 16 : 0}, {a, 0}}};
-    ahead.spread(panel_steps(p.rows, p.columns, p.tiles) * (real ? 1 : 3));
-    pack_factors(p, b, real, factors);
-    if (!real) pack_sum(a, a + p.a_plane, p.a_row, p.tiles, sum_row, sums);
+    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16}, {b + planes * p.b_plane, b_lines}, {b + p.b_block + planes * p.b_plane, p.columns > p.b_row ? b_lines : 0}, {a, 0}}};
+    ahead.spread(panel_steps(p.rows, p.columns, p.tiles) * (complex ? 3 : 1));
+    pack_factors(p, b, complex, factors);
+    if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.tiles, sum_row, sums);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
-      const float* const of = factors + column;
-      float *const re = c + column, *const im = re + p.c_plane;
-      if (real) dispatch_panel(width, {{{a, 1, p.a_row, of}, {}, {}}, p.columns, re, nullptr, p.columns, p.tiles, false}, p.rows, ahead);
-      else
-        dispatch_panel(width, {{{sums, 1, sum_row, of}, {a, 1, p.a_row, of + part}, {a + p.a_plane, 1, p.a_row, of + 2 * part}}, p.columns, re, im, p.columns, p.tiles, false}, p.rows, ahead);
+      dispatch_panel(width,
+                     {complex, {a, 1, p.a_row}, {a + p.a_plane, 1, p.a_row}, {sums, 1, sum_row}, factors + column, p.columns, part, c + column, complex ? p.c_plane : 0, p.columns, p.tiles, false},
+                     p.rows, ahead);
     }
   }
 }

@@ -91,8 +91,8 @@ struct FrequencySizes {
   int64_t folded(int64_t ins, int64_t outs) const { return ins * outs * terms; }
   int64_t step_plane(int64_t outs) const { return plane_stride(kFrequencyBlock * outs); }
   // Planes of a step, and operands as they are multiplied.
-  int64_t step(int64_t outs) const { return frequency_weight_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock; }
-  int64_t gradient_step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 3 * outs); }
+  int64_t step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock; }
+  int64_t gradient_step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 2 * outs); }
 };
 
 inline int64_t block_of(int64_t channels) { return std::min(channels, kFrequencyBlock); }

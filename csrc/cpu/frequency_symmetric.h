@@ -142,22 +142,18 @@ template <int T, int R> struct TapTransform {
     });
   }
 
-  // The frequency re - i minus_im as a factor of a map's gradient, or its conjugate as that of a map: what the map's re + im,
-  // re and im are multiplied with. The first and the second product make the imaginary part, the first and the third the real.
-  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) {
-    const Lane sum = -re - minus_im, difference = minus_im - re;
-    store(p, re), store(p + plane, kGradient ? sum : difference), store(p + 2 * plane, kGradient ? difference : sum);
-  }
+  // The frequency re - i minus_im as the factor of a map's gradient, or its conjugate as that of a map.
+  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) { store(p, re), store(p + plane, kGradient ? -minus_im : minus_im); }
 
   // The planes of a step: one complex column, or the two real ones.
   template <bool kGradient> static NASDET_INLINE void complex_planes(const Column& column, float* p, int64_t plane) {
     const auto bins = [&](auto k, Lane a, Lane b, Lane d, Lane e) {  // frequencies k and T - k
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) {
-        put<kGradient>(p + 3 * at * plane, plane, a, b);
+        put<kGradient>(p + 2 * at * plane, plane, a, b);
       } else {
-        put<kGradient>(p + 3 * at * plane, plane, a - e, b + d);
-        put<kGradient>(p + 3 * (T - at) * plane, plane, a + e, b - d);
+        put<kGradient>(p + 2 * at * plane, plane, a - e, b + d);
+        put<kGradient>(p + 2 * (T - at) * plane, plane, a + e, b - d);
       }
     };
     unroll<kQuarter + 1>([&](auto k) {
@@ -169,11 +165,11 @@ template <int T, int R> struct TapTransform {
     });
   }
   template <bool kGradient> static NASDET_APART void real_planes(const Column& column, int last, float* planes, int64_t plane) {
-    float *const p = planes + 3 * (last * (kLast - 1) - 1) * plane, *const real = planes + (6 * (kLast - 1) + 2 * last) * plane;
+    float *const p = planes + 2 * (last * (kLast - 1) - 1) * plane, *const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
     const auto bin = [&](auto k, Lane a, Lane d) {
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
-      else put<kGradient>(p + 3 * at * plane, plane, a, d);
+      else put<kGradient>(p + 2 * at * plane, plane, a, d);
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], d[2];

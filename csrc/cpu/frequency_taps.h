@@ -219,6 +219,7 @@ template <int T, int kGrid, bool kGradient> NASDET_APART void step_planes(const 
     });
   }
 }
+
 template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   if (w.transposed) step_planes<T, kGrid, true>(w, s);
   else step_planes<T, kGrid, false>(w, s);

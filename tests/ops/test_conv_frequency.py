@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import nasdet
 from nasdet import _library
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 
@@ -156,6 +157,30 @@ def test_the_same_bits_on_any_number_of_threads(threads: int) -> None:
 
     for one, many in zip(run(1), run(threads), strict=True):
         assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "mebibytes"),
+    [((2, 70, 45, 38), 100, 2), ((1, 64, 120, 90), 40, 4), ((3, 130, 30, 31), 150, 1), ((1, 40, 60, 400), 33, 1)],
+)
+def test_sums_in_several_goes(shape: tuple[int, ...], out: int, mebibytes: int) -> None:
+    """With little scratch some rows of tiles are in hand at a time; still the same bits on any number of threads."""
+    values = operands(shape, out, STAGE_5)
+    upstream = torch.randn(shape[0], out, *shape[2:])
+    limit, threads, results = nasdet.scratch_limit(), torch.get_num_threads(), []
+    nasdet.scratch_limit(mebibytes << 20)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(lambda *v: mixed_dilation_conv2d(*v, STAGE_5, **FORCED), values, upstream))
+    finally:
+        nasdet.scratch_limit(limit)
+        torch.set_num_threads(threads)
+    wide = [value.double() for value in values]
+    theirs = with_gradients(lambda *v: expected(*v, STAGE_5), wide, upstream)
+    for name, one, three, right in zip(("y", "x", "weight", "mix"), *results, theirs, strict=True):
+        assert torch.equal(one, three), name
+        assert error(one, right) < BOUND, name
 
 
 def test_nothing_is_read_beyond_a_view() -> None:

@@ -15,7 +15,7 @@ namespace nasdet::NASDET_ISA {
 
 ConvShape conv_direct_shape(int storage) {
   const int64_t lanes = storage == 1 ? kLanes<double> : kLanes<float>;
-  return {kPanelVectors * lanes, lanes, kHasPairs && storage == 2};
+  return {kPanelVectors * lanes, lanes, kHasPairs && storage == 2, false};
 }
 
 int64_t conv_direct_width(int storage, ConvForm form, int64_t width) {

@@ -81,6 +81,7 @@ struct ConvFamily {
 
 // The form of groups of `fan` source and `width` target channels. `even`: whether all spans have an even number of channels.
 inline ConvForm form_of(int storage, const ConvShape& shape, int64_t fan, int64_t width, int64_t groups, bool even) {
+  if (shape.tiles) return ConvForm::tiles;
   if (fan == 1 && width == 1 && groups > 1) return ConvForm::depthwise;
   const bool narrow = storage != 1 && groups > 1 && width <= shape.lanes;
   if (shape.pairs && even && narrow) return ConvForm::narrow_pairs;
@@ -103,11 +104,12 @@ inline void add_panels(ConvFamily& family, const ConvShape& shape, int64_t first
 
 // Spans of `channels` source channels from `channel` on, for each tap: as packed_row counts rows.
 inline void add_spans(ConvFamily& family, const std::vector<Tap>& taps, int64_t channel, int64_t channels) {
-  for (int64_t s = 0; s < channels; s += kSpanChannels)
+  const int64_t span = span_channels(family.form);
+  for (int64_t s = 0; s < channels; s += span)
     for (const Tap& tap : taps) {
-      const int64_t count = std::min(kSpanChannels, channels - s);
+      const int64_t count = std::min(span, channels - s);
       family.spans.push_back({tap.first, tap.second, channel + s, count, family.rows});
-      family.rows += count;
+      family.rows += packed_channels(family.form, count);
     }
 }
 

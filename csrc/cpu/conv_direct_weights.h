@@ -50,15 +50,16 @@ NASDET_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b 
 
 // Lanes of a panel's vectors, and the width of its rows.
 template <class T> NASDET_INLINE int64_t panel_lanes(ConvForm form, int64_t width) {
+  if (form == ConvForm::tiles) return kTileRows;
   if (!is_narrow(form)) return kLanes<T>;
   return width <= 4 ? 4 : width <= 8 ? 8 : 16;
 }
 template <class T> NASDET_INLINE int64_t padded_width(ConvForm form, int64_t width) { return rounded_up(width, panel_lanes<T>(form, width)); }
 
-// Row of source channel s of `channels` under tap t: spans of up to 64 channels, in each the taps one after another.
-NASDET_INLINE int64_t packed_row(int64_t t, int64_t taps, int64_t s, int64_t channels) {
-  const int64_t first = s / kSpanChannels * kSpanChannels;
-  return taps * first + t * at_most(kSpanChannels, channels - first) + (s - first);
+// Row of source channel s of `channels` under tap t: spans of channels, in each the taps one after another.
+NASDET_INLINE int64_t packed_row(ConvForm form, int64_t t, int64_t taps, int64_t s, int64_t channels) {
+  const int64_t span = span_channels(form), first = s / span * span;
+  return taps * first + t * at_most(span, packed_channels(form, channels) - first) + (s - first);
 }
 
 template <class T> NASDET_INLINE void add_up_to(T* p, vec<T> v, int64_t count) {
@@ -82,7 +83,7 @@ template <class S> void pack_outputs(const ConvPack& job, const ConvPanel& panel
       const int64_t columns = at_most(W, row - f);
       load_transposed(weight + f, row, rows, columns, v);
       for (int64_t j = 0; j < columns; ++j) {
-        if (const int32_t place = job.place[tap]; place >= 0) add_up_to(packed + packed_row(place, job.taps, channel, job.fan) * width + lane, mix * v[j], room);
+        if (const int32_t place = job.place[tap]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, channel, job.fan) * width + lane, mix * v[j], room);
         if (++tap == job.taps_all) tap = 0, ++channel;
       }
     }
@@ -105,7 +106,7 @@ template <class S> void pack_inputs(const ConvPack& job, const ConvPanel& panel)
         const int64_t columns = at_most(W, job.taps_all - tap), room = at_most(W, width - lane);
         load_transposed(weight + lane * job.taps_all + tap, job.taps_all, at_most(W, panel.width - lane), columns, v);
         for (int64_t j = 0; j < columns; ++j)
-          if (const int32_t place = job.place[tap + j]; place >= 0) add_up_to(packed + packed_row(place, job.taps, o, job.outs) * width + lane, mix * v[j], room);
+          if (const int32_t place = job.place[tap + j]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, o, job.outs) * width + lane, mix * v[j], room);
       }
   }
 }

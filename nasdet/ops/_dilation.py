@@ -21,7 +21,7 @@ ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
-_BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
+_BFLOAT16_PRODUCTS = _library.cpu_isa() in ("avx512_bf16", "amx")  # once: a look-up per call would break torch.compile's graph
 
 
 def pair(name: str, value: Any) -> Pair:

@@ -1,0 +1,61 @@
+// The direct convolution on matrix tiles: blocks of 32 positions by a panel of up to 32 channels stay in tiles over all terms.
+#pragma once
+#include "conv_amx_copy.h"
+#include "nasdet/amx.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+// sums[position][lane] for 32 positions and 16 * kPanelTiles lanes.
+template <int kPanelTiles> NASDET_INLINE void sum_terms(AmxTiles& tiles, const char* source, const int64_t* terms, int64_t count, const char* weights, float* sums) {
+  constexpr int64_t kStride = kPanelTiles * kTileRowBytes;
+  tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+  for (int64_t t = 0; t < count; ++t, weights += kTileRows * kStride) {
+    const char* const positions = source + terms[t];
+    tiles.load<4>(positions, kTileRowBytes);
+    tiles.load<6>(weights, kStride);
+    tiles.multiply<0, 4, 6>();
+    if constexpr (kPanelTiles == 2) tiles.load<7>(weights + kTileRowBytes, kStride), tiles.multiply<1, 4, 7>();
+    tiles.load<5>(positions + kTileBytes, kTileRowBytes);
+    tiles.multiply<2, 5, 6>();
+    if constexpr (kPanelTiles == 2) tiles.multiply<3, 5, 7>();
+  }
+  float* const second = sums + kTileRows * kPanelTiles * kTileRows;
+  tiles.store<0>(sums, kStride), tiles.store<2>(second, kStride);
+  if constexpr (kPanelTiles == 2) tiles.store<1>(sums + kTileRows, kStride), tiles.store<3>(second + kTileRows, kStride);
+}
+
+// Rounds the sums of positions from `position` on into those that are pixels.
+inline void round_block(const TileSums& job, int64_t image, int64_t position, const ConvPanel& panel, const float* sums, int64_t width) {
+  constexpr int W = kLanes<float>;
+  const ConvLattice& l = job.lattice;
+  int64_t row = position / job.pitch, column = position % job.pitch;
+  for (int i = 0; i < kTilePositions && row < job.rows; ++i, sums += width) {
+    if (column < l.columns) {
+      const int64_t line = (job.first_image + image) * job.target.height + l.first_row + (job.first_row + row) * l.step_h;
+      BFloat16* const to = static_cast<BFloat16*>(const_cast<void*>(job.target.data)) +
+                           (line * job.target.width + l.first_column + column * l.step_w) * job.target.channels + panel.target;
+      for (int64_t lane = 0; lane < panel.width; lane += W) {
+        if (panel.width - lane >= W) store(to + lane, load(sums + lane));
+        else store_part(to + lane, load_part(sums + lane, panel.width - lane), panel.width - lane);
+      }
+    }
+    if (++column == job.pitch) column = 0, ++row;
+  }
+}
+
+inline void tile_sums(const TileSums& job, const ConvPanel& panel, int64_t image, int64_t first_block, int64_t last_block) {
+  AmxTiles tiles;
+  alignas(64) float sums[kTilePositions * 2 * kTileRows];
+  const int64_t width = panel.width > kTileRows ? 2 * kTileRows : kTileRows;
+  const char* const weights = static_cast<const char*>(panel.weights);
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const char* const source = job.source + image * job.image_bytes + block * kTilePositions * kTileRowBytes;
+    if (width == kTileRows) sum_terms<1>(tiles, source, job.terms, job.term_count, weights, sums);
+    else sum_terms<2>(tiles, source, job.terms, job.term_count, weights, sums);
+    round_block(job, image, block * kTilePositions, panel, sums, width);
+  }
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

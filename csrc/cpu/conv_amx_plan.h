@@ -15,6 +15,15 @@ inline bool suits_tiles(const ConvProblem& p) {
   return tiles() != Tiles::none && p.storage == 2 && p.groups == 1 && std::min(p.in_channels, p.out_channels) >= 8;
 }
 
+// The share of the tiles' products that are the problem's: channels fill them up, and zeros follow each row.
+inline double tiles_filled(const ConvProblem& p) {
+  const auto filled = [](int64_t channels, int64_t tile) { return double(channels) / double((channels + tile - 1) / tile * tile); };
+  int64_t beyond = 0;
+  for (const ConvBranch& b : p.branches) beyond = std::max<int64_t>(beyond, p.kernel / 2 * int64_t(b.dilation_w));
+  const int64_t pitch = p.out_width + std::min(p.out_width, (beyond + p.stride_w - 1) / p.stride_w);
+  return filled(p.in_channels, kTileChannels) * filled(p.out_channels, kTileRows) * double(p.out_width) / double(pitch);
+}
+
 inline int64_t floored(int64_t a, int64_t b) { return (a - modulo(a, b)) / b; }
 
 // What target pixels read of the planes of a copy: rows and columns away from their own, at least and at most.

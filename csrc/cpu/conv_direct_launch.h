@@ -194,6 +194,7 @@ inline double direct_rate(const ConvProblem& p) {
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
   const double slower = p.storage == 1 ? 0.5 : 1;
+  if (suits_tiles(p)) return 800e9 * tiles_filled(p);
   if (shape.lanes * arithmetic_bytes(p.storage) < 32) return 10e9 * slower;  // no fused multiply-add
   switch (form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0)) {
     case ConvForm::depthwise: return 7e9 * slower;

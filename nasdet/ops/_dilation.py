@@ -21,7 +21,8 @@ ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
-_BFLOAT16_PRODUCTS = _library.cpu_isa() in ("avx512_bf16", "amx")  # once: a look-up per call would break torch.compile's graph
+_CPU_ISA = _library.cpu_isa()  # once: a look-up per call would break torch.compile's graph
+_BFLOAT16_PRODUCTS, _BFLOAT16_TILES = _CPU_ISA in ("avx512_bf16", "amx"), _CPU_ISA == "amx"
 
 
 def pair(name: str, value: Any) -> Pair:
@@ -122,10 +123,16 @@ def chosen_algorithm(
     return str(name)
 
 
+def has_tiles(x: Tensor) -> bool:
+    """Whether the CPU multiplies maps of this dtype in matrix tiles (AMX)."""
+    return _BFLOAT16_TILES and x.dtype == torch.bfloat16
+
+
 def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices: int = 1) -> bool:
     """Whether torch's convolutions, one for each of ``slices``, beat the C++ backend, by what was measured:
 
-    - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster;
+    - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster. With matrix tiles it is
+      for a single slice, while all slices in one call are faster here;
     - depthwise, which is bound by memory;
     - narrow groups (:func:`_narrow_groups_are_faster`), one group of float32 at a stride above 1 on large maps, and
       maps of a few pixels, in the forward. Where gradients follow they cost less here.
@@ -137,7 +144,7 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices
     if max(stride) > 1 and not forward_only:  # oneDNN's gradients of strided weights can be wrong for a few channels
         return False
     if products and groups == 1:
-        return min(out_channels, fan) >= 32
+        return min(out_channels, fan) >= 32 and (slices == 1 or not has_tiles(x))
     if single and fan == 1 and out_channels == groups:
         return groups >= 32 and max(stride) == 1
     if not forward_only or not (single or products):

@@ -197,6 +197,20 @@ def test_several_slices_of_groups_are_left_to_torch_on_large_maps_only(
     assert not _dilation.torch_is_faster(x.requires_grad_(), weight, (1, 1), 8, 1)
 
 
+def test_with_matrix_tiles_one_slice_of_bfloat16_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of_torch(monkeypatch)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_TILES", True)
+    x, weight, mix = torch.randn(1, 32, 6, 7).bfloat16(), torch.randn(1, 32, 32, 3, 3).bfloat16(), torch.rand(1, 32)
+    grouped_dilation_conv2d(x, weight[0], [1, 2], [16, 16], backend="cpp")
+    mixed_dilation_conv2d(x, weight.expand(2, -1, -1, -1, -1), mix.expand(2, -1), (1, 2), backend="cpp")
+    assert not calls
+    grouped_dilation_conv2d(x, weight[0], [2], [32], backend="cpp")
+    y = mixed_dilation_conv2d(x, weight, mix, (3,), backend="cpp")
+    assert calls == [(2, 2), (3, 3)]
+    ours = mixed_dilation_conv2d(x, weight, mix, (3,), backend="cpp", algorithm="direct")
+    torch.testing.assert_close(ours, y, rtol=2e-2, atol=2e-1)
+
+
 def test_bfloat16_groups_stay_here_where_the_cpu_has_no_products_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", False)
     x, weight = torch.randn(1, 64, 64, 64, dtype=torch.bfloat16), torch.randn(64, 8, 3, 3, dtype=torch.bfloat16)
@@ -245,7 +259,9 @@ def test_a_mixture_of_groups_in_bfloat16_is_left_to_torch(monkeypatch: pytest.Mo
     assert torch.equal(ours, y) and len(calls) == 3
 
 
-@pytest.mark.skipif(_library.cpu_isa() != "avx512_bf16", reason="elsewhere torch's bfloat16 may sum in 16 bits")
+@pytest.mark.skipif(
+    _library.cpu_isa() not in ("avx512_bf16", "amx"), reason="elsewhere torch's bfloat16 may sum in 16 bits"
+)
 def test_what_torch_mixes_is_as_accurate_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(1, 64, 48, 48).bfloat16(), torch.randn(3, 64, 8, 3, 3).bfloat16() / 8
     mix = torch.softmax(torch.randn(3, 64), 0)

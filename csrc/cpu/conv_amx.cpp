@@ -12,8 +12,8 @@ void conv_amx_pair_plane(const TileCopy& job, char* pairs, int64_t index) { pair
 
 bool conv_amx_turn_chunk(const TileChunks& job, const void* zeros, int64_t chunk) { return turn_chunk(job, zeros, chunk); }
 
-void conv_amx_sums(const TileSums& job, const ConvPanel& panel, int64_t image, int64_t first_block, int64_t last_block) {
-  tile_sums(job, panel, image, first_block, last_block);
+void conv_amx_sums(const TileSums& job, const ConvPanel& panel, const char* source, int64_t image, int64_t first_block, int64_t last_block) {
+  tile_sums(job, panel, source, image, first_block, last_block);
 }
 
 void conv_amx_grad(const TileGrad& job) { tile_grad(job); }

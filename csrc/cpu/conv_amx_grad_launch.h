@@ -10,27 +10,33 @@ constexpr int64_t kChunkPositions = 512;  // about; a chunk is whole rows whatev
 // What does not change between bands.
 struct TileGradPlan {
   TileReach reach;
-  std::vector<ConvSpan> blocks;              // of input channels
-  std::vector<ConvPanel> panels;             // of output channels, those of all parts
-  std::vector<GradUnit> units;               // one for each panel and block, panel by panel
-  std::vector<std::vector<Tap>> taps;        // of each unit's part, by part
-  std::vector<size_t> part;                  // of each panel
-  int64_t chunk_rows, steps;
+  TileBlocks blocks;                       // of input channels
+  std::vector<ConvPanel> panels;           // of output channels, those of all parts
+  std::vector<GradUnit> units;             // a panel and a block each
+  std::vector<int64_t> panel, block;       // of each unit
+  std::vector<std::vector<Tap>> taps;      // of each part
+  std::vector<size_t> part;                // of each panel
+  int64_t ranges, chunk_rows, steps;
 };
 
 inline TileGradPlan grad_plan(const ConvProblem& p, const std::vector<ConvPart>& parts) {
-  TileGradPlan plan{{p.stride_h, p.stride_w}, {}, {}, {}, {}, {}, 0, 0};
-  for (int64_t c = 0; c < p.in_channels; c += kTileChannels) plan.blocks.push_back({0, 0, c, std::min(kTileChannels, p.in_channels - c), 0});
+  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
+  TileGradPlan plan{{p.stride_h, p.stride_w}, {}, {}, {}, {}, {}, {}, {}, (fan + kTileChannels - 1) / kTileChannels, 0, 0};
   for (size_t i = 0; i < parts.size(); ++i) {
     plan.taps.push_back(parts[i].taps);
     for (const Tap& tap : parts[i].taps) plan.reach.add(tap.first, tap.second);
     ConvFamily family{ConvForm::tiles, {}, {}, {}, {}};
-    add_panels(family, kTilesShape, parts[i].first, parts[i].last, p.out_channels, p.in_channels);
+    family.shared = shared_groups(family.form, p.groups, fan, width);
+    add_panels(family, kTilesShape, parts[i].first, parts[i].last, width, fan);
     for (const ConvPanel& panel : family.panels) {
-      const int64_t width = NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width);
-      const int64_t bytes = int64_t(Scratch::padded(parts[i].taps.size() * size_t(width * kTileChannels) * sizeof(float)));
-      for (const ConvSpan& block : plan.blocks)
-        plan.units.push_back({&parts[i], nullptr, family.form, {panel}, block.channel, block.channel + block.count, block.channel / kTileChannels, bytes});
+      const int64_t lanes = NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width);
+      const int64_t bytes = int64_t(Scratch::padded(parts[i].taps.size() * size_t(lanes * kTileChannels) * sizeof(float)));
+      for (int64_t range = 0; range < plan.ranges; ++range) {
+        const int64_t first = range * kTileChannels, last = std::min(fan, first + kTileChannels), channel = panel.source + first;
+        plan.blocks.add(channel, std::min(family.shared * (last - first), p.in_channels - channel));
+        plan.units.push_back({&parts[i], nullptr, family.form, {panel}, first, last, range, bytes, family.shared});
+        plan.panel.push_back(int64_t(plan.panels.size())), plan.block.push_back(plan.blocks.find(channel));
+      }
       plan.panels.push_back(panel), plan.part.push_back(i);
     }
   }
@@ -68,10 +74,11 @@ inline void grad_band(const TileGradPlan& plan, size_t first, size_t last, const
   }
   const int64_t units = int64_t(last - first), shares = threads() == 1 ? 1 : (8 * threads() + units - 1) / units;
   for_tasks(units * shares, threads(), [&](int64_t, int64_t i) {
-    const size_t unit = first + size_t(i / shares), panel = unit / plan.blocks.size();
-    const std::vector<int64_t>& taps = distances[plan.part[panel]];
+    const size_t unit = first + size_t(i / shares);
+    const int64_t panel = plan.panel[unit];
+    const std::vector<int64_t>& taps = distances[plan.part[size_t(panel)]];
     const int64_t count = int64_t(taps.size()), share = i % shares;
-    NASDET_TILE_KERNEL(conv_amx_grad)({&copy, &chunks, pairs, taps.data(), int64_t(unit % plan.blocks.size()), int64_t(panel), count * share / shares,
+    NASDET_TILE_KERNEL(conv_amx_grad)({&copy, &chunks, pairs, taps.data(), plan.block[unit], panel, count * share / shares,
                                        count * (share + 1) / shares, static_cast<float*>(plan.units[unit].panels[0].weights), fresh});
   });
 }
@@ -88,7 +95,7 @@ inline bool weight_grad_on_tiles(const ConvProblem& p, const std::vector<ConvPar
   int64_t most = 0, all = 0;
   for (const GradUnit& unit : plan.units) most = std::max(most, unit.bytes), all += unit.bytes;
   const int64_t zero_bytes = int64_t(Scratch::padded(size_t(p.out_channels * stored_bytes(p.storage))));
-  const int64_t ranges = int64_t(plan.blocks.size()), mix_bytes = int64_t(Scratch::padded(size_t(ranges * int64_t(p.branches.size()) * p.out_channels) * sizeof(float)));
+  const int64_t mix_bytes = int64_t(Scratch::padded(size_t(plan.ranges * int64_t(p.branches.size()) * p.out_channels) * sizeof(float)));
   const int64_t room = std::max<int64_t>(scratch_limit() - zero_bytes - mix_bytes, 0);
   const TileBands bands = bands_within(p.images, p.out_height, plan.chunk_rows, std::max(room / 2, room - all), band_bytes);
   const int64_t held = std::max(most, std::min(all, room - band_bytes(bands)));
@@ -119,11 +126,11 @@ inline bool weight_grad_on_tiles(const ConvProblem& p, const std::vector<ConvPar
     for_tasks(int64_t(last - first), threads(), [&](int64_t, int64_t i) {
       const GradUnit& unit = plan.units[first + size_t(i)];
       const int64_t width = NASDET_KERNEL(conv_direct_width)(p.storage, unit.form, unit.panels[0].width);
-      NASDET_TILE_KERNEL(conv_amx_turn_sums)(static_cast<float*>(unit.panels[0].weights), int64_t(unit.part->taps.size()), width, unit.last - unit.first);
+      NASDET_TILE_KERNEL(conv_amx_turn_sums)(static_cast<float*>(unit.panels[0].weights), int64_t(unit.part->taps.size()), width, unit.shared * (unit.last - unit.first));
       unfold_unit(p, unit, mixes);
     });
   }
-  if (finite) sum_mixes(p, reinterpret_cast<const float*>(mixes), ranges);
+  if (finite) sum_mixes(p, reinterpret_cast<const float*>(mixes), plan.ranges);
   return finite;
 }
 

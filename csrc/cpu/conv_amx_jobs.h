@@ -27,8 +27,7 @@ struct TileCopy {
 
 // Target pixels of some rows of the lattice as sums over terms: `terms` has the distance in bytes of each.
 struct TileSums {
-  const char* source;
-  int64_t image_bytes, pitch;
+  int64_t pitch;
   const int64_t* terms;
   int64_t term_count;
   ConvMap target;
@@ -63,6 +62,6 @@ struct TileGrad {
 NASDET_DECLARE_TILE_KERNEL(bool, conv_amx_copy_row, const TileCopy&, int64_t index)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_pair_plane, const TileCopy&, char* pairs, int64_t index)
 NASDET_DECLARE_TILE_KERNEL(bool, conv_amx_turn_chunk, const TileChunks&, const void* zeros, int64_t chunk)
-NASDET_DECLARE_TILE_KERNEL(void, conv_amx_sums, const TileSums&, const ConvPanel&, int64_t image, int64_t first_block, int64_t last_block)
+NASDET_DECLARE_TILE_KERNEL(void, conv_amx_sums, const TileSums&, const ConvPanel&, const char* source, int64_t image, int64_t first_block, int64_t last_block)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_grad, const TileGrad&)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_turn_sums, float* sums, int64_t taps, int64_t width, int64_t channels)

@@ -28,47 +28,52 @@ struct TileWork {
 struct TileTask {
   const TileSums* sums;
   const ConvPanel* panel;
+  const char* source;
   int64_t image, first, last;
 };
 
-// The targets of a band. `terms`: of each piece of work.
-inline void sum_band(const ConvProblem& p, const std::vector<TileWork>& work, const TileCopy& copy, const TileReach& reach, const ConvMap& target, int64_t first_row, int64_t rows) {
+// The blocks that families read, those of one panel side by side.
+inline TileBlocks source_blocks(const std::vector<ConvFamily>& families, const ConvMap& source) {
+  TileBlocks blocks;
+  for (const ConvFamily& f : families)
+    for (size_t i = 0; i < f.panels.size(); ++i) {
+      const int64_t first = f.panels[i].source;
+      if (i > 0 && f.panels[i - 1].source == first) continue;
+      for (const ConvSpan& span : f.spans) blocks.add(first + span.channel, std::min(span.count, source.channels - first - span.channel));
+    }
+  return blocks;
+}
+
+// The targets of a band.
+inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, const TileBlocks& blocks, const TileReach& reach, const ConvMap& target, int64_t first_row, int64_t rows) {
   std::vector<std::vector<int64_t>> terms(work.size());
   std::vector<TileSums> sums(work.size());
   std::vector<TileTask> tasks;
   for (size_t w = 0; w < work.size(); ++w) {
     const ConvFamily& family = *work[w].family;
-    const int64_t own_rows = std::min(rows, family.lattice.rows - first_row);
+    const int64_t own_rows = std::min(rows, family.lattice.rows - first_row), origin = family.panels[0].source + family.spans[0].channel;
     if (own_rows <= 0) continue;
-    for (const ConvSpan& span : family.spans) {
-      const ConvSpan* const block = std::find_if(copy.blocks, copy.blocks + copy.block_count, [&](const ConvSpan& b) { return b.channel == span.channel; });
-      terms[w].push_back((block - copy.blocks) * copy.block_bytes() + tap_distance(copy, reach, span.down, span.across) * kTileRowBytes);
-    }
-    sums[w] = {copy.data, copy.planes() * copy.plane_bytes(), copy.pitch, terms[w].data(), int64_t(terms[w].size()), target, family.lattice, copy.first_image, first_row, own_rows};
-    const int64_t blocks = ((own_rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
-    for (int64_t panel = work[w].from; panel < work[w].to; ++panel)
+    for (const ConvSpan& span : family.spans)
+      terms[w].push_back((blocks.find(family.panels[0].source + span.channel) - blocks.find(origin)) * copy.block_bytes() + tap_distance(copy, reach, span.down, span.across) * kTileRowBytes);
+    sums[w] = {copy.pitch, terms[w].data(), int64_t(terms[w].size()), target, family.lattice, copy.first_image, first_row, own_rows};
+    const int64_t steps = ((own_rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
+    for (int64_t i = work[w].from; i < work[w].to; ++i) {
+      const ConvPanel& panel = family.panels[size_t(i)];
+      const char* const source = copy.data + blocks.find(panel.source + family.spans[0].channel) * copy.block_bytes();
       for (int64_t image = 0; image < copy.images; ++image)
-        for (int64_t first = 0; first < blocks; first += kTaskBlocks)
-          tasks.push_back({&sums[w], &family.panels[size_t(panel)], image, first, std::min(blocks, first + kTaskBlocks)});
+        for (int64_t first = 0; first < steps; first += kTaskBlocks)
+          tasks.push_back({&sums[w], &panel, source + image * copy.planes() * copy.plane_bytes(), image, first, std::min(steps, first + kTaskBlocks)});
+    }
   }
-  (void)p;
   for_tasks(int64_t(tasks.size()), threads(), [&](int64_t, int64_t i) {
     const TileTask& task = tasks[size_t(i)];
-    NASDET_TILE_KERNEL(conv_amx_sums)(*task.sums, *task.panel, task.image, task.first, task.last);
+    NASDET_TILE_KERNEL(conv_amx_sums)(*task.sums, *task.panel, task.source, task.image, task.first, task.last);
   });
 }
 
-// The blocks of source channels that families read.
-inline std::vector<ConvSpan> source_blocks(const std::vector<ConvFamily>& families) {
-  std::vector<ConvSpan> blocks;
-  for (const ConvFamily& f : families)
-    for (const ConvSpan& span : f.spans)
-      if (std::none_of(blocks.begin(), blocks.end(), [&](const ConvSpan& b) { return b.channel == span.channel; })) blocks.push_back({0, 0, span.channel, span.count, 0});
-  return blocks;
-}
-
-// All target pixels of all families: as many panels at a time as the scratch holds, and as much of the source.
-inline void run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
+// All target pixels of all families: as many panels at a time as the scratch holds, and as much of the source. False, with
+// targets undone, where groups share panels and the source holds infinity or NaN: zeros between the groups would spread them.
+inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
   TileReach reach{families[0].lattice.source_step_h, families[0].lattice.source_step_w};
   int64_t rows = 0, columns = 0, most = 0, all = 0;
   const auto panel_bytes = [&](const ConvFamily& f, const ConvPanel& panel) {
@@ -79,7 +84,7 @@ inline void run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families
     for (const ConvSpan& span : f.spans) reach.add(span.down, span.across);
     for (const ConvPanel& panel : f.panels) most = std::max(most, panel_bytes(f, panel)), all += panel_bytes(f, panel);
   }
-  const std::vector<ConvSpan> blocks = source_blocks(families);
+  const TileBlocks blocks = source_blocks(families, source);
   const auto copy_bytes = [&](const TileBands& bands) {
     const TileCopy copy = copy_of(source, reach, blocks, bands, columns);
     return int64_t(Scratch::padded(size_t(copy.block_count * copy.block_bytes())));
@@ -94,13 +99,13 @@ inline void run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families
   char* const packed = scratch.take<char>(size_t(held));
   std::vector<TileWork> work;
   int64_t used = 0;
-  bool ready = false;
+  bool ready = false, finite = true;
   const auto flush = [&] {
     for_bands(bands, p.images, rows, [&](int64_t first_image, int64_t images, int64_t first_row, int64_t band_rows) {
       place_copy(copy, reach, first_image, images, first_row, band_rows);
-      if (!ready) copy_band(copy);
+      if (!ready) finite &= copy_band(copy) || families[0].shared == 1;
       ready = whole;
-      sum_band(p, work, copy, reach, target, first_row, band_rows);
+      if (finite) sum_band(work, copy, blocks, reach, target, first_row, band_rows);
     });
     work.clear(), used = 0;
   };
@@ -122,6 +127,7 @@ inline void run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families
     }
   }
   if (!work.empty()) flush();
+  return finite;
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace {
 constexpr ConvShape kTilesShape{2 * kTileRows, kTileRows, false, true};
 
 inline bool suits_tiles(const ConvProblem& p) {
-  return tiles() != Tiles::none && p.storage == 2 && p.groups == 1 && std::min(p.in_channels, p.out_channels) >= 8;
+  const int64_t least = std::min(p.in_channels, p.out_channels) / p.groups;
+  return tiles() != Tiles::none && p.storage == 2 && least >= (p.groups == 1 ? 8 : 4);
 }
 
 // The share of the tiles' products that are the problem's: channels fill them up, and zeros follow each row.
@@ -21,7 +22,8 @@ inline double tiles_filled(const ConvProblem& p) {
   int64_t beyond = 0;
   for (const ConvBranch& b : p.branches) beyond = std::max<int64_t>(beyond, p.kernel / 2 * int64_t(b.dilation_w));
   const int64_t pitch = p.out_width + std::min(p.out_width, (beyond + p.stride_w - 1) / p.stride_w);
-  return filled(p.in_channels, kTileChannels) * filled(p.out_channels, kTileRows) * double(p.out_width) / double(pitch);
+  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups, shared = shared_groups(ConvForm::tiles, p.groups, fan, width);
+  return filled(shared * fan, kTileChannels) * filled(shared * width, kTileRows) / double(shared) * double(p.out_width) / double(pitch);
 }
 
 inline int64_t floored(int64_t a, int64_t b) { return (a - modulo(a, b)) / b; }
@@ -38,14 +40,27 @@ struct TileReach {
   int64_t columns_beyond() const { return std::max(last_column, -first_column); }
 };
 
+// Blocks of source channels, each of them once.
+struct TileBlocks {
+  std::vector<ConvSpan> all;  // channel and count
+
+  // The number of the block that begins with a channel.
+  int64_t find(int64_t channel) const {
+    return std::find_if(all.begin(), all.end(), [&](const ConvSpan& b) { return b.channel == channel; }) - all.begin();
+  }
+  void add(int64_t channel, int64_t count) {
+    if (find(channel) == int64_t(all.size())) all.push_back({0, 0, channel, count, 0});
+  }
+};
+
 // Target images and rows that are worked on at a time: whole images, or some rows of one.
 struct TileBands {
   int64_t images, rows;
 };
 
 // The copy for bands of `rows` target rows of `columns` pixels, its data yet to come. Its positions are an even number.
-inline TileCopy copy_of(const ConvMap& source, const TileReach& reach, const std::vector<ConvSpan>& blocks, const TileBands& bands, int64_t columns) {
-  TileCopy copy{source, nullptr, blocks.data(), int64_t(blocks.size()), reach.step_h, reach.step_w, 0, bands.images, 0, bands.rows + reach.rows_beyond(),
+inline TileCopy copy_of(const ConvMap& source, const TileReach& reach, const TileBlocks& blocks, const TileBands& bands, int64_t columns) {
+  TileCopy copy{source, nullptr, blocks.all.data(), int64_t(blocks.all.size()), reach.step_h, reach.step_w, 0, bands.images, 0, bands.rows + reach.rows_beyond(),
                 -reach.first_column, columns + reach.columns_beyond(), 0, bands.images};
   const int64_t behind = 2 * kTilePositions + reach.columns_beyond();  // that a last step reads too
   copy.positions = (copy.lead + copy.rows * copy.pitch + behind + 1) / 2 * 2;

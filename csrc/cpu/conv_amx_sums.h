@@ -44,15 +44,15 @@ inline void round_block(const TileSums& job, int64_t image, int64_t position, co
   }
 }
 
-inline void tile_sums(const TileSums& job, const ConvPanel& panel, int64_t image, int64_t first_block, int64_t last_block) {
+inline void tile_sums(const TileSums& job, const ConvPanel& panel, const char* source, int64_t image, int64_t first_block, int64_t last_block) {
   AmxTiles tiles;
   alignas(64) float sums[kTilePositions * 2 * kTileRows];
   const int64_t width = panel.width > kTileRows ? 2 * kTileRows : kTileRows;
   const char* const weights = static_cast<const char*>(panel.weights);
   for (int64_t block = first_block; block < last_block; ++block) {
-    const char* const source = job.source + image * job.image_bytes + block * kTilePositions * kTileRowBytes;
-    if (width == kTileRows) sum_terms<1>(tiles, source, job.terms, job.term_count, weights, sums);
-    else sum_terms<2>(tiles, source, job.terms, job.term_count, weights, sums);
+    const char* const from = source + block * kTilePositions * kTileRowBytes;
+    if (width == kTileRows) sum_terms<1>(tiles, from, job.terms, job.term_count, weights, sums);
+    else sum_terms<2>(tiles, from, job.terms, job.term_count, weights, sums);
     round_block(job, image, block * kTilePositions, panel, sums, width);
   }
 }

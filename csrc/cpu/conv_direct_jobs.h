@@ -44,6 +44,9 @@ struct ConvPanel {
   void* weights;
 };
 
+// Where a panel lies among the rows and lanes of weights or sums that several groups share; one alone begins them.
+struct ConvCorner { int64_t channel, channels, lane, lanes; };
+
 struct ConvMap {
   const void* data;
   int64_t channels, height, width;
@@ -78,6 +81,7 @@ struct ConvPack {
   int64_t taps, row;      // of the panel's rows that this part fills, and the first
   bool transposed;        // rows are output channels [out, out + outs), lanes input channels from `in` on
   int64_t out, outs, in;
+  ConvCorner corner;
 };
 
 // The gradient of the weights of some panels for input channels [first, last) of their groups.
@@ -102,6 +106,7 @@ struct ConvUnfold {
   int64_t fan, taps_all;
   const int32_t* place;
   int64_t first, last;           // input channels of the group
+  ConvCorner corner;
 };
 
 }  // namespace nasdet

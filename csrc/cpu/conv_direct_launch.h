@@ -105,9 +105,25 @@ inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families
 
 inline void direct_forward(const ConvProblem& p, const void* x, void* y) {
   const std::vector<ConvPart> parts = parts_of(p);
+  const ConvMap source{x, p.in_channels, p.height, p.width}, target{y, p.out_channels, p.out_height, p.out_width};
+  std::vector<ConvFamily> families;
+  if (suits_tiles(p)) {
+    families = forward_plan(p, kTilesShape, parts);
+    if (run_on_tiles(p, families, source, target, false)) return;
+  }
+  families = forward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts);
+  run_families(p, families, source, target, false);
+}
+
+inline void direct_data_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* grad, void* dx) {
+  const ConvMap source{grad, p.out_channels, p.out_height, p.out_width}, target{dx, p.in_channels, p.height, p.width};
   const bool tiled = suits_tiles(p);
-  std::vector<ConvFamily> families = forward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts);
-  (tiled ? run_on_tiles : run_families)(p, families, {x, p.in_channels, p.height, p.width}, {y, p.out_channels, p.out_height, p.out_width}, false);
+  bool complete;
+  std::vector<ConvFamily> families = backward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+  if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
+  if (tiled && run_on_tiles(p, families, source, target, true)) return;
+  if (tiled) families = backward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+  run_families(p, families, source, target, true);
 }
 
 inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<ConvPart>& parts, const std::vector<std::vector<ConvSpan>>& taps) {
@@ -175,17 +191,11 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
 }
 
 inline void direct_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
-  const bool tiled = suits_tiles(p);
   const std::vector<ConvPart> parts = parts_of(p);
-  if (dx) {
-    bool complete;
-    std::vector<ConvFamily> families = backward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
-    if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
-    (tiled ? run_on_tiles : run_families)(p, families, {grad, p.out_channels, p.out_height, p.out_width}, {dx, p.in_channels, p.height, p.width}, true);
-  }
+  if (dx) direct_data_grad(p, parts, grad, dx);
   bool wanted = false;
   for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
-  if (wanted && !(tiled && weight_grad_on_tiles(p, parts, x, grad))) direct_weight_grad(p, parts, x, grad);
+  if (wanted && !(suits_tiles(p) && weight_grad_on_tiles(p, parts, x, grad))) direct_weight_grad(p, parts, x, grad);
 }
 
 // Products a second of one thread, measured where a core does 16 float32 products a cycle at 3.7 GHz. Other machines shift

@@ -25,20 +25,20 @@ tiled = pytest.mark.skipif(TILES == NONE, reason="this process has no matrix til
 DILATIONS = (1, 2, 3, (1, 3), (3, 1))
 
 
-def operands(n: int = 2, inputs: int = 40, outputs: int = 33, size: tuple[int, int] = (9, 13), **options: Any) -> Any:
+def operands(n: int = 2, inputs: int = 40, outputs: int = 33, size: tuple[int, int] = (9, 13), groups: int = 1) -> Any:
     torch.manual_seed(0)
     x = torch.randn(n, inputs, *size).bfloat16().contiguous(memory_format=torch.channels_last)
-    weight = (torch.randn(len(DILATIONS), outputs, inputs, 3, 3) * (9 * inputs) ** -0.5).bfloat16()
+    weight = (torch.randn(len(DILATIONS), outputs, inputs // groups, 3, 3) * (9 * inputs) ** -0.5).bfloat16()
     return x, weight, torch.rand(len(DILATIONS), outputs)
 
 
-def run(x: Tensor, weight: Tensor, mix: Tensor, stride: Any = 1, dilations: Any = DILATIONS) -> Tensor:
-    return mixed_dilation_conv2d(x, weight, mix, dilations, stride, algorithm="direct", backend="cpp")
+def run(x: Tensor, weight: Tensor, mix: Tensor, stride: Any = 1, dilations: Any = DILATIONS, groups: int = 1) -> Tensor:
+    return mixed_dilation_conv2d(x, weight, mix, dilations, stride, groups, algorithm="direct", backend="cpp")
 
 
-def with_gradients(x: Tensor, weight: Tensor, mix: Tensor, stride: Any = 1) -> tuple[Tensor, ...]:
+def with_gradients(x: Tensor, weight: Tensor, mix: Tensor, stride: Any = 1, groups: int = 1) -> tuple[Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in (x, weight, mix)]
-    y = run(*leaves, stride)
+    y = run(*leaves, stride, groups=groups)
     return y.detach(), *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
 
 
@@ -100,7 +100,7 @@ def test_slices_of_odd_widths() -> None:
     found = (y, *torch.autograd.grad(y, leaves, upstream))
     wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
     for got, expected in zip(found, wanted, strict=True):
-        assert float((got - expected).norm() / expected.norm()) < 4e-3
+        assert (got - expected).norm().item() < 4e-3 * expected.norm().item()
 
 
 @tiled
@@ -129,14 +129,52 @@ def test_what_is_not_finite_stays_where_it_belongs(bad: float) -> None:
 
 
 @tiled
+def test_groups_that_share_tiles_share_no_infinity() -> None:
+    torch.manual_seed(0)
+    x, weight, mix = torch.randn(2, 48, 6, 7).bfloat16(), torch.randn(3, 30, 8, 3, 3).bfloat16(), torch.rand(3, 30)
+    upstream = torch.randn(2, 30, 6, 7).bfloat16()
+    x[0, 9], upstream[1, 21] = float("inf"), float("nan")
+    leaves = [t.requires_grad_() for t in (x, weight, mix)]
+    y = mixed_dilation_conv2d(*leaves, (1, 2, (1, 3)), 1, 6, algorithm="direct", backend="cpp")
+    dx, dweight, dmix = torch.autograd.grad(y, leaves, upstream)
+    own_outputs, own_inputs = torch.arange(30) // 5 == 1, torch.arange(48) // 8 == 4
+    assert torch.equal(~y.isfinite().all(dim=(0, 2, 3)), own_outputs)
+    assert torch.equal(~dx.isfinite().all(dim=(0, 2, 3)), own_inputs)
+    touched = own_outputs | (torch.arange(30) == 21)
+    assert torch.equal(~dweight.isfinite().all(dim=(0, 2, 3, 4)), touched)
+    assert torch.equal(~dmix.isfinite().all(dim=0), touched)
+
+
+@tiled
+@pytest.mark.parametrize(
+    ("fan", "width", "groups"), [(4, 4, 12), (8, 8, 7), (6, 10, 5), (12, 4, 3), (32, 16, 3), (40, 36, 2), (5, 64, 3)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_groups_against_float64(fan: int, width: int, groups: int, stride: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, fan * groups, 9, 11).bfloat16(), torch.randn(3, width * groups, fan, 3, 3).bfloat16() / 9
+    leaves = [t.requires_grad_() for t in (x, weight, torch.rand(3, width * groups))]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    options: Any = ((1, 2, (3, 1)), stride, groups)
+    y = mixed_dilation_conv2d(*leaves, *options, algorithm="direct", backend="cpp")
+    want = mixed_dilation_conv2d(*exact, *options, backend="reference")
+    upstream = torch.randn(y.shape).bfloat16()
+    found = (y, *torch.autograd.grad(y, leaves, upstream))
+    wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
+    for got, expected in zip(found, wanted, strict=True):
+        assert (got - expected).norm().item() < 4e-3 * expected.norm().item()
+
+
+@tiled
 def test_threads_and_scratch_change_no_bit() -> None:
-    values = operands(3, 70, 97, (21, 17))
+    values, grouped_values = operands(3, 70, 97, (21, 17)), operands(2, 96, 72, (21, 17), groups=12)
     before, limit, results = torch.get_num_threads(), nasdet.scratch_limit(), []
     try:
         for threads, bytes_ in ((1, limit), (3, limit), (16, limit), (1, 1), (3, 300_000), (2, 3_000_000)):
             torch.set_num_threads(threads)
             nasdet.scratch_limit(bytes_)
-            results.append([*with_gradients(*values), *with_gradients(*values, (2, 1))])
+            one_group = [*with_gradients(*values), *with_gradients(*values, (2, 1))]
+            results.append([*one_group, *with_gradients(*grouped_values, groups=12)])
     finally:
         torch.set_num_threads(before)
         nasdet.scratch_limit(limit)

@@ -8,7 +8,7 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kTaskBlocks = 64;  // of 32 positions by a panel
+constexpr int64_t kTaskBlocks = 32;  // of 32 positions by a panel
 
 // Copies a source's band. Whether all of it is finite.
 inline bool copy_band(const TileCopy& copy) {
@@ -44,27 +44,30 @@ inline TileBlocks source_blocks(const std::vector<ConvFamily>& families, const C
   return blocks;
 }
 
-// The targets of a band.
+// The targets of a band: some positions for all panels, while they are in the cache, then the next.
 inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, const TileBlocks& blocks, const TileReach& reach, const ConvMap& target, int64_t first_row, int64_t rows) {
   std::vector<std::vector<int64_t>> terms(work.size());
   std::vector<TileSums> sums(work.size());
   std::vector<TileTask> tasks;
   for (size_t w = 0; w < work.size(); ++w) {
     const ConvFamily& family = *work[w].family;
-    const int64_t own_rows = std::min(rows, family.lattice.rows - first_row), origin = family.panels[0].source + family.spans[0].channel;
-    if (own_rows <= 0) continue;
+    const int64_t origin = blocks.find(family.panels[0].source + family.spans[0].channel);
     for (const ConvSpan& span : family.spans)
-      terms[w].push_back((blocks.find(family.panels[0].source + span.channel) - blocks.find(origin)) * copy.block_bytes() + tap_distance(copy, reach, span.down, span.across) * kTileRowBytes);
-    sums[w] = {copy.pitch, terms[w].data(), int64_t(terms[w].size()), target, family.lattice, copy.first_image, first_row, own_rows};
-    const int64_t steps = ((own_rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
-    for (int64_t i = work[w].from; i < work[w].to; ++i) {
-      const ConvPanel& panel = family.panels[size_t(i)];
-      const char* const source = copy.data + blocks.find(panel.source + family.spans[0].channel) * copy.block_bytes();
-      for (int64_t image = 0; image < copy.images; ++image)
-        for (int64_t first = 0; first < steps; first += kTaskBlocks)
-          tasks.push_back({&sums[w], &panel, source + image * copy.planes() * copy.plane_bytes(), image, first, std::min(steps, first + kTaskBlocks)});
-    }
+      terms[w].push_back((blocks.find(family.panels[0].source + span.channel) - origin) * copy.block_bytes() + tap_distance(copy, reach, span.down, span.across) * kTileRowBytes);
+    sums[w] = {copy.pitch, terms[w].data(), int64_t(terms[w].size()), target, family.lattice, copy.first_image, first_row, std::min(rows, family.lattice.rows - first_row)};
   }
+  const int64_t most = (rows * copy.pitch + kTilePositions - 1) / kTilePositions;
+  for (int64_t image = 0; image < copy.images; ++image)
+    for (int64_t first = 0; first < most; first += kTaskBlocks)
+      for (size_t w = 0; w < work.size(); ++w) {
+        const ConvFamily& family = *work[w].family;
+        const int64_t steps = ((sums[w].rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
+        for (int64_t i = work[w].from; i < work[w].to && first < steps; ++i) {
+          const ConvPanel& panel = family.panels[size_t(i)];
+          const char* const source = copy.data + blocks.find(panel.source + family.spans[0].channel) * copy.block_bytes() + image * copy.planes() * copy.plane_bytes();
+          tasks.push_back({&sums[w], &panel, source, image, first, std::min(steps, first + kTaskBlocks)});
+        }
+      }
   for_tasks(int64_t(tasks.size()), threads(), [&](int64_t, int64_t i) {
     const TileTask& task = tasks[size_t(i)];
     NASDET_TILE_KERNEL(conv_amx_sums)(*task.sums, *task.panel, task.source, task.image, task.first, task.last);

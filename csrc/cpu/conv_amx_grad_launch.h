@@ -27,7 +27,7 @@ inline TileGradPlan grad_plan(const ConvProblem& p, const std::vector<ConvPart>&
     for (const Tap& tap : parts[i].taps) plan.reach.add(tap.first, tap.second);
     ConvFamily family{ConvForm::tiles, {}, {}, {}, {}};
     family.shared = shared_groups(family.form, p.groups, fan, width);
-    add_panels(family, kTilesShape, parts[i].first, parts[i].last, width, fan);
+    add_panels(family, kTilesGradShape, parts[i].first, parts[i].last, width, fan);
     for (const ConvPanel& panel : family.panels) {
       const int64_t lanes = NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width);
       const int64_t bytes = int64_t(Scratch::padded(parts[i].taps.size() * size_t(lanes * kTileChannels) * sizeof(float)));

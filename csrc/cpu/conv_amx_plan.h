@@ -9,7 +9,7 @@
 namespace nasdet {
 namespace {
 
-constexpr ConvShape kTilesShape{2 * kTileRows, kTileRows, false, true};
+constexpr ConvShape kTilesShape{kTileRows, kTileRows, false, true}, kTilesGradShape{2 * kTileRows, kTileRows, false, true};
 
 inline bool suits_tiles(const ConvProblem& p) {
   const int64_t least = std::min(p.in_channels, p.out_channels) / p.groups;

@@ -14,7 +14,7 @@ LIBRARY = torch.library.Library("nasdet", "FRAGMENT")  # schemas are defined her
 
 _FOLDER = Path(__file__).parent
 _MARKERS = {"cpu": "nasdet::_cpu_isa", "cuda": "nasdet::_cuda_runtime"}  # an op that each library defines
-_ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+_ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 _reasons: dict[str, str | None] = {}
 
 
@@ -51,7 +51,7 @@ def why_not(name: str) -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The kernels that run on this CPU: baseline, avx2, avx512 or avx512_bf16; None without the library."""
+    """The kernels that run on this CPU: baseline, avx2, avx512, avx512_bf16 or amx; None without the library."""
     return None if why_not("cpu") else _ISA_NAMES[torch.ops.nasdet._cpu_isa()]
 
 

@@ -9,13 +9,13 @@ NASDET_DECLARE_KERNEL(void, conv_direct_pack, const ConvPack&, const ConvPanel&)
 NASDET_DECLARE_KERNEL(void, conv_direct_pair_rows, const ConvPanel&, int64_t rows, ConvForm)
 NASDET_DECLARE_KERNEL(void, conv_direct_tiles, const ConvTiles&, int64_t first_pixel, int64_t last_pixel, int64_t first_panel, int64_t last_panel)
 NASDET_DECLARE_KERNEL(void, conv_direct_weight_grad, const ConvWeightGrad&)
-NASDET_DECLARE_KERNEL(void, conv_direct_unfold, const ConvUnfold&, const ConvPanel&, ConvForm)
+NASDET_DECLARE_KERNEL(void, conv_direct_unfold, const ConvUnfold&, const ConvPanel&)
 
 namespace nasdet::NASDET_ISA {
 
 ConvShape conv_direct_shape(int storage) {
   const int64_t lanes = storage == 1 ? kLanes<double> : kLanes<float>;
-  return {kPanelVectors * lanes, lanes, kHasPairs && storage == 2};
+  return {kPanelVectors * lanes, lanes, kHasPairs && storage == 2, false};
 }
 
 int64_t conv_direct_width(int storage, ConvForm form, int64_t width) {
@@ -51,12 +51,12 @@ void conv_direct_weight_grad(const ConvWeightGrad& job) {
   }
 }
 
-void conv_direct_unfold(const ConvUnfold& job, const ConvPanel& panel, ConvForm form) {
+void conv_direct_unfold(const ConvUnfold& job, const ConvPanel& panel) {
   switch (job.storage) {
-    case 0: return unfold<float>(job, panel, form);
-    case 1: return unfold<double>(job, panel, form);
-    case 2: return unfold<BFloat16>(job, panel, form);
-    case 3: return unfold<Half>(job, panel, form);
+    case 0: return unfold<float>(job, panel);
+    case 1: return unfold<double>(job, panel);
+    case 2: return unfold<BFloat16>(job, panel);
+    case 3: return unfold<Half>(job, panel);
   }
 }
 

@@ -8,23 +8,31 @@
 namespace nasdet {
 
 constexpr int64_t kSpanChannels = 64;    // source channels of a span, at most
+constexpr int64_t kTileRows = 16, kTileChannels = 32;  // of a matrix tile of bfloat16
 constexpr int64_t kTaskChannels = 128;   // target channels of a task, about
 constexpr int64_t kTaskSources = 512;    // source channels that the panels of one task read, at most (one panel may: more)
 constexpr int64_t kGradSources = 128;    // the same in the weight gradient
 
 // How lanes are used. Dense: a panel's lanes are the target channels of one group, 6 pixels a tile. Narrow: the same for
 // groups of few channels, in shorter vectors and more pixels a tile. Depthwise: lanes are groups of one channel each.
-// Pairs: dense or narrow, with products of pairs of bfloat16.
-enum class ConvForm : int { dense, narrow, depthwise, pairs, narrow_pairs };
+// Pairs: dense or narrow, with products of pairs of bfloat16. Tiles: such products of whole matrices (conv_amx.cpp).
+enum class ConvForm : int { dense, narrow, depthwise, pairs, narrow_pairs, tiles };
 
 inline constexpr bool is_narrow(ConvForm form) { return form == ConvForm::narrow || form == ConvForm::narrow_pairs; }
-inline constexpr bool has_pairs(ConvForm form) { return form == ConvForm::pairs || form == ConvForm::narrow_pairs; }
+inline constexpr bool has_pairs(ConvForm form) { return form == ConvForm::pairs || form == ConvForm::narrow_pairs || form == ConvForm::tiles; }
+
+// Source channels of a span, at most; and the rows of packed weights that so many have: zeros fill tiles up.
+inline constexpr int64_t span_channels(ConvForm form) { return form == ConvForm::tiles ? kTileChannels : kSpanChannels; }
+inline constexpr int64_t packed_channels(ConvForm form, int64_t channels) {
+  return form == ConvForm::tiles ? (channels + kTileChannels - 1) / kTileChannels * kTileChannels : channels;
+}
 
 // What the kernels of one instruction set prefer.
 struct ConvShape {
   int64_t panel;   // target channels of a dense panel
   int64_t lanes;   // of a vector of the arithmetic
   bool pairs;      // whether it has the forms of pairs
+  bool tiles;      // whether all is done in the form of tiles
 };
 
 // One tap over consecutive source channels, and its first row in the packed weights.
@@ -35,6 +43,9 @@ struct ConvPanel {
   int64_t target, width, source;
   void* weights;
 };
+
+// Where a panel lies among the rows and lanes of weights or sums that several groups share; one alone begins them.
+struct ConvCorner { int64_t channel, channels, lane, lanes; };
 
 struct ConvMap {
   const void* data;
@@ -70,6 +81,7 @@ struct ConvPack {
   int64_t taps, row;      // of the panel's rows that this part fills, and the first
   bool transposed;        // rows are output channels [out, out + outs), lanes input channels from `in` on
   int64_t out, outs, in;
+  ConvCorner corner;
 };
 
 // The gradient of the weights of some panels for input channels [first, last) of their groups.
@@ -94,6 +106,7 @@ struct ConvUnfold {
   int64_t fan, taps_all;
   const int32_t* place;
   int64_t first, last;           // input channels of the group
+  ConvCorner corner;
 };
 
 }  // namespace nasdet

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstring>
 
-#include "conv_direct_plan.h"
+#include "conv_amx_grad_launch.h"
+#include "conv_direct_panels.h"
 #include "nasdet/checks.h"
-#include "nasdet/isa.h"
 #include "scratch.h"
 #include "tasks.h"
 
@@ -12,9 +12,6 @@ namespace nasdet {
 namespace {
 
 constexpr int64_t kBandPixels = 384, kGroupsBandPixels = 96;  // of a task; with convolution groups
-
-inline int64_t stored_bytes(int storage) { return storage == 0 ? 4 : storage == 1 ? 8 : 2; }
-inline int64_t arithmetic_bytes(int storage) { return storage == 1 ? 8 : 4; }
 
 inline const char* direct_why_not(const ConvProblem& p) {
   for (const ConvBranch& b : p.branches)
@@ -34,23 +31,6 @@ inline std::vector<std::pair<int64_t, int64_t>> panel_tasks(const std::vector<Co
     tasks.push_back({begin, end});
   }
   return tasks;
-}
-
-inline void pack_panel(const ConvProblem& p, const ConvFamily& family, const ConvPanel& panel, int64_t bytes, bool transposed) {
-  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups, all = int64_t(p.kernel) * p.kernel;
-  std::memset(panel.weights, 0, size_t(bytes));
-  // One channel in, one out: lanes are channels of the output, which are those of the input.
-  const bool by_input = transposed && family.form != ConvForm::depthwise;
-  for (const ConvSource& source : family.sources) {
-    const int64_t out = p.groups == 1 ? source.part->first : panel.source, outs = p.groups == 1 ? source.part->last - out : width;
-    for (size_t b = 0; b < source.part->branches.size(); ++b) {
-      const ConvBranch& branch = *source.part->branches[b];
-      const ConvPack job{p.storage, family.form, branch.weight, branch.mix, branch.first, fan, all, source.place[b].data(), source.taps, source.row, by_input, out, outs,
-                         p.groups == 1 ? panel.target : panel.target % fan};
-      NASDET_KERNEL(conv_direct_pack)(job, panel);
-    }
-  }
-  if (has_pairs(family.form)) NASDET_KERNEL(conv_direct_pair_rows)(panel, family.rows, family.form);
 }
 
 // Panels [from, to) of a family.
@@ -125,19 +105,26 @@ inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families
 
 inline void direct_forward(const ConvProblem& p, const void* x, void* y) {
   const std::vector<ConvPart> parts = parts_of(p);
-  std::vector<ConvFamily> families = forward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts);
-  run_families(p, families, {x, p.in_channels, p.height, p.width}, {y, p.out_channels, p.out_height, p.out_width}, false);
+  const ConvMap source{x, p.in_channels, p.height, p.width}, target{y, p.out_channels, p.out_height, p.out_width};
+  std::vector<ConvFamily> families;
+  if (suits_tiles(p)) {
+    families = forward_plan(p, kTilesShape, parts);
+    if (run_on_tiles(p, families, source, target, false)) return;
+  }
+  families = forward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts);
+  run_families(p, families, source, target, false);
 }
 
-// Some panels of one part, and a range of input channels: a task of the weight gradient.
-struct GradUnit {
-  const ConvPart* part;
-  const std::vector<ConvSpan>* taps;
-  ConvForm form;
-  std::vector<ConvPanel> panels;
-  int64_t first, last, range;  // range: its number among those of the panels
-  int64_t bytes;
-};
+inline void direct_data_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* grad, void* dx) {
+  const ConvMap source{grad, p.out_channels, p.out_height, p.out_width}, target{dx, p.in_channels, p.height, p.width};
+  const bool tiled = suits_tiles(p);
+  bool complete;
+  std::vector<ConvFamily> families = backward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+  if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
+  if (tiled && run_on_tiles(p, families, source, target, true)) return;
+  if (tiled) families = backward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+  run_families(p, families, source, target, true);
+}
 
 inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<ConvPart>& parts, const std::vector<std::vector<ConvSpan>>& taps) {
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
@@ -162,32 +149,6 @@ inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<
     if (units.size() >= 8 || step >= 2 * fan) break;
   }
   return units;
-}
-
-// Sums to the gradients of the branches. `mixes`: [range][branch][out_channels] parts of mix_grad.
-inline void unfold_unit(const ConvProblem& p, const GradUnit& unit, char* mixes) {
-  const int64_t branches = int64_t(p.branches.size()), size = arithmetic_bytes(p.storage);
-  for (const ConvPanel& panel : unit.panels)
-    for (size_t b = 0; b < unit.part->branches.size(); ++b) {
-      const ConvBranch& branch = *unit.part->branches[b];
-      if (!branch.weight_grad && !branch.mix_grad) continue;
-      char* const mix = mixes + ((unit.range * branches + (&branch - p.branches.data())) * p.out_channels + branch.first) * size;
-      const ConvUnfold job{p.storage, branch.weight, branch.mix, branch.weight_grad, branch.mix_grad ? mix : nullptr, branch.first, p.in_channels / p.groups,
-                           int64_t(p.kernel) * p.kernel, unit.part->place[b].data(), unit.first, unit.last};
-      NASDET_KERNEL(conv_direct_unfold)(job, panel, unit.form);
-    }
-}
-
-template <class T> void sum_mixes(const ConvProblem& p, const T* parts, int64_t ranges) {
-  const int64_t branches = int64_t(p.branches.size());
-  for (int64_t b = 0; b < branches; ++b) {
-    const ConvBranch& branch = p.branches[size_t(b)];
-    for (int64_t o = branch.first; branch.mix_grad && o < branch.last; ++o) {
-      double sum = 0;
-      for (int64_t r = 0; r < ranges; ++r) sum += double(parts[(r * branches + b) * p.out_channels + o]);
-      static_cast<T*>(branch.mix_grad)[o - branch.first] = T(sum);
-    }
-  }
 }
 
 inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* x, const void* grad) {
@@ -231,15 +192,10 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
 
 inline void direct_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
   const std::vector<ConvPart> parts = parts_of(p);
-  if (dx) {
-    bool complete;
-    std::vector<ConvFamily> families = backward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
-    if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
-    run_families(p, families, {grad, p.out_channels, p.out_height, p.out_width}, {dx, p.in_channels, p.height, p.width}, true);
-  }
+  if (dx) direct_data_grad(p, parts, grad, dx);
   bool wanted = false;
   for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
-  if (wanted) direct_weight_grad(p, parts, x, grad);
+  if (wanted && !(suits_tiles(p) && weight_grad_on_tiles(p, parts, x, grad))) direct_weight_grad(p, parts, x, grad);
 }
 
 // Products a second of one thread, measured where a core does 16 float32 products a cycle at 3.7 GHz. Other machines shift
@@ -248,6 +204,7 @@ inline double direct_rate(const ConvProblem& p) {
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
   const double slower = p.storage == 1 ? 0.5 : 1;
+  if (suits_tiles(p)) return 800e9 * tiles_filled(p);
   if (shape.lanes * arithmetic_bytes(p.storage) < 32) return 10e9 * slower;  // no fused multiply-add
   switch (form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0)) {
     case ConvForm::depthwise: return 7e9 * slower;

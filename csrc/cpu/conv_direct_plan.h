@@ -76,11 +76,18 @@ struct ConvFamily {
   std::vector<ConvSpan> spans;
   std::vector<ConvPanel> panels;
   std::vector<ConvSource> sources;
-  int64_t rows = 0;  // of the packed weights
+  int64_t rows = 0;    // of the packed weights
+  int64_t shared = 1;  // groups that share a panel, in the form of tiles: zeros are between them
 };
+
+// Groups of `fan` source and `width` target channels that share a panel.
+inline int64_t shared_groups(ConvForm form, int64_t groups, int64_t fan, int64_t width) {
+  return form == ConvForm::tiles && groups > 1 ? std::max<int64_t>(1, std::min({groups, kTileChannels / fan, 2 * kTileRows / width})) : 1;
+}
 
 // The form of groups of `fan` source and `width` target channels. `even`: whether all spans have an even number of channels.
 inline ConvForm form_of(int storage, const ConvShape& shape, int64_t fan, int64_t width, int64_t groups, bool even) {
+  if (shape.tiles) return ConvForm::tiles;
   if (fan == 1 && width == 1 && groups > 1) return ConvForm::depthwise;
   const bool narrow = storage != 1 && groups > 1 && width <= shape.lanes;
   if (shape.pairs && even && narrow) return ConvForm::narrow_pairs;
@@ -95,7 +102,7 @@ inline void add_panels(ConvFamily& family, const ConvShape& shape, int64_t first
     return;
   }
   for (int64_t c = first; c < last;) {
-    const int64_t group = c / width, end = std::min({last, (group + 1) * width, c + shape.panel});
+    const int64_t group = c / width, end = family.shared > 1 ? std::min(last, c + family.shared * width) : std::min({last, (group + 1) * width, c + shape.panel});
     family.panels.push_back({c, end - c, group * fan, nullptr});
     c = end;
   }
@@ -103,11 +110,12 @@ inline void add_panels(ConvFamily& family, const ConvShape& shape, int64_t first
 
 // Spans of `channels` source channels from `channel` on, for each tap: as packed_row counts rows.
 inline void add_spans(ConvFamily& family, const std::vector<Tap>& taps, int64_t channel, int64_t channels) {
-  for (int64_t s = 0; s < channels; s += kSpanChannels)
+  const int64_t span = span_channels(family.form);
+  for (int64_t s = 0; s < channels; s += span)
     for (const Tap& tap : taps) {
-      const int64_t count = std::min(kSpanChannels, channels - s);
+      const int64_t count = std::min(span, channels - s);
       family.spans.push_back({tap.first, tap.second, channel + s, count, family.rows});
-      family.rows += count;
+      family.rows += packed_channels(family.form, count);
     }
 }
 
@@ -116,8 +124,9 @@ inline std::vector<ConvFamily> forward_plan(const ConvProblem& p, const ConvShap
   std::vector<ConvFamily> families;
   for (const ConvPart& part : parts) {
     ConvFamily family{form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0), {0, 0, 1, 1, p.out_height, p.out_width, p.stride_h, p.stride_w}, {}, {}, {}};
+    family.shared = shared_groups(family.form, p.groups, fan, width);
     family.sources.push_back({&part, part.place, int64_t(part.taps.size()), 0});
-    add_spans(family, part.taps, 0, fan);
+    add_spans(family, part.taps, 0, family.shared * fan);
     add_panels(family, shape, part.first, part.last, width, fan);
     families.push_back(std::move(family));
   }
@@ -171,7 +180,8 @@ inline std::vector<ConvFamily> backward_plan(const ConvProblem& p, const ConvSha
     } else {
       for (const ConvPart& part : parts) {
         ConvFamily family{form, lattice, {}, {}, {}};
-        add_source(family, p, part, 0, width);
+        family.shared = shared_groups(form, p.groups, width, fan);
+        add_source(family, p, part, 0, family.shared * width);
         add_panels(family, shape, part.first / width * fan, part.last / width * fan, fan, width);
         if (!family.spans.empty()) families.push_back(std::move(family));
       }

@@ -50,15 +50,16 @@ NASDET_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b 
 
 // Lanes of a panel's vectors, and the width of its rows.
 template <class T> NASDET_INLINE int64_t panel_lanes(ConvForm form, int64_t width) {
+  if (form == ConvForm::tiles) return kTileRows;
   if (!is_narrow(form)) return kLanes<T>;
   return width <= 4 ? 4 : width <= 8 ? 8 : 16;
 }
 template <class T> NASDET_INLINE int64_t padded_width(ConvForm form, int64_t width) { return rounded_up(width, panel_lanes<T>(form, width)); }
 
-// Row of source channel s of `channels` under tap t: spans of up to 64 channels, in each the taps one after another.
-NASDET_INLINE int64_t packed_row(int64_t t, int64_t taps, int64_t s, int64_t channels) {
-  const int64_t first = s / kSpanChannels * kSpanChannels;
-  return taps * first + t * at_most(kSpanChannels, channels - first) + (s - first);
+// Row of source channel s of `channels` under tap t: spans of channels, in each the taps one after another.
+NASDET_INLINE int64_t packed_row(ConvForm form, int64_t t, int64_t taps, int64_t s, int64_t channels) {
+  const int64_t span = span_channels(form), first = s / span * span;
+  return taps * first + t * at_most(span, packed_channels(form, channels) - first) + (s - first);
 }
 
 template <class T> NASDET_INLINE void add_up_to(T* p, vec<T> v, int64_t count) {
@@ -70,10 +71,10 @@ template <class T> NASDET_INLINE void add_up_to(T* p, vec<T> v, int64_t count) {
 template <class S> void pack_outputs(const ConvPack& job, const ConvPanel& panel) {
   using T = arithmetic_t<S>;
   constexpr int W = kLanes<T>;
-  const int64_t row = job.fan * job.taps_all, width = padded_width<T>(job.form, panel.width);
-  T* const packed = static_cast<T*>(panel.weights) + job.row * width;
+  const int64_t row = job.fan * job.taps_all;
+  T* const packed = static_cast<T*>(panel.weights) + job.row * job.corner.lanes + job.corner.lane;
   for (int64_t lane = 0; lane < panel.width; lane += W) {
-    const int64_t first = panel.target - job.first + lane, rows = at_most(W, panel.width - lane), room = at_most(W, width - lane);
+    const int64_t first = panel.target - job.first + lane, rows = at_most(W, panel.width - lane);
     const S* weight = static_cast<const S*>(job.weight) + first * row;
     const vec<T> mix = job.mix ? load_up_to(static_cast<const T*>(job.mix) + first, rows) : splat<T>(T(1));
     int64_t channel = 0, tap = 0;
@@ -82,7 +83,7 @@ template <class S> void pack_outputs(const ConvPack& job, const ConvPanel& panel
       const int64_t columns = at_most(W, row - f);
       load_transposed(weight + f, row, rows, columns, v);
       for (int64_t j = 0; j < columns; ++j) {
-        if (const int32_t place = job.place[tap]; place >= 0) add_up_to(packed + packed_row(place, job.taps, channel, job.fan) * width + lane, mix * v[j], room);
+        if (const int32_t place = job.place[tap]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, job.corner.channel + channel, job.corner.channels) * job.corner.lanes + lane, mix * v[j], rows);
         if (++tap == job.taps_all) tap = 0, ++channel;
       }
     }
@@ -93,8 +94,7 @@ template <class S> void pack_outputs(const ConvPack& job, const ConvPanel& panel
 template <class S> void pack_inputs(const ConvPack& job, const ConvPanel& panel) {
   using T = arithmetic_t<S>;
   constexpr int W = kLanes<T>;
-  const int64_t width = padded_width<T>(job.form, panel.width);
-  T* const packed = static_cast<T*>(panel.weights) + job.row * width;
+  T* const packed = static_cast<T*>(panel.weights) + job.row * job.corner.lanes + job.corner.lane;
   for (int64_t o = 0; o < job.outs; ++o) {
     const int64_t at = job.out - job.first + o;
     const S* weight = static_cast<const S*>(job.weight) + (at * job.fan + job.in) * job.taps_all;
@@ -102,10 +102,10 @@ template <class S> void pack_inputs(const ConvPack& job, const ConvPanel& panel)
     for (int64_t lane = 0; lane < panel.width; lane += W)
       for (int64_t tap = 0; tap < job.taps_all; tap += W) {
         vec<T> v[W];
-        const int64_t columns = at_most(W, job.taps_all - tap), room = at_most(W, width - lane);
-        load_transposed(weight + lane * job.taps_all + tap, job.taps_all, at_most(W, panel.width - lane), columns, v);
+        const int64_t columns = at_most(W, job.taps_all - tap), rows = at_most(W, panel.width - lane);
+        load_transposed(weight + lane * job.taps_all + tap, job.taps_all, rows, columns, v);
         for (int64_t j = 0; j < columns; ++j)
-          if (const int32_t place = job.place[tap + j]; place >= 0) add_up_to(packed + packed_row(place, job.taps, o, job.outs) * width + lane, mix * v[j], room);
+          if (const int32_t place = job.place[tap + j]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, job.corner.channel + o, job.corner.channels) * job.corner.lanes + lane, mix * v[j], rows);
       }
   }
 }
@@ -126,21 +126,21 @@ inline void pair_rows(const ConvPanel& panel, int64_t rows, ConvForm form) {
     }
 }
 
-template <class S> void unfold(const ConvUnfold& job, const ConvPanel& panel, ConvForm form) {
+template <class S> void unfold(const ConvUnfold& job, const ConvPanel& panel) {
   using T = arithmetic_t<S>;
   constexpr int W = kLanes<T>;
-  const int64_t row = job.fan * job.taps_all, width = padded_width<T>(form, panel.width), channels = job.last - job.first;
+  const int64_t row = job.fan * job.taps_all;
   const int64_t begin = job.first * job.taps_all, end = job.last * job.taps_all;
-  const T* const sums = static_cast<const T*>(panel.weights);
+  const T* const sums = static_cast<const T*>(panel.weights) + job.corner.channel * job.corner.lanes + job.corner.lane;
   for (int64_t lane = 0; lane < panel.width; lane += W) {
-    const int64_t first = panel.target - job.first_out + lane, rows = at_most(W, panel.width - lane), room = at_most(W, width - lane);
+    const int64_t first = panel.target - job.first_out + lane, rows = at_most(W, panel.width - lane);
     vec<T> dots[W] = {};
     int64_t channel = 0, tap = 0;
     for (int64_t f = begin; f < end; f += W) {
       vec<T> v[W] = {};
       const int64_t columns = at_most(W, end - f);
       for (int64_t j = 0; j < columns; ++j) {
-        if (const int32_t place = job.place[tap]; place >= 0) v[j] = load_up_to(sums + (place * channels + channel) * width + lane, room);
+        if (const int32_t place = job.place[tap]; place >= 0) v[j] = load_up_to(sums + (place * job.corner.channels + channel) * job.corner.lanes + lane, rows);
         if (++tap == job.taps_all) tap = 0, ++channel;
       }
       transpose<T>(v);

@@ -21,7 +21,8 @@ ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
-_BFLOAT16_PRODUCTS = _library.cpu_isa() == "avx512_bf16"  # once: a look-up per call would break torch.compile's graph
+_CPU_ISA = _library.cpu_isa()  # once: a look-up per call would break torch.compile's graph
+_BFLOAT16_PRODUCTS, _BFLOAT16_TILES = _CPU_ISA in ("avx512_bf16", "amx"), _CPU_ISA == "amx"
 
 
 def pair(name: str, value: Any) -> Pair:
@@ -122,22 +123,28 @@ def chosen_algorithm(
     return str(name)
 
 
+def has_tiles(x: Tensor) -> bool:
+    """Whether the CPU multiplies maps of this dtype in matrix tiles (AMX)."""
+    return _BFLOAT16_TILES and x.dtype == torch.bfloat16
+
+
 def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices: int = 1) -> bool:
     """Whether torch's convolutions, one for each of ``slices``, beat the C++ backend, by what was measured:
 
-    - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster;
+    - bfloat16 in one group, on a CPU with dot products of that type: oneDNN is a tenth faster. With matrix tiles it is
+      for a single slice only, in groups as well; several are faster here in one call;
     - depthwise, which is bound by memory;
     - narrow groups (:func:`_narrow_groups_are_faster`), one group of float32 at a stride above 1 on large maps, and
       maps of a few pixels, in the forward. Where gradients follow they cost less here.
     """
     out_channels, fan = weight.shape[:2]
     single = x.dtype == torch.float32
-    products = x.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS and weight.shape[-1] > 1
+    products, tiles = x.dtype == torch.bfloat16 and _BFLOAT16_PRODUCTS and weight.shape[-1] > 1, has_tiles(x)
     forward_only = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     if max(stride) > 1 and not forward_only:  # oneDNN's gradients of strided weights can be wrong for a few channels
         return False
     if products and groups == 1:
-        return min(out_channels, fan) >= 32
+        return min(out_channels, fan) >= 32 and (slices == 1 or not tiles)
     if single and fan == 1 and out_channels == groups:
         return groups >= 32 and max(stride) == 1
     if not forward_only or not (single or products):
@@ -148,6 +155,8 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices
         return groups == 1 and min(out_channels, fan) >= 64 and pixels >= LARGE_MAP
     if single and pixels <= 16 and fan >= 32:
         return True
+    if tiles:
+        return slices == 1 and groups > 1 and min(fan, out_channels // groups) >= 8
     return groups > 1 and fan >= 4 and _narrow_groups_are_faster(out_channels // groups, slices, pixels, products)
 
 

@@ -22,6 +22,7 @@ from nasdet.ops._dilation import (
     define,
     finite_on_cpu,
     flat,
+    has_tiles,
     holds_data,
     in_layout_of,
     pair,
@@ -181,8 +182,14 @@ def _run_compiled(x: Tensor, weight: Tensor, mix: Tensor, *arguments: Any) -> Te
 
 
 def _torch_mixes_faster(x: Tensor, weight: Tensor, mix: Tensor, stride: Pair, groups: int) -> bool:
-    """In bfloat16 with several groups on large maps, where no gradient follows: see :func:`torch_is_faster`."""
-    if groups == 1 or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
+    """In bfloat16 with several groups on large maps, where no gradient follows: see :func:`torch_is_faster`.
+
+    With matrix tiles only a single dilation, a plain convolution.
+    """
+    tiles = has_tiles(x)
+    if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
+        return False
+    if (groups == 1 or tiles) and not (tiles and weight.shape[0] == 1):
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return pixels >= LARGE_MAP and torch_is_faster(x, weight[0], stride, groups)

@@ -18,7 +18,7 @@ from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.testing import assert_close, tolerance
 
 pytestmark = pytest.mark.needs("cpp")
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # in, out, groups, splits of the output channels

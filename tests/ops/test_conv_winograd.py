@@ -253,7 +253,7 @@ def test_a_small_scratch_limit_changes_little() -> None:
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_other_instruction_sets(level: str, require: Any) -> None:
-    order = ("baseline", "avx2", "avx512", "avx512_bf16")
+    order = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
     best = _library.cpu_isa() or "baseline"
     if order.index(level) > order.index(best):
         require(level, f"this CPU's best instruction set is {best}")

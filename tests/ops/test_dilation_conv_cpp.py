@@ -190,6 +190,7 @@ def test_several_slices_of_groups_are_left_to_torch_on_large_maps_only(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_TILES", False)
     weight = torch.randn(64, 8, 3, 3, dtype=dtype)
     for size, slices, expected in ((64, 5, True), (10, 5, False), (10, 1, True)):
         x = torch.randn(1, 64, size, size, dtype=dtype)
@@ -197,8 +198,28 @@ def test_several_slices_of_groups_are_left_to_torch_on_large_maps_only(
     assert not _dilation.torch_is_faster(x.requires_grad_(), weight, (1, 1), 8, 1)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_with_matrix_tiles_one_slice_of_bfloat16_is_left_to_torch(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of_torch(monkeypatch)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_TILES", True)
+    x, weight = torch.randn(1, 32, 48, 48).bfloat16(), torch.randn(1, 32, 32 // groups, 3, 3).bfloat16()
+    mix = torch.rand(1, 32)
+    grouped_dilation_conv2d(x, weight[0], [1, 2], [16, 16], 1, groups, backend="cpp")
+    mixed_dilation_conv2d(x, weight.expand(2, -1, -1, -1, -1), mix.expand(2, -1), (1, 2), 1, groups, backend="cpp")
+    mixed_dilation_conv2d(x, weight, mix.requires_grad_(), (1,), 1, groups, backend="cpp")
+    assert not calls
+    grouped_dilation_conv2d(x, weight[0], [2], [32], 1, groups, backend="cpp")
+    y = mixed_dilation_conv2d(x, weight, mix.detach(), (3,), 1, groups, backend="cpp")
+    assert calls == [(2, 2), (3, 3)]
+    ours = mixed_dilation_conv2d(x, weight, mix.detach(), (3,), 1, groups, backend="cpp", algorithm="direct")
+    torch.testing.assert_close(ours, y, rtol=2e-2, atol=2e-1)
+    narrow = torch.randn(32, 4, 3, 3).bfloat16()
+    assert not _dilation.torch_is_faster(x, narrow, (1, 1), 8)
+
+
 def test_bfloat16_groups_stay_here_where_the_cpu_has_no_products_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", False)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_TILES", False)
     x, weight = torch.randn(1, 64, 64, 64, dtype=torch.bfloat16), torch.randn(64, 8, 3, 3, dtype=torch.bfloat16)
     assert not _dilation.torch_is_faster(x, weight, (1, 1), 8, 1)
 
@@ -230,6 +251,7 @@ def calls_of_torch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(F, "conv2d", counted)
     monkeypatch.setattr(_dilation, "_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(_dilation, "_BFLOAT16_TILES", False)
     return calls
 
 
@@ -245,7 +267,9 @@ def test_a_mixture_of_groups_in_bfloat16_is_left_to_torch(monkeypatch: pytest.Mo
     assert torch.equal(ours, y) and len(calls) == 3
 
 
-@pytest.mark.skipif(_library.cpu_isa() != "avx512_bf16", reason="elsewhere torch's bfloat16 may sum in 16 bits")
+@pytest.mark.skipif(
+    _library.cpu_isa() not in ("avx512_bf16", "amx"), reason="elsewhere torch's bfloat16 may sum in 16 bits"
+)
 def test_what_torch_mixes_is_as_accurate_as_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(1, 64, 48, 48).bfloat16(), torch.randn(3, 64, 8, 3, 3).bfloat16() / 8
     mix = torch.softmax(torch.randn(3, 64), 0)

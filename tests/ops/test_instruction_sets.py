@@ -11,7 +11,7 @@ import pytest
 
 from nasdet import _library
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ LEVELS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512cd -mfma -mf16c -Wno-maybe-uninitialized",
 }
-ORDER = (*LEVELS, "avx512_bf16")
+ORDER = (*LEVELS, "avx512_bf16", "amx")
 ULP = {"exp_nonpositive": 1.5, "log1p_unit": 2.0, "log_normal": 2.0}
 
 

@@ -1,0 +1,66 @@
+// Matrix tiles: eight registers of up to 16 rows of 64 bytes, and the product of two of them, as Intel's AMX has them. Kernels
+// on tiles are compiled with the instructions, and once with the same in plain C++, for tests on CPUs without.
+#pragma once
+#include <cstdint>
+
+namespace nasdet::NASDET_ISA {
+
+#if defined(__AMX_BF16__)
+inline constexpr bool kHasAmx = true;
+
+// The tiles of this thread, 16 x 64 bytes each, for as long as this lives. The operands are in the order of the assembler.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    struct alignas(64) { uint8_t palette, start, unused[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape{1, 0, {}, {}, {}};
+    for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~AmxTiles() { __asm__ volatile("tilerelease"); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+
+  template <int kTile> void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile)); }
+  template <int kTile> void load(const void* rows, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(kTile) : "memory");
+  }
+  template <int kTile> void store(void* rows, int64_t stride) const {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kTile) : "memory");
+  }
+  // sum[i][j] += a[i][2k] * b[k][2j] + a[i][2k + 1] * b[k][2j + 1] for all k: 16 x 16 of float, 16 x 32 of bfloat16.
+  template <int kSum, int kA, int kB> void multiply() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB)); }
+};
+#else
+inline constexpr bool kHasAmx = false;
+
+class AmxTiles {
+ public:
+  template <int kTile> void zero() { __builtin_memset(tile_[kTile], 0, sizeof tile_[kTile]); }
+  template <int kTile> void load(const void* rows, int64_t stride) {
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(tile_[kTile][i], static_cast<const char*>(rows) + i * stride, 64);
+  }
+  template <int kTile> void store(void* rows, int64_t stride) const {
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(rows) + i * stride, tile_[kTile][i], 64);
+  }
+  template <int kSum, int kA, int kB> void multiply() {
+    for (int i = 0; i < 16; ++i)
+      for (int k = 0; k < 16; ++k)
+        for (int j = 0; j < 16; ++j) {
+          const uint32_t a = tile_[kA][i][k], b = tile_[kB][k][j];
+          float sum = as_float(tile_[kSum][i][j]) + as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u) + as_float(a << 16) * as_float(b << 16);
+          __builtin_memcpy(&tile_[kSum][i][j], &sum, sizeof sum);
+        }
+  }
+
+ private:
+  static float as_float(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  uint32_t tile_[8][16][16];
+};
+#endif
+
+}  // namespace nasdet::NASDET_ISA

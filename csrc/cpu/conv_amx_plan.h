@@ -13,7 +13,7 @@ constexpr ConvShape kTilesShape{kTileRows, kTileRows, false, true}, kTilesGradSh
 
 inline bool suits_tiles(const ConvProblem& p) {
   const int64_t least = std::min(p.in_channels, p.out_channels) / p.groups;
-  return tiles() != Tiles::none && p.storage == 2 && least >= (p.groups == 1 ? 8 : 4);
+  return p.storage == 2 && least >= (p.groups == 1 ? 8 : 4) && tiles() != Tiles::none;
 }
 
 // The share of the tiles' products that are the problem's: channels fill them up, and zeros follow each row.

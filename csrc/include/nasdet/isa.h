@@ -58,20 +58,25 @@ namespace nasdet {
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 enum class Tiles : int { none, emulated, hardware };
 
-// Whether CPU and system have tiles of bfloat16, and the system lets this process use them: it does not before it is asked.
-inline bool amx_granted() {
 #if defined(NASDET_X86) && defined(__linux__)
+// Whether CPU and system have tiles of bfloat16.
+inline bool has_amx() {
   constexpr unsigned kOsSavesState = 1u << 27, kTile = 1u << 24, kBfloat16 = 1u << 22, kTileState = 3u << 17;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d, state;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsSavesState)) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBfloat16)) != (kTile | kBfloat16)) return false;
   __asm__ volatile("xgetbv" : "=a"(state), "=d"(d) : "c"(0));
-  return (state & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+  return (state & kTileState) == kTileState;
 }
+// Whether the system lets this process use them: it does not before it is asked, and from then on wants larger signal stacks.
+inline bool amx_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+inline bool has_amx() { return false; }
+inline bool amx_granted() { return false; }
+#endif
 
 // The best instruction set of this CPU, capped by NASDET_CPU_CAPABILITY=baseline|avx2|avx512|avx512_bf16|amx, or
 // amx_emulated, for tests: what the CPU has below amx, and kernels on tiles in plain C++.
@@ -98,17 +103,18 @@ inline Isa cpu_capability() {
       if (!std::strcmp(name, "avx512") && cap > Isa::avx512) cap = Isa::avx512;
       if ((!std::strcmp(name, "avx512_bf16") || !std::strcmp(name, "amx_emulated")) && cap > Isa::avx512_bf16) cap = Isa::avx512_bf16;
     }
-    if (best == Isa::avx512_bf16 && cap == Isa::amx && amx_granted()) best = Isa::amx;
+    if (best == Isa::avx512_bf16 && cap == Isa::amx && has_amx()) best = Isa::amx;
     return best < cap ? best : cap;
   }();
   return chosen;
 }
 
+// To be called where tiles are about to be used: the first call asks the system for them.
 inline Tiles tiles() {
   static const Tiles chosen = [] {
     const char* const name = std::getenv("NASDET_CPU_CAPABILITY");
     if (name && !std::strcmp(name, "amx_emulated")) return Tiles::emulated;
-    return cpu_capability() == Isa::amx ? Tiles::hardware : Tiles::none;
+    return cpu_capability() == Isa::amx && amx_granted() ? Tiles::hardware : Tiles::none;
   }();
   return chosen;
 }

@@ -86,7 +86,7 @@ struct FrequencyProduct {
   int64_t rows, columns, depth; // columns is a multiple of the lanes
   int64_t complex, real;
   bool add;
-  bool fetch;                   // a and c are expected to lie outside the inner cache
+  bool fetch_c;                 // it is expected to lie outside the inner cache, as a does
   float* packed;                // rows x depth elements of scratch, the latter padded to whole vectors
 };
 

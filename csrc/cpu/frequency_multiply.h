@@ -87,7 +87,8 @@ NASDET_INLINE void dispatch_rows(int64_t rows, const PanelProduct& p, int64_t fi
   if constexpr (kRows > 1) dispatch_rows<kVectors, kRows - 1>(rows, p, first, ahead, lines);
 }
 
-// What the next frequency reads or writes, in runs of consecutive lines that are handed out so fast that all are asked for in time.
+// What the next frequency reads or writes, in runs of consecutive lines, handed out so fast that all are asked for in time; the
+// last run is what is asked for when they are through.
 struct Ahead {
   struct Run { const float* first; int64_t lines; };
   Run runs[4];
@@ -145,7 +146,7 @@ inline void multiply(const FrequencyProduct& p) {
     const int64_t plane = complex ? 2 * f : f + p.complex, planes = complex ? 2 : 1;
     const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    Ahead ahead{{{a + planes * p.a_plane, p.fetch ? planes * p.a_plane / 16 : 0}, {c + planes * p.c_plane, p.fetch ? planes * p.c_plane / 16 : 0}, {}, {a, 0}}};
+    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16}, {c + planes * p.c_plane, p.fetch_c ? planes * p.c_plane / 16 : 0}, {}, {a, 0}}};
     ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (complex ? 3 : 1));
     if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
     for (int64_t column = 0; column < p.columns; column += kPanel) {

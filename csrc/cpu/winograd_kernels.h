@@ -42,10 +42,11 @@ NASDET_INLINE int64_t panel_of(const WinogradPanel* panels, int64_t v) {
 
 void transform_weights(const WinogradProduct& p, int64_t task) {
   Vector taps[9 * W];
-  const int64_t v = task / p.deep.count, d = task % p.deep.count, panel = panel_of(p.panels, v), rows = p.depth - d * W < W ? p.depth - d * W : W;
+  constexpr int64_t kRowsAhead = 4;  // the weights have left the caches since the last call
+  const int64_t v = task / p.deep.count, d = task % p.deep.count, panel = panel_of(p.panels, v), ahead = kRowsAhead * p.panels[panel].count * W, rows = p.depth - d * W < W ? p.depth - d * W : W;
   if (!p.transposed) {
     load_taps(p.wide.vectors[v], p.in_channels, d * W, true, taps);
-    for (int64_t k = 0; k < rows; ++k) transform_kernel(taps + k * 9, 1, weight_row(p, panel, v, d * W + k), p.weight_plane);
+    for (int64_t k = 0; k < rows; ++k) transform_kernel(taps + k * 9, 1, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
     return;
   }
   load_taps(p.deep.vectors[d], p.in_channels, p.wide.vectors[v].first, true, taps);
@@ -55,7 +56,7 @@ void transform_weights(const WinogradProduct& p, int64_t task) {
     for (int c = 0; c < W; ++c) square[c] = taps[c * 9 + tap];
     transpose(square);
   }
-  for (int64_t k = 0; k < rows; ++k) transform_kernel(flipped + k, W, weight_row(p, panel, v, d * W + k), p.weight_plane);
+  for (int64_t k = 0; k < rows; ++k) transform_kernel(flipped + k, W, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
 }
 
 struct Span { int64_t begin, end; };

@@ -138,8 +138,8 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
   const int64_t plane = task / g.panel_count;
   const WinogradPanel& panel = g.panels[task % g.panel_count];
   const int64_t row = panel.count * W;
-  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.in_channels * W;
-  multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W, g.y_row, sums, row, g.in_channels, tiles, g.accumulate,
+  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.ins * W;
+  multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W, g.y_row, sums, row, g.ins, tiles, g.accumulate,
            sums + most_rows(int(panel.count)) * row, row);
 }
 
@@ -147,18 +147,18 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
 void collect_gradient(const WinogradGradient& g, int64_t v) {
   const WinogradChannels& y = g.y.vectors[v];
   const WinogradPanel& panel = g.panels[panel_of(g.panels, v)];
-  const float* const sums = g.sums + (panel.first * g.in_channels + (v - panel.first)) * W;
+  const float* const sums = g.sums + (panel.first * g.ins + (v - panel.first)) * W;
   const Vector factor = y.mix ? load_some(y.mix, y.count) : splat(1.f);
   Vector taps[9 * W], kernels[9 * W], dot = {};
-  for (int64_t c = 0; c < g.in_channels; c += W) {
-    const int64_t valid = g.in_channels - c < W ? g.in_channels - c : W, length = valid * 9;
+  for (int64_t c = 0; c < g.ins; c += W) {
+    const int64_t in = g.first_in + c, valid = g.ins - c < W ? g.ins - c : W, length = valid * 9;
     for (int64_t i = 0; i < W; ++i) {
       if (i < valid) collect_kernel(sums + (c + i) * panel.count * W, g.sum_plane, taps + i * 9);
       else
         for (int tap = 0; tap < 9; ++tap) taps[i * 9 + tap] = Vector{};
     }
     if (y.mix_grad) {
-      load_taps(y, g.in_channels, c, false, kernels);
+      load_taps(y, g.in_channels, in, false, kernels);
       for (int i = 0; i < 9 * W; ++i) dot += kernels[i] * taps[i];
     }
     if (!y.weight_grad) continue;
@@ -166,7 +166,7 @@ void collect_gradient(const WinogradGradient& g, int64_t v) {
       Vector* const rows = taps + q * W;
       for (int i = 0; i < W; ++i) rows[i] *= factor;
       transpose(rows);
-      for (int64_t o = 0; o < y.count; ++o) store_some(y.weight_grad + (o * g.in_channels + c) * 9 + q * W, rows[o], length - q * W);
+      for (int64_t o = 0; o < y.count; ++o) store_some(y.weight_grad + (o * g.in_channels + in) * 9 + q * W, rows[o], length - q * W);
     }
   }
   if (y.mix_grad) store_some(y.mix_grad, dot, y.count);

@@ -125,6 +125,12 @@ int64_t chunk_tiles(int64_t weight_bytes) {
   return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;
 }
 
+// How many chunks of about equal size: as many for each thread, if they are worth it.
+int64_t chunks_of(int64_t tiles, int64_t most) {
+  const int64_t chunks = (tiles + most - 1) / most, even = (chunks + threads() - 1) / threads() * threads();
+  return even * 6 <= tiles ? even : chunks;
+}
+
 // A product and what it points to.
 struct Piece {
   WinogradProduct product;
@@ -148,7 +154,7 @@ std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, boo
       const WinogradProduct product{p.height, p.width, d.h, d.w, d.tiles.data(), in, out, to, p.in_channels, depth, transposed,
                                     transposed && &d != work.dilations.data(), nullptr, 0, nullptr,
                                     plane_floats(depth * count * lanes), plane_floats(chunk * int64_t(deep.size()) * lanes), plane_floats(chunk * widest * lanes)};
-      pieces.push_back({product, panels_of(count, work.kernels.most_vectors), tiles, (tiles + chunk - 1) / chunk, kWinogradPlanes * (product.deep_plane + product.wide_plane)});
+      pieces.push_back({product, panels_of(count, work.kernels.most_vectors), tiles, chunks_of(tiles, chunk), kWinogradPlanes * (product.deep_plane + product.wide_plane)});
     }
   }
   return pieces;
@@ -205,25 +211,70 @@ void run_products(const Work& work, const float* from, float* to, bool transpose
   for (size_t r = 0; r + 1 < rounds.size(); ++r) run_round(pieces, rounds[r], rounds[r + 1], work.kernels, weights, chunks, chunk_floats, workers);
 }
 
-// The gradient of the weights of some of the channels of one dilation.
-void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x, const float* grad) {
-  const ConvProblem& p = work.p;
-  const int64_t lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size()), tiles = int64_t(d.tiles.size());
-  const int64_t x_row = row_floats(inputs * lanes), y_row = row_floats(count * lanes);
-  const std::vector<WinogradPanel> panels = panels_of(count, work.kernels.most_vectors);
-  WinogradGradient g{p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data(), inputs}, {grad, p.out_channels, d.channels.data() + first, count}, p.in_channels, false,
-                     panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row),
-                     plane_floats(p.in_channels * count * lanes)};
-  const size_t x_floats = size_t(kWinogradPlanes * g.x_plane), y_floats = size_t(kWinogradPlanes * g.y_plane), sum_floats = size_t(kWinogradPlanes * g.sum_plane);
-  Scratch scratch(Scratch::padded(x_floats * 4) + Scratch::padded(y_floats * 4) + Scratch::padded(sum_floats * 4));
-  g.x_tiles = scratch.take<float>(x_floats), g.y_tiles = scratch.take<float>(y_floats), g.sums = scratch.take<float>(sum_floats);
-  for (int64_t begin = 0; begin < tiles; begin += step) {
-    const int64_t now = std::min(step, tiles - begin);
-    g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
-    for_tasks(now, threads(), [&](int64_t, int64_t i) { work.kernels.gradient_tiles(g, i, i + 1); });
-    for_tasks(kWinogradPlanes * g.panel_count, threads(), [&](int64_t, int64_t task) { work.kernels.gradient_planes(g, task, task + 1, now); });
+// A part of the gradient of the weights: vectors of inputs and of outputs.
+struct GradientPart {
+  int64_t first_in, ins, first_out, outs;
+};
+
+// Parts for the threads. A part transforms all tiles of its channels on its own, for tiles in the domain that another core has
+// written take longer to fetch than to make. Outputs alone are divided where sums go over all inputs.
+std::vector<GradientPart> gradient_parts(int64_t inputs, int64_t first, int64_t count, bool all_inputs) {
+  int64_t in_parts = 1, out_parts = 1;
+  while (in_parts * out_parts < threads()) {
+    const bool divide_inputs = !all_inputs && inputs / in_parts >= count / out_parts && 2 * in_parts <= inputs;
+    if (!divide_inputs && 2 * out_parts > count) break;
+    (divide_inputs ? in_parts : out_parts) *= 2;
   }
-  for_tasks(count, threads(), [&](int64_t, int64_t v) { work.kernels.gradient_collect(g, v, v + 1); });
+  std::vector<GradientPart> parts;
+  for (int64_t i = 0; i < in_parts; ++i)
+    for (int64_t o = 0; o < out_parts; ++o) {
+      const int64_t in = inputs * i / in_parts, out = count * o / out_parts;
+      parts.push_back({in, inputs * (i + 1) / in_parts - in, first + out, count * (o + 1) / out_parts - out});
+    }
+  return parts;
+}
+
+// The largest pieces of scratch of any part, in floats.
+struct GradientScratch {
+  size_t x = 0, y = 0, sums = 0;
+  size_t bytes() const { return Scratch::padded(x * 4) + Scratch::padded(y * 4) + Scratch::padded(sums * 4); }
+};
+
+WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientPart& part, int64_t step, const float* x, const float* grad, const std::vector<WinogradPanel>& panels) {
+  const ConvProblem& p = work.p;
+  const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
+  const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
+  return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, false,
+          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(ins * part.outs * lanes)};
+}
+
+// The gradient of the weights of some of the channels of one dilation, `step` tiles at a time.
+void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x, const float* grad) {
+  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
+  const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixed);
+  const int64_t tiles = int64_t(d.tiles.size()), part_count = int64_t(parts.size());
+  GradientScratch most;
+  for (const GradientPart& part : parts) {
+    const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
+    most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane)), most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
+  }
+  const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
+  Scratch scratch(most.bytes() * size_t(workers));
+  char* const memory = scratch.take<char>(most.bytes() * size_t(workers));
+  for_tasks(part_count, workers, [&](int64_t worker, int64_t i) {
+    const GradientPart& part = parts[size_t(i)];
+    const std::vector<WinogradPanel> panels = panels_of(part.outs, work.kernels.most_vectors);
+    WinogradGradient g = gradient_of(work, d, part, step, x, grad, panels);
+    char* const own = memory + size_t(worker) * most.bytes();
+    g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4)), g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
+    for (int64_t begin = 0; begin < tiles; begin += step) {
+      const int64_t now = std::min(step, tiles - begin);
+      g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
+      work.kernels.gradient_tiles(g, 0, now);
+      work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+    }
+    work.kernels.gradient_collect(g, 0, part.outs);
+  });
 }
 
 void run_gradients(const Work& work, const float* x, const float* grad) {

@@ -51,13 +51,14 @@ struct WinogradGradient {
   int64_t height, width, dilation_h, dilation_w;
   const WinogradTile* tiles;  // of the piece at hand
   WinogradSide x, y;
-  int64_t in_channels;
+  int64_t in_channels;        // of the convolution
+  int64_t first_in, ins;      // those of x's vectors
   bool accumulate;            // not the first piece
   const WinogradPanel* panels;
   int64_t panel_count;
   float *x_tiles, *y_tiles;   // [planes][tiles][row of vectors]
   int64_t x_row, y_row;
-  float* sums;                // [planes][panel][in_channels][vectors of the panel]
+  float* sums;                // [planes][panel][ins][vectors of the panel]
   int64_t x_plane, y_plane, sum_plane;
 };
 

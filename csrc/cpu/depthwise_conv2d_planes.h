@@ -56,6 +56,8 @@ template <class S> NASDET_INLINE void narrow_row(const arithmetic_t<S>* values, 
   if (i < count) store_part(row + i, load_part(values + i, count - i), count - i);
 }
 
+constexpr int64_t kFetchAhead = 4096;  // bytes: a plane's rows are too short for the processor to see where they lead
+
 // The copies of a plane's rows: the last `ring` of them, a row of zeros, and how far copying has come.
 template <class S> struct Ring {
   using T = arithmetic_t<S>;
@@ -65,7 +67,10 @@ template <class S> struct Ring {
 
   T* at(int64_t i) const { return copies + (i < ring ? i : i % ring) * row; }
   void reach(int64_t last) {  // all rows up to `last`, which come in ascending order
-    for (; next <= last; ++next) copy_row(plane + next * width, width, phases, margin, length, at(next));
+    for (; next <= last; ++next) {
+      fetch(plane + next * width + kFetchAhead / int64_t(sizeof(S)), width);
+      copy_row(plane + next * width, width, phases, margin, length, at(next));
+    }
   }
 };
 
@@ -117,6 +122,7 @@ template <class S> void convolve_plane(const DepthwisePlanes& p, int64_t plane, 
       for (int64_t r = 0; r < tile.rows; ++r) {
         targets[r] = static_cast<S*>(p.target) + (plane * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width + a.first;
         outs[r] = direct ? reinterpret_cast<T*>(targets[r]) : results + r * pitch;
+        if (lattice == 0) fetch(targets[r] + kFetchAhead / int64_t(sizeof(S)), p.to.width);
       }
       with_tile<T>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
         constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
@@ -185,8 +191,11 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
       const DepthwiseTile tile = p.tiles[t];
       const DepthwiseAxis rows = *tile.axis;
       find_copies<S>(sources, ring, tile, rows_are_shared<T>(tile));
-      for (int64_t r = 0; r < tile.rows; ++r)
-        widen_row(static_cast<const S*>(p.grad) + (plane * p.to.height + tile.first + r * tile.spacing) * p.to.width, p.to.width, grads + r * pitch);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const S* const row = static_cast<const S*>(p.grad) + (plane * p.to.height + tile.first + r * tile.spacing) * p.to.width;
+        fetch(row + kFetchAhead / int64_t(sizeof(S)), p.to.width);
+        widen_row(row, p.to.width, grads + r * pitch);
+      }
       terms += tile.rows * pitch / L;
       if (terms > kTerms) flush(), terms = tile.rows * pitch / L;
       with_tile<T>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {

@@ -11,6 +11,11 @@ constexpr int kVectors = kBytes == 64 ? 2 : 1;  // side by side: what the regist
 // Sources of a tile's rows by tap: rows[tap * rows + r]; in the shared form rows[step * r + tap].
 template <class S> struct Sources { const S* rows[kDepthwiseKernel * kDepthwiseRows]; };
 
+// Asks for `count` elements that are read or written some time later: maps have left the caches since they were last used.
+template <class S> NASDET_INLINE void fetch(const S* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Holds `v` in a register. The compiler would rather load a source once per tap, as an operand of the product, and loads that
 // straddle cache lines, as those of most numbers of channels do, then take longer than the products.
 template <class V> NASDET_INLINE void in_register(V& v) {

@@ -93,14 +93,22 @@ struct DepthwiseSharing {
   }
 };
 
+// How many rows a tile has at most. At stride 2 two rows share one source, which is not worth it in NHWC where source rows lie
+// whole pages apart: so many at once do not stay in the innermost cache.
+inline int64_t tile_rows(const DepthwiseProblem& p, const DepthwiseSharing& sharing, int64_t source_width) {
+  constexpr int64_t kPage = 4096;
+  if (sharing.step != 2) return kDepthwiseRows;
+  return p.pixels && source_width * p.channels * p.element() % kPage == 0 ? 1 : 4;
+}
+
 // Rows of a lattice in tiles; those of a group, of at most 7 x spacing rows, come together.
-inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side, const DepthwiseSharing& sharing) {
+inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side, const DepthwiseSharing& sharing, int64_t most) {
   std::vector<DepthwiseTile> tiles;
   for (const DepthwiseAxis& a : axes.lattices) {
     const int64_t spacing = std::min(sharing.spacing, a.count);
     for (int64_t group = 0, rows; group < a.count; group += rows * spacing) {
       const int64_t left = (a.count - group + spacing - 1) / spacing;
-      rows = left == 8 || left == 9 ? 4 : std::min<int64_t>(left, sharing.step == 2 ? 4 : kDepthwiseRows);
+      rows = most > 4 && (left == 8 || left == 9) ? 4 : std::min(left, most);
       for (int64_t q = 0; q < spacing && group + q < a.count; ++q) {
         int64_t first = group + q, count = std::min((a.count - first + spacing - 1) / spacing, rows);
         for (int64_t size; count > 0; count -= size, first += size * spacing) {
@@ -153,7 +161,7 @@ inline int64_t units_of(int64_t channels, int64_t each) { return std::max<int64_
 inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tensor& weight, const Tensor& target, bool gradient) {
   const DepthwiseAxes rows = axes_of(p.rows, p.kernel, gradient, false), columns = axes_of(p.columns, p.kernel, gradient, true);
   const DepthwiseSharing sharing(p.rows, gradient);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing);
+  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing, tile_rows(p, sharing, gradient ? p.columns.out : p.columns.in));
   const DepthwiseMap x{p.channels, p.rows.in, p.columns.in}, y{p.channels, p.rows.out, p.columns.out};
   const DepthwiseMap &from = gradient ? y : x, &to = gradient ? x : y;
   const size_t weight_bytes = Scratch::padded(size_t(p.channels * p.kernel * p.kernel * p.arithmetic()));
@@ -194,7 +202,7 @@ inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tens
 inline void correlate(const DepthwiseProblem& p, const Tensor& x, const Tensor& grad, const Tensor& dweight) {
   const DepthwiseAxes rows = axes_of(p.rows, p.kernel, false, false), columns = axes_of(p.columns, p.kernel, false, true);
   const DepthwiseSharing sharing(p.rows, false);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing);
+  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing, tile_rows(p, sharing, p.columns.in));
   const int64_t taps = p.kernel * p.kernel, count = int64_t(tiles.size());
   DepthwiseGrad job{p.storage, x.const_data_ptr(), grad.const_data_ptr(), nullptr, {p.channels, p.rows.in, p.columns.in}, {p.channels, p.rows.out, p.columns.out},
                     p.kernel, columns.lattices.data(), tiles.data(), count, 0, 0, 0};

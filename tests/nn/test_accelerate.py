@@ -41,7 +41,6 @@ class Doubled(nn.Conv2d):
 LEFT = {
     "1x1": (nn.Conv2d(64, 64, 1), "torch's is as fast at a 1x1 kernel"),
     "stride-2": (nn.Conv2d(128, 128, 3, stride=2, padding=1), "kernel of stride 2"),
-    "one-output": (nn.Conv2d(256, 1, 3, padding=1), "torch's is as fast"),
     "depthwise-not-square": (nn.Conv2d(64, 64, (3, 5), padding=1, groups=64), "square kernel of odd size, got 3x5"),
     "ours": (DepthwiseConv2d(64), "it runs on the library's kernels by itself"),
     "grouped": (nn.Conv2d(64, 64, 3, padding=1, groups=32), "torch's is as fast at a 3x3 kernel"),
@@ -76,10 +75,11 @@ def test_a_replaced_forward_is_left() -> None:
         nn.Conv2d(64, 64, 3, padding=1),
         nn.Conv2d(64, 80, 3, padding=(2, 3), dilation=(2, 3), bias=False),
         nn.Conv2d(64, 64, 3, padding="same", dilation=4),
+        nn.Conv2d(64, 1, 3, padding=1),
         nn.Conv2d(64, 64, 5, stride=2, padding=1, groups=64),
         nn.Conv2d(64, 64, 3, padding="same", dilation=(2, 1), groups=64, bias=False),
     ],
-    ids=["plain", "uneven-dilation", "same", "depthwise", "depthwise-same"],
+    ids=["plain", "uneven-dilation", "same", "one-output", "depthwise", "depthwise-same"],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_the_same_values(conv: nn.Conv2d, layout: torch.memory_format) -> None:

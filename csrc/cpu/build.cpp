@@ -11,7 +11,7 @@ int64_t cpu_tiles() { return int64_t(tiles()); }
 }  // namespace
 }  // namespace nasdet
 
-STABLE_TORCH_LIBRARY_FRAGMENT(nasdet, m) { 
+STABLE_TORCH_LIBRARY_FRAGMENT(nasdet, m) {
   m.def("_cpu_isa() -> int");
   m.def("_cpu_tiles() -> int");
 }

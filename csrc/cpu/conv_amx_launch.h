@@ -78,58 +78,38 @@ inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, co
 // targets undone, where groups share panels and the source holds infinity or NaN: zeros between the groups would spread them.
 inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
   TileReach reach{families[0].lattice.source_step_h, families[0].lattice.source_step_w};
-  int64_t rows = 0, columns = 0, most = 0, all = 0;
-  const auto panel_bytes = [&](const ConvFamily& f, const ConvPanel& panel) {
-    return int64_t(Scratch::padded(size_t(f.rows * NASDET_KERNEL(conv_direct_width)(p.storage, f.form, panel.width) * arithmetic_bytes(p.storage))));
-  };
+  int64_t rows = 0, columns = 0;
   for (const ConvFamily& f : families) {
     rows = std::max(rows, f.lattice.rows), columns = std::max(columns, f.lattice.columns);
     for (const ConvSpan& span : f.spans) reach.add(span.down, span.across);
-    for (const ConvPanel& panel : f.panels) most = std::max(most, panel_bytes(f, panel)), all += panel_bytes(f, panel);
   }
+  const PanelBytes bytes(p, families);
   const TileBlocks blocks = source_blocks(families, source);
   const auto copy_bytes = [&](const TileBands& bands) {
     const TileCopy copy = copy_of(source, reach, blocks, bands, columns);
     return int64_t(Scratch::padded(size_t(copy.block_count * copy.block_bytes())));
   };
   const int64_t limit = scratch_limit();
-  const TileBands bands = bands_within(p.images, rows, 1, std::max(limit / 2, limit - all), copy_bytes);
-  const int64_t copied = copy_bytes(bands), held = std::max(most, std::min(all, std::max<int64_t>(limit - copied, 0)));
+  const TileBands bands = bands_within(p.images, rows, 1, std::max(limit / 2, limit - bytes.all), copy_bytes);
+  const int64_t copied = copy_bytes(bands), held = std::max(bytes.most, std::min(bytes.all, std::max<int64_t>(limit - copied, 0)));
   const bool whole = bands.images >= p.images && bands.rows >= rows;
   Scratch scratch{size_t(copied + held)};
   TileCopy copy = copy_of(source, reach, blocks, bands, columns);
   copy.data = scratch.take<char>(size_t(copied));
   char* const packed = scratch.take<char>(size_t(held));
   std::vector<TileWork> work;
-  int64_t used = 0;
   bool ready = false, finite = true;
-  const auto flush = [&] {
-    for_bands(bands, p.images, rows, [&](int64_t first_image, int64_t images, int64_t first_row, int64_t band_rows) {
-      place_copy(copy, reach, first_image, images, first_row, band_rows);
-      if (!ready) finite &= copy_band(copy) || families[0].shared == 1;
-      ready = whole;
-      if (finite) sum_band(work, copy, blocks, reach, target, first_row, band_rows);
-    });
-    work.clear(), used = 0;
-  };
-  for (ConvFamily& f : families) {
-    const int64_t count = int64_t(f.panels.size());
-    for (int64_t first = 0, last; first < count; first = last) {
-      for (last = first; last < count; ++last) {
-        const int64_t bytes = panel_bytes(f, f.panels[size_t(last)]);
-        if (used + bytes > held) break;
-        f.panels[size_t(last)].weights = packed + used;
-        used += bytes;
-      }
-      for_tasks(last - first, threads(), [&](int64_t, int64_t i) {
-        ConvPanel& panel = f.panels[size_t(first + i)];
-        pack_panel(p, f, panel, panel_bytes(f, panel), transposed);
+  for_packed_panels(
+      p, families, packed, held, transposed, false, [&](const ConvFamily& f, int64_t first, int64_t last) { work.push_back({&f, first, last}); },
+      [&] {
+        for_bands(bands, p.images, rows, [&](int64_t first_image, int64_t images, int64_t first_row, int64_t band_rows) {
+          place_copy(copy, reach, first_image, images, first_row, band_rows);
+          if (!ready) finite &= copy_band(copy) || families[0].shared == 1;
+          ready = whole;
+          if (finite) sum_band(work, copy, blocks, reach, target, first_row, band_rows);
+        });
+        work.clear();
       });
-      if (last > first) work.push_back({&f, first, last});
-      if (last < count) flush();
-    }
-  }
-  if (!work.empty()) flush();
   return finite;
 }
 

@@ -63,44 +63,22 @@ inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, co
 inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
   const int64_t zero_bytes = int64_t(Scratch::padded(size_t(source.channels * stored_bytes(p.storage))));
   const int64_t room = std::max<int64_t>(scratch_limit() - zero_bytes, 0);
-  const auto panel_bytes = [&](const ConvFamily& f, const ConvPanel& panel) {
-    return int64_t(Scratch::padded(size_t(f.rows * NASDET_KERNEL(conv_direct_width)(p.storage, f.form, panel.width) * arithmetic_bytes(p.storage))));
-  };
-  int64_t most = 0, all = 0;
-  for (const ConvFamily& f : families)
-    for (const ConvPanel& panel : f.panels) {
-      const int64_t bytes = panel_bytes(f, panel);
-      most = std::max(most, bytes), all += bytes;
-    }
-  const int64_t held = std::max(most, std::min(all, room));
+  const PanelBytes bytes(p, families);
+  const int64_t held = std::max(bytes.most, std::min(bytes.all, room));
   Scratch scratch{size_t(zero_bytes + held)};
   char* const zeros = scratch.take<char>(size_t(zero_bytes));
   std::memset(zeros, 0, size_t(zero_bytes));
   char* const packed = scratch.take<char>(size_t(held));
   std::vector<ConvWork> work;
-  int64_t used = 0;
-  const auto flush = [&] {
-    run_work(p, work, source, target, zeros);
-    work.clear(), used = 0;
-  };
-  for (ConvFamily& f : families) {
-    const int64_t count = int64_t(f.panels.size());
-    for (int64_t first = 0, last; first < count; first = last) {
-      for (last = first; last < count; ++last) {
-        const int64_t bytes = panel_bytes(f, f.panels[size_t(last)]);
-        if (used + bytes > held) break;
-        f.panels[size_t(last)].weights = packed + used;
-        used += bytes;
-      }
-      for_tasks(last - first, threads(), [&](int64_t, int64_t i) {
-        ConvPanel& panel = f.panels[size_t(first + i)];
-        pack_panel(p, f, panel, panel_bytes(f, panel), transposed);
+  for_packed_panels(
+      p, families, packed, held, transposed, p.groups == 1,
+      [&](const ConvFamily& f, int64_t first, int64_t last) {
+        for (const auto& [from, to] : panel_tasks(f.panels, first, last, kTaskSources)) work.push_back({&f, from, to});
+      },
+      [&] {
+        run_work(p, work, source, target, zeros);
+        work.clear();
       });
-      for (const auto& [from, to] : panel_tasks(f.panels, first, last, kTaskSources)) work.push_back({&f, from, to});
-      if (last < count || p.groups == 1) flush();
-    }
-  }
-  if (!work.empty()) flush();
 }
 
 inline void direct_forward(const ConvProblem& p, const void* x, void* y) {

@@ -4,6 +4,8 @@
 
 #include "conv_direct_plan.h"
 #include "nasdet/isa.h"
+#include "scratch.h"
+#include "tasks.h"
 
 namespace nasdet {
 namespace {
@@ -39,6 +41,47 @@ inline void pack_panel(const ConvProblem& p, const ConvFamily& family, const Con
     }
   }
   if (has_pairs(family.form)) NASDET_KERNEL(conv_direct_pair_rows)(panel, family.rows, family.form);
+}
+
+inline int64_t panel_bytes(const ConvProblem& p, const ConvFamily& family, const ConvPanel& panel) {
+  return int64_t(Scratch::padded(size_t(family.rows * NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width) * arithmetic_bytes(p.storage))));
+}
+
+// Of packed panels: the largest, and all together.
+struct PanelBytes {
+  int64_t most = 0, all = 0;
+  PanelBytes(const ConvProblem& p, const std::vector<ConvFamily>& families) {
+    for (const ConvFamily& f : families)
+      for (const ConvPanel& panel : f.panels) {
+        const int64_t bytes = panel_bytes(p, f, panel);
+        most = std::max(most, bytes), all += bytes;
+      }
+  }
+};
+
+// Packs the panels of all families, as many at a time as `held` bytes at `packed` take: add(family, first, last) notes some that
+// are ready, flush() works on those noted; after each family if `apart`.
+template <class Add, class Flush>
+void for_packed_panels(const ConvProblem& p, std::vector<ConvFamily>& families, char* packed, int64_t held, bool transposed, bool apart, const Add& add, const Flush& flush) {
+  int64_t used = 0;
+  for (ConvFamily& f : families) {
+    const int64_t count = int64_t(f.panels.size());
+    for (int64_t first = 0, last; first < count; first = last) {
+      for (last = first; last < count; ++last) {
+        const int64_t bytes = panel_bytes(p, f, f.panels[size_t(last)]);
+        if (used + bytes > held) break;
+        f.panels[size_t(last)].weights = packed + used;
+        used += bytes;
+      }
+      for_tasks(last - first, threads(), [&](int64_t, int64_t i) {
+        ConvPanel& panel = f.panels[size_t(first + i)];
+        pack_panel(p, f, panel, panel_bytes(p, f, panel), transposed);
+      });
+      if (last > first) add(f, first, last);
+      if (last < count || apart) flush(), used = 0;
+    }
+  }
+  if (used > 0) flush();
 }
 
 // Some panels of one part, and a range of input channels: a task of the weight gradient.

@@ -49,7 +49,7 @@ struct Slots {
   }
 };
 
-// What the weights of a chunk need on their way, on so many threads; `sizes` must outlive it.
+// What the weights of a chunk need on their way, on so many threads; the plan must outlive it.
 struct WeightScratch {
   const FrequencySizes sizes;
   int64_t folded_elements, step_plane;

@@ -186,10 +186,8 @@ def _torch_mixes_faster(x: Tensor, weight: Tensor, mix: Tensor, stride: Pair, gr
 
     With matrix tiles only a single dilation, a plain convolution.
     """
-    tiles = has_tiles(x)
-    if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
-        return False
-    if (groups == 1 or tiles) and not (tiles and weight.shape[0] == 1):
+    candidate = weight.shape[0] == 1 if has_tiles(x) else groups > 1
+    if not candidate or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return pixels >= LARGE_MAP and torch_is_faster(x, weight[0], stride, groups)

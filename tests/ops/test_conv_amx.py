@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def with_gradients(x: Tensor, weight: Tensor, mix: Tensor, stride: Any = 1, grou
     leaves = [t.detach().requires_grad_() for t in (x, weight, mix)]
     y = run(*leaves, stride, groups=groups)
     return y.detach(), *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
+
+
+def assert_near_float64(op: Any, values: Sequence[Tensor], options: Sequence[Any]) -> None:
+    """The values and all gradients of the C++ backend against those of the reference in float64."""
+    leaves = [t.detach().requires_grad_() for t in values]
+    exact = [t.detach().double().requires_grad_() for t in values]
+    y = op(*leaves, *options, algorithm="direct", backend="cpp")
+    want = op(*exact, *options, backend="reference")
+    upstream = torch.randn(y.shape).bfloat16()
+    found = (y, *torch.autograd.grad(y, leaves, upstream))
+    wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
+    for got, expected in zip(found, wanted, strict=True):
+        assert (got - expected).norm().item() < 4e-3 * expected.norm().item()
 
 
 def test_the_cap_turns_tiles_off_and_asks_for_emulated_ones() -> None:
@@ -92,15 +106,7 @@ def test_dilations_larger_than_the_map_and_no_images() -> None:
 def test_slices_of_odd_widths() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(2, 24, 9, 7).bfloat16(), (torch.randn(61, 24, 3, 3) / 15).bfloat16()
-    leaves, exact = [[t.detach().to(d).requires_grad_() for t in (x, weight)] for d in (x.dtype, torch.float64)]
-    options: Any = ((1, (2, 1), 3, 2), (3, 33, 16, 9), 1, 1)
-    y = grouped_dilation_conv2d(*leaves, *options, algorithm="direct", backend="cpp")
-    want = grouped_dilation_conv2d(*exact, *options, backend="reference")
-    upstream = torch.randn(y.shape).bfloat16()
-    found = (y, *torch.autograd.grad(y, leaves, upstream))
-    wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
-    for got, expected in zip(found, wanted, strict=True):
-        assert (got - expected).norm().item() < 4e-3 * expected.norm().item()
+    assert_near_float64(grouped_dilation_conv2d, (x, weight), ((1, (2, 1), 3, 2), (3, 33, 16, 9), 1, 1))
 
 
 @tiled
@@ -153,16 +159,8 @@ def test_groups_that_share_tiles_share_no_infinity() -> None:
 def test_groups_against_float64(fan: int, width: int, groups: int, stride: int) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(2, fan * groups, 9, 11).bfloat16(), torch.randn(3, width * groups, fan, 3, 3).bfloat16() / 9
-    leaves = [t.requires_grad_() for t in (x, weight, torch.rand(3, width * groups))]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    options: Any = ((1, 2, (3, 1)), stride, groups)
-    y = mixed_dilation_conv2d(*leaves, *options, algorithm="direct", backend="cpp")
-    want = mixed_dilation_conv2d(*exact, *options, backend="reference")
-    upstream = torch.randn(y.shape).bfloat16()
-    found = (y, *torch.autograd.grad(y, leaves, upstream))
-    wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
-    for got, expected in zip(found, wanted, strict=True):
-        assert (got - expected).norm().item() < 4e-3 * expected.norm().item()
+    values = (x, weight, torch.rand(3, width * groups))
+    assert_near_float64(mixed_dilation_conv2d, values, ((1, 2, (3, 1)), stride, groups))
 
 
 @tiled

@@ -1,0 +1,67 @@
+// Products of float32 on matrix tiles of bfloat16. A float is the sum of three bfloat16, and the product of two floats that of
+// the six products of their parts that count: the three left out are about 2^-25 of it, less than a float's own rounding.
+#pragma once
+#include "nasdet/amx.h"
+#include "nasdet/simd.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+constexpr int kFloatParts = 3;
+
+NASDET_INLINE vec<float> rounded_to_bfloat16(vec<float> v) { return (vec<float>)(((vec_u32)v + 0x8000u) & 0xffff0000u); }
+
+// v as the sum of floats that are bfloat16, the largest first. Exact, but for what has no parts.
+NASDET_INLINE void split(vec<float> v, vec<float> (&part)[kFloatParts]) {
+  part[0] = rounded_to_bfloat16(v);
+  const vec<float> rest = v - part[0];
+  part[1] = rounded_to_bfloat16(rest);
+  part[2] = rest - part[1];
+}
+
+// Ones in the lanes of infinity, NaN, and what would be rounded to infinity.
+NASDET_INLINE vec_u32 has_no_parts(vec<float> v) { return (vec_u32)(((vec_u32)v & 0x7fffffffu) >= 0x7f7f8000u); }
+
+// The upper halves of two vectors, side by side in each lane: rows of the second operand of a tile's product.
+NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) { return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u); }
+
+// The upper halves of two vectors, one vector's after the other's: rows of the first operand.
+NASDET_INLINE vec_u32 joined_halves(vec<float> first, vec<float> second) {
+  typedef uint16_t Halves __attribute__((vector_size(kBytes)));
+  Halves odd;
+  for (int i = 0; i < kBytes / 2; ++i) odd[i] = uint16_t(2 * i + 1);
+  return (vec_u32)__builtin_shuffle((Halves)first, (Halves)second, odd);
+}
+
+// Where a tile's rows are, a row `row` bytes after the other, those of the other parts `part` and of the next tile `tile` further.
+struct TileOperand {
+  const char* data;
+  int64_t row, part, tile;
+};
+
+// Tiles 0 to 3, [kRows][2] of which kColumns are used, += a b over the 32 terms of a tile's row.
+template <int kRows, int kColumns> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b) {
+  const auto load_a = [&](int part) {
+    tiles.load<4>(a.data + part * a.part, a.row);
+    if constexpr (kRows == 2) tiles.load<5>(a.data + part * a.part + a.tile, a.row);
+  };
+  const auto load_b = [&](int part) {
+    tiles.load<6>(b.data + part * b.part, b.row);
+    if constexpr (kColumns == 2) tiles.load<7>(b.data + part * b.part + b.tile, b.row);
+  };
+  const auto multiply = [&] {
+    tiles.multiply<0, 4, 6>();
+    if constexpr (kColumns == 2) tiles.multiply<1, 4, 7>();
+    if constexpr (kRows == 2) tiles.multiply<2, 5, 6>();
+    if constexpr (kRows == 2 && kColumns == 2) tiles.multiply<3, 5, 7>();
+  };
+  load_a(0), load_b(2), multiply();
+  load_b(1), multiply();
+  load_b(0), multiply();
+  load_a(2), multiply();
+  load_a(1), multiply();
+  load_b(1), multiply();
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

@@ -39,14 +39,33 @@ size_t piece_size(size_t bytes) {
   return whole > 0 && rest <= kHugePage / 2 ? whole + Scratch::padded(rest) : rest > 0 ? whole + kHugePage : whole;
 }
 
+// Pieces on Linux are maps of their own: the heap would keep what is freed below something that is in use.
 Piece allocated(size_t bytes) {
   const size_t size = piece_size(bytes);
+#if defined(__linux__)
+  void* const map = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (map == MAP_FAILED) throw std::bad_alloc();
+  char* const first = static_cast<char*>(map);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(map) % kHugePage) % kHugePage;
+  if (before > 0) munmap(first, before);
+  munmap(first + before + size, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(first + before, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  return {first + before, size};
+#else
   void* data = nullptr;
   if (posix_memalign(&data, kHugePage, size) != 0) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
   return {static_cast<char*>(data), size};
+#endif
+}
+
+void give_back(const Piece& piece) {
+#if defined(__linux__)
+  if (piece.size > 0) munmap(piece.data, piece.size);
+#else
+  std::free(piece.data);
+#endif
 }
 
 // Frees the idle pieces that `wanted` picks, and says how much that was.
@@ -62,7 +81,7 @@ template <class F> int64_t release_idle(const F& wanted) {
   size_t bytes = 0;
   for (const Piece& piece : picked) {
     bytes += piece.size;
-    std::free(piece.data);
+    give_back(piece);
   }
   return int64_t(bytes);
 }
@@ -90,7 +109,8 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), size_(0) {
     }
   }
   if (size_ >= bytes) return;
-  std::free(data_);
+  give_back({data_, size_});
+  data_ = nullptr, size_ = 0;  // if there is no memory for the next
   const Piece piece = allocated(bytes);
   data_ = piece.data, size_ = piece.size;
 }

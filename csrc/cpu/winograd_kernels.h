@@ -40,23 +40,36 @@ NASDET_INLINE int64_t panel_of(const WinogradPanel* panels, int64_t v) {
   return panel;
 }
 
-void transform_weights(const WinogradProduct& p, int64_t task) {
+// The taps of the W terms of vector `d` of `deep`, for vector `v` of `wide`: term k's are from taps[k * term] on, `step` apart.
+struct TermTaps {
   Vector taps[9 * W];
+  int64_t term, step;
+
+  NASDET_INLINE void load(const WinogradProduct& p, int64_t v, int64_t d) {
+    term = p.transposed ? 1 : 9, step = p.transposed ? W : 1;
+    if (!p.transposed) return load_taps(p.wide.vectors[v], p.in_channels, d * W, true, taps);
+    Vector kernels[9 * W];
+    load_taps(p.deep.vectors[d], p.in_channels, p.wide.vectors[v].first, true, kernels);
+    for (int tap = 0; tap < 9; ++tap) {
+      Vector* const square = taps + (8 - tap) * W;
+      for (int c = 0; c < W; ++c) square[c] = kernels[c * 9 + tap];
+      transpose(square);
+    }
+  }
+};
+
+void transform_weights(const WinogradProduct& p, int64_t task) {
   constexpr int64_t kRowsAhead = 4;  // the weights have left the caches since the last call
   const int64_t v = task / p.deep.count, d = task % p.deep.count, panel = panel_of(p.panels, v), ahead = kRowsAhead * p.panels[panel].count * W, rows = p.depth - d * W < W ? p.depth - d * W : W;
-  if (!p.transposed) {
-    load_taps(p.wide.vectors[v], p.in_channels, d * W, true, taps);
-    for (int64_t k = 0; k < rows; ++k) transform_kernel(taps + k * 9, 1, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
-    return;
+  TermTaps terms;
+  terms.load(p, v, d);
+  for (int64_t k = 0; k < rows; ++k) {
+    float* const out = weight_row(p, panel, v, d * W + k);
+    transform_kernel(terms.taps + k * terms.term, terms.step, [&](int plane, Vector value) {
+      store(out + plane * p.weight_plane, value);
+      __builtin_prefetch(out + plane * p.weight_plane + ahead, 0, 2);
+    });
   }
-  load_taps(p.deep.vectors[d], p.in_channels, p.wide.vectors[v].first, true, taps);
-  Vector flipped[9 * W];
-  for (int tap = 0; tap < 9; ++tap) {
-    Vector* const square = flipped + (8 - tap) * W;
-    for (int c = 0; c < W; ++c) square[c] = taps[c * 9 + tap];
-    transpose(square);
-  }
-  for (int64_t k = 0; k < rows; ++k) transform_kernel(flipped + k, W, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
 }
 
 struct Span { int64_t begin, end; };

@@ -62,4 +62,17 @@ struct WinogradGradient {
   int64_t x_plane, y_plane, sum_plane;
 };
 
+// Matrix tiles hold 16 rows, or 16 columns, of a block of 32 terms; three of them have the parts of floats.
+constexpr int64_t kAmxSide = 16, kAmxTerms = 32, kAmxRowBytes = 64, kAmxTileBytes = 1024;
+constexpr int64_t kAmxRowBlock = 3 * kAmxTileBytes, kAmxColumnBlock = 6 * kAmxTileBytes;  // a block of 16 rows, and of 32 columns
+constexpr int64_t amx_tiles(int64_t sides) { return (sides + kAmxSide - 1) / kAmxSide; }
+
+// A product on matrix tiles.
+struct WinogradAmx {
+  WinogradProduct product;  // its deep_plane and wide_plane are the same
+  int64_t blocks;           // of terms
+  char* weights;            // [planes][panel of 32 columns][block][part][2 tiles]
+  int64_t weight_plane;     // bytes
+};
+
 }  // namespace nasdet

@@ -1,0 +1,114 @@
+// The products of Winograd's convolution on matrix tiles: float32 in parts of bfloat16 (float_tiles.h). Terms are in blocks
+// of 32, in which k and k + 16 are a pair; planes, map tiles and columns in tiles of 16, two of which are multiplied at once.
+#pragma once
+#include "float_tiles.h"
+#include "winograd_kernels.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+// Rows of floats as the first operand: those of `terms` that are there, zeros to the end of the block.
+NASDET_INLINE void split_row(const float* from, int64_t terms, char* to, int64_t blocks, int64_t block_bytes) {
+  for (int64_t b = 0; b < blocks; ++b, to += block_bytes)
+    for (int64_t k = 0; k < kAmxSide; k += W) {
+      const int64_t low = b * kAmxTerms + k, high = low + kAmxSide;
+      Vector even[kFloatParts], odd[kFloatParts];
+      split(low < terms ? load(from + low) : Vector{}, even);
+      split(high < terms ? load(from + high) : Vector{}, odd);
+      for (int part = 0; part < kFloatParts; ++part) {
+        const vec_u32 pairs = paired_halves(even[part], odd[part]);
+        __builtin_memcpy(to + part * kAmxTileBytes + k * 4, &pairs, sizeof pairs);
+      }
+    }
+}
+
+// The weights of 16 columns and a block of terms, to the planes' tiles at `to`.
+void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char* to, int64_t plane_bytes) {
+  TermTaps terms[2];
+  Vector values[2][kWinogradPlanes];
+  for (int64_t lane = 0; lane < kAmxSide; lane += W) {
+    const int64_t v = column * (kAmxSide / W) + lane / W;
+    if (v >= p.wide.count) return;
+    for (int64_t first = 0; first < kAmxSide; first += W) {
+      const int64_t d = (block * kAmxTerms + first) / W;
+      for (int half = 0; half < 2; ++half) {
+        if (d + half * kAmxSide / W < p.deep.count) terms[half].load(p, v, d + half * kAmxSide / W);
+        else terms[half] = {};
+      }
+      for (int64_t k = 0; k < W; ++k) {
+        for (int half = 0; half < 2; ++half)
+          transform_kernel(terms[half].taps + k * terms[half].term, terms[half].step, [&](int plane, Vector value) { values[half][plane] = value; });
+        char* row = to + (first + k) * kAmxRowBytes + lane * 4;
+        for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes) {
+          Vector even[kFloatParts], odd[kFloatParts];
+          split(values[0][plane], even), split(values[1][plane], odd);
+          for (int part = 0; part < kFloatParts; ++part) {
+            const vec_u32 pairs = paired_halves(even[part], odd[part]);
+            __builtin_memcpy(row + part * 2 * kAmxTileBytes, &pairs, sizeof pairs);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A plane's operands and sums, the first of whose rows and columns are here.
+struct AmxOperands {
+  const char *a, *b;
+  float* sums;
+  int64_t a_tile, b_panel;  // bytes from one tile of rows to the next, and from one panel of 32 columns to the next
+  int64_t sum_row;          // floats
+};
+
+template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks, float* sums, int64_t row, bool accumulate) {
+  const int64_t stride = row * 4;
+  float* const below = sums + kAmxSide * row;
+  if (accumulate) {
+    tiles.load<0>(sums, stride);
+    if constexpr (kColumns == 2) tiles.load<1>(sums + kAmxSide, stride);
+    if constexpr (kRows == 2) tiles.load<2>(below, stride);
+    if constexpr (kRows == 2 && kColumns == 2) tiles.load<3>(below + kAmxSide, stride);
+  } else {
+    tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
+  }
+  for (int64_t block = 0; block < blocks; ++block, a += kAmxRowBlock, b += kAmxColumnBlock)
+    add_float_products<kRows, kColumns>(tiles, {a, kAmxRowBytes, kAmxTileBytes, a_tile}, {b, kAmxRowBytes, 2 * kAmxTileBytes, kAmxTileBytes});
+  tiles.store<0>(sums, stride);
+  if constexpr (kColumns == 2) tiles.store<1>(sums + kAmxSide, stride);
+  if constexpr (kRows == 2) tiles.store<2>(below, stride);
+  if constexpr (kRows == 2 && kColumns == 2) tiles.store<3>(below + kAmxSide, stride);
+}
+
+// Sums over `blocks` of terms for some tiles of rows and of columns.
+NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t rows, int64_t columns, int64_t blocks, bool accumulate) {
+  for (int64_t column = 0; column < columns; column += 2)
+    for (int64_t row = 0; row < rows; row += 2) {
+      const char *const a = o.a + row * o.a_tile, *const b = o.b + column / 2 * o.b_panel;
+      float* const sums = o.sums + row * kAmxSide * o.sum_row + column * kAmxSide;
+      const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
+      if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
+      else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
+      else if (two_columns) multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
+      else multiply_block<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
+    }
+}
+
+// `count` map tiles from `first` on, with the weights of all columns: a plane's sums take the place of its inputs.
+void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
+  const WinogradProduct& p = job.product;
+  char* const parts = scratch;
+  float* const domain = reinterpret_cast<float*>(scratch + amx_tiles(count) * job.blocks * kAmxRowBlock);
+  const int64_t deep = p.deep.count * W, wide = amx_tiles(p.wide.count * W) * kAmxSide, a_tile = job.blocks * kAmxRowBlock;
+  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
+  AmxTiles tiles;
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+    float* const values = domain + plane * p.deep_plane;
+    for (int64_t i = 0; i < count; ++i) split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
+    const AmxOperands operands{parts, job.weights + plane * job.weight_plane, values, a_tile, job.blocks * kAmxColumnBlock, wide};
+    multiply_tiles(tiles, operands, amx_tiles(count), amx_tiles(p.wide.count * W), job.blocks, false);
+  }
+  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

@@ -60,7 +60,8 @@ struct AmxOperands {
   int64_t sum_row;          // floats
 };
 
-template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks, float* sums, int64_t row, bool accumulate) {
+template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks, float* sums, int64_t row, bool accumulate,
+                                                                          const char* ahead, int64_t lines) {
   const int64_t stride = row * 4;
   float* const below = sums + kAmxSide * row;
   if (accumulate) {
@@ -72,24 +73,29 @@ template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& t
     tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
   }
   for (int64_t block = 0; block < blocks; ++block, a += kAmxRowBlock, b += kAmxColumnBlock)
-    add_float_products<kRows, kColumns>(tiles, {a, kAmxRowBytes, kAmxTileBytes, a_tile}, {b, kAmxRowBytes, 2 * kAmxTileBytes, kAmxTileBytes});
+    add_float_products<kRows, kColumns>(tiles, {a, kAmxRowBytes, kAmxTileBytes, a_tile}, {b, kAmxRowBytes, 2 * kAmxTileBytes, kAmxTileBytes}, [&] {
+      for (int64_t i = 0; i < lines; ++i, ahead += kAmxRowBytes) __builtin_prefetch(ahead, 0, 2);
+    });
   tiles.store<0>(sums, stride);
   if constexpr (kColumns == 2) tiles.store<1>(sums + kAmxSide, stride);
   if constexpr (kRows == 2) tiles.store<2>(below, stride);
   if constexpr (kRows == 2 && kColumns == 2) tiles.store<3>(below + kAmxSide, stride);
 }
 
-// Sums over `blocks` of terms for some tiles of rows and of columns.
+// Sums over `blocks` of terms for some tiles of rows and of columns. Meanwhile it asks for the weights that come next.
 NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t rows, int64_t columns, int64_t blocks, bool accumulate) {
+  constexpr int64_t kProducts = 6;
+  const int64_t steps = (rows + 1) / 2, lines = (kAmxColumnBlock / kAmxRowBytes / kProducts + steps - 1) / steps;
   for (int64_t column = 0; column < columns; column += 2)
     for (int64_t row = 0; row < rows; row += 2) {
       const char *const a = o.a + row * o.a_tile, *const b = o.b + column / 2 * o.b_panel;
       float* const sums = o.sums + row * kAmxSide * o.sum_row + column * kAmxSide;
+      const char* const ahead = b + o.b_panel + row / 2 * lines * kProducts * blocks * kAmxRowBytes;
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
-      if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
-      else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
-      else if (two_columns) multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
-      else multiply_block<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate);
+      if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else if (two_columns) multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else multiply_block<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
     }
 }
 

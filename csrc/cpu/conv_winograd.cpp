@@ -10,6 +10,8 @@ NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&, i
 NASDET_DECLARE_KERNEL(void, winograd_gradient_collect, const WinogradGradient&, int64_t first, int64_t last)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_weights, const WinogradAmx&, int64_t column, int64_t block, char* to)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_chunk, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_inputs, const WinogradAmx&, int64_t index, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_columns, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
 
 #if !defined(__AVX512BF16__)
 #include "winograd_kernels.h"

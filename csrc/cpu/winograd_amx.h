@@ -52,12 +52,14 @@ void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char
   }
 }
 
-// A plane's operands and sums, the first of whose rows and columns are here.
+// A plane's operands and sums, the first of whose rows and columns are here, and memory that will be read next.
 struct AmxOperands {
   const char *a, *b;
   float* sums;
   int64_t a_tile, b_panel;  // bytes from one tile of rows to the next, and from one panel of 32 columns to the next
   int64_t sum_row;          // floats
+  const char* ahead;
+  int64_t ahead_bytes;
 };
 
 template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks, float* sums, int64_t row, bool accumulate,
@@ -82,15 +84,15 @@ template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& t
   if constexpr (kRows == 2 && kColumns == 2) tiles.store<3>(below + kAmxSide, stride);
 }
 
-// Sums over `blocks` of terms for some tiles of rows and of columns. Meanwhile it asks for the weights that come next.
+// Sums over `blocks` of terms for some tiles of rows and of columns.
 NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t rows, int64_t columns, int64_t blocks, bool accumulate) {
   constexpr int64_t kProducts = 6;
-  const int64_t steps = (rows + 1) / 2, lines = (kAmxColumnBlock / kAmxRowBytes / kProducts + steps - 1) / steps;
+  const int64_t parts = (rows + 1) / 2 * ((columns + 1) / 2) * blocks * kProducts, lines = (o.ahead_bytes / kAmxRowBytes + parts - 1) / parts;
+  const char* ahead = o.ahead;
   for (int64_t column = 0; column < columns; column += 2)
-    for (int64_t row = 0; row < rows; row += 2) {
+    for (int64_t row = 0; row < rows; row += 2, ahead += lines * kProducts * blocks * kAmxRowBytes) {
       const char *const a = o.a + row * o.a_tile, *const b = o.b + column / 2 * o.b_panel;
       float* const sums = o.sums + row * kAmxSide * o.sum_row + column * kAmxSide;
-      const char* const ahead = b + o.b_panel + row / 2 * lines * kProducts * blocks * kAmxRowBytes;
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
       if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
       else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
@@ -110,10 +112,48 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     float* const values = domain + plane * p.deep_plane;
     for (int64_t i = 0; i < count; ++i) split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
-    const AmxOperands operands{parts, job.weights + plane * job.weight_plane, values, a_tile, job.blocks * kAmxColumnBlock, wide};
+    const char* const weights = job.weights + plane * job.weight_plane;
+    const int64_t panel = job.blocks * kAmxColumnBlock;
+    const AmxOperands operands{parts, weights, values, a_tile, panel, wide, weights + panel, (wide + 2 * kAmxSide - 1) / (2 * kAmxSide) * panel};
     multiply_tiles(tiles, operands, amx_tiles(count), amx_tiles(p.wide.count * W), job.blocks, false);
   }
   for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
+}
+
+// The parts of 16 map tiles, for all columns: [slab][plane][tile of 16][block of the slab].
+void amx_split_inputs(const WinogradAmx& job, int64_t index, char* scratch) {
+  const WinogradProduct& p = job.product;
+  float* const domain = reinterpret_cast<float*>(scratch);
+  const int64_t deep = p.deep.count * W, first = index * kAmxSide, count = job.tiles - first < kAmxSide ? job.tiles - first : kAmxSide;
+  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
+  for (int64_t block = 0; block < job.blocks; block += job.slab) {
+    const int64_t blocks = job.blocks - block < job.slab ? job.blocks - block : job.slab, at = block * kAmxTerms;
+    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+      char* const to = job.inputs + (block * kWinogradPlanes + plane * blocks) * amx_tiles(job.tiles) * kAmxRowBlock + index * blocks * kAmxRowBlock;
+      for (int64_t i = 0; i < count; ++i) split_row(domain + plane * p.deep_plane + i * deep + at, deep - at, to + i * kAmxRowBytes, blocks, kAmxRowBlock);
+    }
+  }
+}
+
+// Some columns of all map tiles: weights are made slab by slab, for one use.
+void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
+  const WinogradProduct& p = job.product;
+  float* const sums = reinterpret_cast<float*>(scratch + kWinogradPlanes * job.weight_plane);
+  const int64_t rows = amx_tiles(job.tiles), row = (count + 1) / 2 * 2 * kAmxSide;
+  AmxTiles tiles;
+  for (int64_t block = 0; block < job.blocks; block += job.slab) {
+    const int64_t blocks = job.blocks - block < job.slab ? job.blocks - block : job.slab, a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock;
+    for (int64_t column = 0; column < count; ++column)
+      for (int64_t i = 0; i < blocks; ++i)
+        split_weights(p, first + column, block + i, scratch + column / 2 * b_panel + i * kAmxColumnBlock + column % 2 * kAmxTileBytes, job.weight_plane);
+    const char* inputs = job.inputs + block * kWinogradPlanes * rows * kAmxRowBlock;
+    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane, inputs += rows * a_tile) {
+      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, a_tile, b_panel, row, inputs + rows * a_tile, rows * a_tile};
+      multiply_tiles(tiles, operands, rows, count, blocks, block > 0);
+    }
+  }
+  const int64_t vector = first * (kAmxSide / W), vectors = p.wide.count - vector < count * (kAmxSide / W) ? p.wide.count - vector : count * (kAmxSide / W);
+  for (int64_t i = 0; i < job.tiles; ++i) write_tile(p, {vector, vectors}, p.tiles[i], sums + i * row);
 }
 
 }  // namespace

@@ -67,12 +67,14 @@ constexpr int64_t kAmxSide = 16, kAmxTerms = 32, kAmxRowBytes = 64, kAmxTileByte
 constexpr int64_t kAmxRowBlock = 3 * kAmxTileBytes, kAmxColumnBlock = 6 * kAmxTileBytes;  // a block of 16 rows, and of 32 columns
 constexpr int64_t amx_tiles(int64_t sides) { return (sides + kAmxSide - 1) / kAmxSide; }
 
-// A product on matrix tiles.
+// A product on matrix tiles: chunks of map tiles by all weights, or all map tiles by weights that are made for them alone.
 struct WinogradAmx {
-  WinogradProduct product;  // its deep_plane and wide_plane are the same
-  int64_t blocks;           // of terms
-  char* weights;            // [planes][panel of 32 columns][block][part][2 tiles]
-  int64_t weight_plane;     // bytes
+  WinogradProduct product;
+  int64_t tiles;         // of the map
+  int64_t blocks, slab;  // blocks of terms: of all, and of those whose weights are made at once
+  char* weights;         // [planes][panel of 32 columns][block][part][2 tiles]
+  int64_t weight_plane;  // bytes
+  char* inputs;          // of all map tiles: [slab][plane][16 of them][block][part]
 };
 
 }  // namespace nasdet

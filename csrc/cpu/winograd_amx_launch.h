@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kChunkTiles = 128;      // of the map: weights are read once for each chunk
 constexpr int64_t kColumnTiles = 160;     // map tiles that are worth weights of their own
+constexpr int64_t kColumnsAtOnce = 4;     // of 16: their weights and sums stay in the cache of a core
 constexpr int64_t kPartsBytes = 15 << 20;  // of a piece's weights in parts, as kWeightBytes
 
 // `count` vectors of `wide` from `first` on, all map tiles: the weights first, and then chunks of tiles.
@@ -35,11 +36,11 @@ void run_amx_piece(const Work& work, const Dilated& d, WinogradProduct product) 
 
 // Map tiles [begin, end) with weights that are made for them alone.
 void run_amx_columns(const Work& work, const Dilated& d, const float* from, float* to, bool transposed, int64_t begin, int64_t end) {
-  const int64_t lanes = work.kernels.lanes, kSlab = getenv("WS") ? atoi(getenv("WS")) : 2, kColumns = getenv("WC") ? atoi(getenv("WC")) : 4;
+  const int64_t lanes = work.kernels.lanes;
   const ConvProblem& p = work.p;
   const std::vector<WinogradChannels>&from_channels = transposed ? d.channels : work.inputs, &to_channels = transposed ? work.inputs : d.channels;
   const int64_t deep = int64_t(from_channels.size()) * lanes, blocks = (deep + kAmxTerms - 1) / kAmxTerms, columns = amx_tiles(int64_t(to_channels.size()) * lanes);
-  const int64_t slab = std::min(kSlab, blocks), width = std::min(kColumns, columns), tiles = end - begin, rows = amx_tiles(tiles);
+  const int64_t slab = 1, width = std::min<int64_t>(kColumnsAtOnce, columns), tiles = end - begin, rows = amx_tiles(tiles);
   const WinogradSide in{from, transposed ? p.out_channels : p.in_channels, from_channels.data(), int64_t(from_channels.size())};
   const WinogradSide out{nullptr, transposed ? p.in_channels : p.out_channels, to_channels.data(), int64_t(to_channels.size())};
   const WinogradProduct product{p.height, p.width, d.h, d.w, d.tiles.data() + begin, in, out, to, p.in_channels, rows_of(from_channels, lanes), transposed,

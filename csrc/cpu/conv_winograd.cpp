@@ -12,6 +12,7 @@ NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_weights, const WinogradAmx&, int64
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_chunk, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_inputs, const WinogradAmx&, int64_t index, char* scratch)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_columns, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_gradient, const WinogradGradient&, int64_t plane, int64_t count, char* scratch)
 
 #if !defined(__AVX512BF16__)
 #include "winograd_kernels.h"

@@ -115,16 +115,30 @@ std::vector<GradientPart> gradient_parts(int64_t inputs, int64_t first, int64_t 
 
 // The largest pieces of scratch of any part, in floats.
 struct GradientScratch {
-  size_t x = 0, y = 0, sums = 0;
-  size_t bytes() const { return Scratch::padded(x * 4) + Scratch::padded(y * 4) + Scratch::padded(sums * 4); }
+  size_t x = 0, y = 0, sums = 0, parts = 0;  // parts: bytes
+  size_t bytes() const { return Scratch::padded(x * 4) + Scratch::padded(y * 4) + Scratch::padded(sums * 4) + Scratch::padded(parts); }
 };
 
 WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientPart& part, int64_t step, const float* x, const float* grad, const std::vector<WinogradPanel>& panels) {
   const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
+  const int64_t sums = work.kernels.amx_gradient ? amx_tiles(ins) * amx_tiles(part.outs * lanes) * kAmxSide * kAmxSide : ins * part.outs * lanes;
   return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, false,
-          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(ins * part.outs * lanes)};
+          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(sums)};
+}
+
+// Sums on matrix tiles have rows of all vectors, in whole tiles.
+std::vector<WinogradPanel> gradient_panels(const WinogradKernels& k, int64_t vectors) {
+  if (k.amx_gradient) return {{0, amx_tiles(vectors * k.lanes) * kAmxSide / k.lanes}};
+  return panels_of(vectors, k.most_vectors);
+}
+
+// How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same for any number.
+int64_t gradient_step(const WinogradKernels& k, int64_t tiles, int64_t tile_bytes, int64_t limit) {
+  const int64_t unit = k.amx_gradient ? kAmxTerms : 1, least = k.amx_gradient ? kAmxTerms : 8;
+  const int64_t fit = std::max(std::min(kGradientBytes, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
+  return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
 
 // The gradient of the weights of some of the channels of one dilation, `step` tiles at a time.
@@ -136,21 +150,25 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
   for (const GradientPart& part : parts) {
     const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
     most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane)), most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
+    if (work.kernels.amx_gradient) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
   const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));
   char* const memory = scratch.take<char>(most.bytes() * size_t(workers));
   for_tasks(part_count, workers, [&](int64_t worker, int64_t i) {
     const GradientPart& part = parts[size_t(i)];
-    const std::vector<WinogradPanel> panels = panels_of(part.outs, work.kernels.most_vectors);
+    const std::vector<WinogradPanel> panels = gradient_panels(work.kernels, part.outs);
     WinogradGradient g = gradient_of(work, d, part, step, x, grad, panels);
     char* const own = memory + size_t(worker) * most.bytes();
     g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4)), g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
+    char* const pieces = reinterpret_cast<char*>(g.sums) + Scratch::padded(most.sums * 4);
     for (int64_t begin = 0; begin < tiles; begin += step) {
       const int64_t now = std::min(step, tiles - begin);
       g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
       work.kernels.gradient_tiles(g, 0, now);
-      work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+      if (!work.kernels.amx_gradient) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+      else
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) work.kernels.amx_gradient(g, plane, now, pieces);
     }
     work.kernels.gradient_collect(g, 0, part.outs);
   });
@@ -160,9 +178,9 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
   const int64_t limit = scratch_limit(), lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size());
   for (const Dilated& d : work.dilations) {
     if (!weights_wanted(d)) continue;
-    const int64_t vectors = int64_t(d.channels.size()), piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, std::min(kWeightBytes, limit / 2)));
-    const int64_t tile_bytes = 4 * kWinogradPlanes * lanes * (inputs + piece), fit = std::min(kGradientBytes, limit / 2) / tile_bytes;
-    const int64_t all = int64_t(d.tiles.size()), steps = (all + std::max<int64_t>(fit, 8) - 1) / std::max<int64_t>(fit, 8), step = (all + steps - 1) / steps;
+    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(work.kernels.amx_gradient ? 2 * kWeightBytes : kWeightBytes, limit / 2);
+    const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
+    const int64_t step = gradient_step(work.kernels, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
     for (int64_t first = 0; first < vectors; first += piece) run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
   }
 }

@@ -25,15 +25,16 @@ struct WinogradKernels {
   decltype(&baseline::winograd_amx_chunk) amx_chunk;
   decltype(&baseline::winograd_amx_inputs) amx_inputs;
   decltype(&baseline::winograd_amx_columns) amx_columns;
+  decltype(&baseline::winograd_amx_gradient) amx_gradient;
 };
 
 const WinogradKernels* winograd_kernels() {
 #define NASDET_WINOGRAD(isa, ...) {isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, isa::winograd_gradient_collect, __VA_ARGS__}
-#define NASDET_WINOGRAD_AMX(isa) isa::winograd_amx_weights, isa::winograd_amx_chunk, isa::winograd_amx_inputs, isa::winograd_amx_columns
+#define NASDET_WINOGRAD_AMX(isa) isa::winograd_amx_weights, isa::winograd_amx_chunk, isa::winograd_amx_inputs, isa::winograd_amx_columns, isa::winograd_amx_gradient
   static constexpr WinogradKernels kEmulated = NASDET_WINOGRAD(baseline, 4, 2, NASDET_WINOGRAD_AMX(baseline));
   if (tiles() == Tiles::emulated) return &kEmulated;
 #ifdef NASDET_X86
-  static constexpr WinogradKernels kAvx2 = NASDET_WINOGRAD(avx2, 8, 2, nullptr, nullptr, nullptr, nullptr), kAvx512 = NASDET_WINOGRAD(avx512, 16, 4, nullptr, nullptr, nullptr, nullptr);
+  static constexpr WinogradKernels kAvx2 = NASDET_WINOGRAD(avx2, 8, 2, nullptr, nullptr, nullptr, nullptr, nullptr), kAvx512 = NASDET_WINOGRAD(avx512, 16, 4, nullptr, nullptr, nullptr, nullptr, nullptr);
 #ifndef NASDET_UP_TO_AVX2
   static constexpr WinogradKernels kAmx = NASDET_WINOGRAD(avx512, 16, 4, NASDET_WINOGRAD_AMX(avx512_bf16));
   if (tiles() == Tiles::hardware) return &kAmx;

@@ -1,0 +1,60 @@
+// The gradient of Winograd's weights on matrix tiles: its terms are map tiles, 32 to a block, in which t and t + 16 are a pair.
+#pragma once
+#include "winograd_amx.h"
+
+namespace nasdet::NASDET_ISA {
+namespace {
+
+// The parts of the pair of terms `pair` of a block of W channels; terms that are not there are zeros.
+NASDET_INLINE void split_pair(const float* from, int64_t row, int64_t pair, int64_t terms, vec_u32 (&parts)[kFloatParts]) {
+  Vector even[kFloatParts], odd[kFloatParts];
+  split(pair < terms ? load(from + pair * row) : Vector{}, even);
+  split(pair + kAmxSide < terms ? load(from + (pair + kAmxSide) * row) : Vector{}, odd);
+  for (int part = 0; part < kFloatParts; ++part) parts[part] = paired_halves(even[part], odd[part]);
+}
+
+// A block's 16 channels as the second operand's columns.
+NASDET_INLINE void split_columns(const float* from, int64_t row, int64_t terms, char* to) {
+  for (int64_t c = 0; c < kAmxSide; c += W)
+    for (int64_t pair = 0; pair < kAmxSide; ++pair) {
+      vec_u32 parts[kFloatParts];
+      split_pair(from + c, row, pair, terms, parts);
+      for (int part = 0; part < kFloatParts; ++part) __builtin_memcpy(to + part * 2 * kAmxTileBytes + pair * kAmxRowBytes + c * 4, &parts[part], sizeof parts[part]);
+    }
+}
+
+// A block's 16 channels as the first operand's rows.
+NASDET_INLINE void split_rows(const float* from, int64_t row, int64_t terms, char* to) {
+  for (int64_t c = 0; c < kAmxSide; c += W)
+    for (int64_t first = 0; first < kAmxSide; first += W) {
+      Vector squares[kFloatParts][W];
+      for (int64_t i = 0; i < W; ++i) {
+        vec_u32 parts[kFloatParts];
+        split_pair(from + c, row, first + i, terms, parts);
+        for (int part = 0; part < kFloatParts; ++part) squares[part][i] = (Vector)parts[part];
+      }
+      for (int part = 0; part < kFloatParts; ++part) {
+        transpose(squares[part]);
+        for (int64_t i = 0; i < W; ++i) store(reinterpret_cast<float*>(to + part * kAmxTileBytes + (c + i) * kAmxRowBytes + first * 4), squares[part][i]);
+      }
+    }
+}
+
+// A plane's sums over `count` map tiles; `scratch` takes the parts of both sides.
+void amx_gradient_plane(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) {
+  const int64_t rows = amx_tiles(g.ins), columns = amx_tiles(g.y.count * W), blocks = (count + kAmxTerms - 1) / kAmxTerms;
+  const int64_t a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock, row = columns * kAmxSide;
+  char* const second = scratch + rows * a_tile;
+  const float *const x = g.x_tiles + plane * g.x_plane, *const y = g.y_tiles + plane * g.y_plane;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * kAmxTerms, terms = count - first;
+    for (int64_t i = 0; i < rows; ++i) split_rows(x + first * g.x_row + i * kAmxSide, g.x_row, terms, scratch + i * a_tile + block * kAmxRowBlock);
+    for (int64_t i = 0; i < columns; ++i) split_columns(y + first * g.y_row + i * kAmxSide, g.y_row, terms, second + i / 2 * b_panel + i % 2 * kAmxTileBytes + block * kAmxColumnBlock);
+  }
+  float* const sums = g.sums + plane * g.sum_plane;
+  AmxTiles tiles;
+  multiply_tiles(tiles, {scratch, second, sums, a_tile, b_panel, row, reinterpret_cast<const char*>(sums + g.sum_plane), rows * kAmxSide * row * 4}, rows, columns, blocks, g.accumulate);
+}
+
+}  // namespace
+}  // namespace nasdet::NASDET_ISA

@@ -56,8 +56,8 @@ void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char
 struct AmxOperands {
   const char *a, *b;
   float* sums;
-  int64_t a_tile, b_panel;  // bytes from one tile of rows to the next, and from one panel of 32 columns to the next
-  int64_t sum_row;          // floats
+  int64_t a_tile, b_panel;     // bytes from one tile of rows to the next, and from one panel of 32 columns to the next
+  int64_t sum_row, sum_panel;  // floats
   const char* ahead;
   int64_t ahead_bytes;
 };
@@ -92,7 +92,7 @@ NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t
   for (int64_t column = 0; column < columns; column += 2)
     for (int64_t row = 0; row < rows; row += 2, ahead += lines * kProducts * blocks * kAmxRowBytes) {
       const char *const a = o.a + row * o.a_tile, *const b = o.b + column / 2 * o.b_panel;
-      float* const sums = o.sums + row * kAmxSide * o.sum_row + column * kAmxSide;
+      float* const sums = o.sums + row * kAmxSide * o.sum_row + column / 2 * o.sum_panel;
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
       if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
       else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
@@ -106,18 +106,18 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
   const WinogradProduct& p = job.product;
   char* const parts = scratch;
   float* const domain = reinterpret_cast<float*>(scratch + amx_tiles(count) * job.blocks * kAmxRowBlock);
-  const int64_t deep = p.deep.count * W, wide = amx_tiles(p.wide.count * W) * kAmxSide, a_tile = job.blocks * kAmxRowBlock;
-  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
+  const int64_t deep = p.deep.count * W, columns = amx_tiles(p.wide.count * W), a_tile = job.blocks * kAmxRowBlock;
+  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * job.deep_row, p.deep_plane);
   AmxTiles tiles;
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     float* const values = domain + plane * p.deep_plane;
-    for (int64_t i = 0; i < count; ++i) split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
+    for (int64_t i = 0; i < count; ++i) split_row(values + i * job.deep_row, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
     const char* const weights = job.weights + plane * job.weight_plane;
     const int64_t panel = job.blocks * kAmxColumnBlock;
-    const AmxOperands operands{parts, weights, values, a_tile, panel, wide, weights + panel, (wide + 2 * kAmxSide - 1) / (2 * kAmxSide) * panel};
-    multiply_tiles(tiles, operands, amx_tiles(count), amx_tiles(p.wide.count * W), job.blocks, false);
+    const AmxOperands operands{parts, weights, values, a_tile, panel, job.wide_row, 2 * kAmxSide, weights + panel, (columns + 1) / 2 * panel};
+    multiply_tiles(tiles, operands, amx_tiles(count), columns, job.blocks, false);
   }
-  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
+  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * job.wide_row);
 }
 
 // The parts of 16 map tiles, for all columns: [slab][plane][tile of 16][block of the slab].
@@ -148,7 +148,7 @@ void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scr
         split_weights(p, first + column, block + i, scratch + column / 2 * b_panel + i * kAmxColumnBlock + column % 2 * kAmxTileBytes, job.weight_plane);
     const char* inputs = job.inputs + block * kWinogradPlanes * rows * kAmxRowBlock;
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane, inputs += rows * a_tile) {
-      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, a_tile, b_panel, row, inputs + rows * a_tile, rows * a_tile};
+      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, a_tile, b_panel, row, 2 * kAmxSide, inputs + rows * a_tile, rows * a_tile};
       multiply_tiles(tiles, operands, rows, count, blocks, block > 0);
     }
   }

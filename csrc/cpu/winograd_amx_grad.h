@@ -43,7 +43,7 @@ NASDET_INLINE void split_rows(const float* from, int64_t row, int64_t terms, cha
 // A plane's sums over `count` map tiles; `scratch` takes the parts of both sides.
 void amx_gradient_plane(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) {
   const int64_t rows = amx_tiles(g.ins), columns = amx_tiles(g.y.count * W), blocks = (count + kAmxTerms - 1) / kAmxTerms;
-  const int64_t a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock, row = columns * kAmxSide;
+  const int64_t a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock, panel = 2 * kAmxSide;
   char* const second = scratch + rows * a_tile;
   const float *const x = g.x_tiles + plane * g.x_plane, *const y = g.y_tiles + plane * g.y_plane;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -53,7 +53,7 @@ void amx_gradient_plane(const WinogradGradient& g, int64_t plane, int64_t count,
   }
   float* const sums = g.sums + plane * g.sum_plane;
   AmxTiles tiles;
-  multiply_tiles(tiles, {scratch, second, sums, a_tile, b_panel, row, reinterpret_cast<const char*>(sums + g.sum_plane), rows * kAmxSide * row * 4}, rows, columns, blocks, g.accumulate);
+  multiply_tiles(tiles, {scratch, second, sums, a_tile, b_panel, panel, g.sum_rows * panel, reinterpret_cast<const char*>(sums + g.sum_plane), rows * columns * kAmxTileBytes}, rows, columns, blocks, g.accumulate);
 }
 
 }  // namespace

@@ -15,8 +15,9 @@ void run_amx_piece(const Work& work, const Dilated& d, WinogradProduct product) 
   const int64_t lanes = work.kernels.lanes, deep = product.deep.count * lanes, wide = amx_tiles(product.wide.count * lanes) * kAmxSide;
   const int64_t blocks = (deep + kAmxTerms - 1) / kAmxTerms, columns = wide / kAmxSide, panels = (columns + 1) / 2, tiles = int64_t(d.tiles.size());
   const int64_t most = kChunkTiles, rows = amx_tiles(std::min(most, tiles)) * kAmxSide;
-  product.deep_plane = product.wide_plane = plane_floats(rows * std::max(deep, wide));
-  WinogradAmx job{product, tiles, blocks, blocks, nullptr, (panels * blocks * kAmxColumnBlock / 4096 + 1) * 4096 + 64, nullptr};
+  const int64_t deep_row = row_floats(deep), wide_row = row_floats(wide);
+  product.deep_plane = product.wide_plane = plane_floats(rows * std::max(deep_row, wide_row));
+  WinogradAmx job{product, tiles, blocks, blocks, nullptr, (panels * blocks * kAmxColumnBlock / 4096 + 1) * 4096 + 64, deep_row, wide_row, nullptr};
   const int64_t weight_bytes = kWinogradPlanes * job.weight_plane;
   const int64_t chunk_bytes = int64_t(Scratch::padded(size_t(rows / kAmxSide * blocks * kAmxRowBlock + kWinogradPlanes * product.deep_plane * 4)));
   const int64_t workers = std::clamp<int64_t>((scratch_limit() - weight_bytes) / chunk_bytes, 1, threads());
@@ -45,7 +46,7 @@ void run_amx_columns(const Work& work, const Dilated& d, const float* from, floa
   const WinogradSide out{nullptr, transposed ? p.in_channels : p.out_channels, to_channels.data(), int64_t(to_channels.size())};
   const WinogradProduct product{p.height, p.width, d.h, d.w, d.tiles.data() + begin, in, out, to, p.in_channels, rows_of(from_channels, lanes), transposed,
                                 transposed && &d != work.dilations.data(), nullptr, 0, nullptr, 0, plane_floats(kAmxSide * deep), plane_floats(rows * kAmxSide * (width + 1) / 2 * 2 * kAmxSide)};
-  WinogradAmx job{product, tiles, blocks, slab, nullptr, ((width + 1) / 2 * slab * kAmxColumnBlock / 4096 + 1) * 4096 + 64, nullptr};
+  WinogradAmx job{product, tiles, blocks, slab, nullptr, ((width + 1) / 2 * slab * kAmxColumnBlock / 4096 + 1) * 4096 + 64, 0, 0, nullptr};
   const int64_t input_bytes = kWinogradPlanes * rows * blocks * kAmxRowBlock;
   const int64_t own = int64_t(Scratch::padded(size_t(kWinogradPlanes * std::max(product.deep_plane * 4, job.weight_plane + product.wide_plane * 4))));
   const int64_t workers = std::clamp<int64_t>((scratch_limit() - input_bytes) / own, 1, threads());

@@ -151,7 +151,7 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
   const int64_t plane = task / g.panel_count;
   const WinogradPanel& panel = g.panels[task % g.panel_count];
   const int64_t row = panel.count * W;
-  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.ins * W;
+  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.sum_rows * W;
   multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W, g.y_row, sums, row, g.ins, tiles, g.accumulate,
            sums + most_rows(int(panel.count)) * row, row);
 }
@@ -160,7 +160,7 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
 void collect_gradient(const WinogradGradient& g, int64_t v) {
   const WinogradChannels& y = g.y.vectors[v];
   const WinogradPanel& panel = g.panels[panel_of(g.panels, v)];
-  const float* const sums = g.sums + (panel.first * g.ins + (v - panel.first)) * W;
+  const float* const sums = g.sums + (panel.first * g.sum_rows + (v - panel.first)) * W;
   const Vector factor = y.mix ? load_some(y.mix, y.count) : splat(1.f);
   Vector taps[9 * W], kernels[9 * W], dot = {};
   for (int64_t c = 0; c < g.ins; c += W) {

@@ -123,15 +123,19 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
   const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
-  const int64_t sums = work.kernels.amx_gradient ? amx_tiles(ins) * amx_tiles(part.outs * lanes) * kAmxSide * kAmxSide : ins * part.outs * lanes;
-  return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, false,
-          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(sums)};
+  const bool amx = work.kernels.amx_gradient != nullptr;
+  const int64_t rows = amx ? amx_tiles(ins) * kAmxSide : ins, columns = amx ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
+  return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, rows, false,
+          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(rows * columns)};
 }
 
-// Sums on matrix tiles have rows of all vectors, in whole tiles.
+// Sums on matrix tiles are in panels of two tiles, the last one too.
 std::vector<WinogradPanel> gradient_panels(const WinogradKernels& k, int64_t vectors) {
-  if (k.amx_gradient) return {{0, amx_tiles(vectors * k.lanes) * kAmxSide / k.lanes}};
-  return panels_of(vectors, k.most_vectors);
+  if (!k.amx_gradient) return panels_of(vectors, k.most_vectors);
+  const int64_t width = 2 * kAmxSide / k.lanes;
+  std::vector<WinogradPanel> panels;
+  for (int64_t first = 0; first < vectors; first += width) panels.push_back({first, width});
+  return panels;
 }
 
 // How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same for any number.

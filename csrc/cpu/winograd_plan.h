@@ -53,12 +53,13 @@ struct WinogradGradient {
   WinogradSide x, y;
   int64_t in_channels;        // of the convolution
   int64_t first_in, ins;      // those of x's vectors
+  int64_t sum_rows;           // of a panel: ins, or more
   bool accumulate;            // not the first piece
   const WinogradPanel* panels;
   int64_t panel_count;
   float *x_tiles, *y_tiles;   // [planes][tiles][row of vectors]
   int64_t x_row, y_row;
-  float* sums;                // [planes][panel][ins][vectors of the panel]
+  float* sums;                // [planes][panel][sum_rows][vectors of the panel]
   int64_t x_plane, y_plane, sum_plane;
 };
 
@@ -74,6 +75,7 @@ struct WinogradAmx {
   int64_t blocks, slab;  // blocks of terms: of all, and of those whose weights are made at once
   char* weights;         // [planes][panel of 32 columns][block][part][2 tiles]
   int64_t weight_plane;  // bytes
+  int64_t deep_row, wide_row;  // floats of a map tile of a chunk in the domain: before the product, and in its place after it
   char* inputs;          // of all map tiles: [slab][plane][16 of them][block][part]
 };
 

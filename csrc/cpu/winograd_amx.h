@@ -106,54 +106,48 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
   const WinogradProduct& p = job.product;
   char* const parts = scratch;
   float* const domain = reinterpret_cast<float*>(scratch + amx_tiles(count) * job.blocks * kAmxRowBlock);
-  const int64_t deep = p.deep.count * W, columns = amx_tiles(p.wide.count * W), a_tile = job.blocks * kAmxRowBlock;
-  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * job.deep_row, p.deep_plane);
+  const int64_t deep = p.deep.count * W, wide = job.columns * kAmxSide, a_tile = job.blocks * kAmxRowBlock;
+  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
   AmxTiles tiles;
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     float* const values = domain + plane * p.deep_plane;
-    for (int64_t i = 0; i < count; ++i) split_row(values + i * job.deep_row, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
+    for (int64_t i = 0; i < count; ++i) split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
     const char* const weights = job.weights + plane * job.weight_plane;
     const int64_t panel = job.blocks * kAmxColumnBlock;
-    const AmxOperands operands{parts, weights, values, a_tile, panel, job.wide_row, 2 * kAmxSide, weights + panel, (columns + 1) / 2 * panel};
-    multiply_tiles(tiles, operands, amx_tiles(count), columns, job.blocks, false);
+    const AmxOperands operands{parts, weights, values, a_tile, panel, wide, 2 * kAmxSide, weights + panel, (job.columns + 1) / 2 * panel};
+    multiply_tiles(tiles, operands, amx_tiles(count), job.columns, job.blocks, false);
   }
-  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * job.wide_row);
+  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
 }
 
-// The parts of 16 map tiles, for all columns: [slab][plane][tile of 16][block of the slab].
+// The parts of 16 map tiles, for all columns.
 void amx_split_inputs(const WinogradAmx& job, int64_t index, char* scratch) {
   const WinogradProduct& p = job.product;
   float* const domain = reinterpret_cast<float*>(scratch);
   const int64_t deep = p.deep.count * W, first = index * kAmxSide, count = job.tiles - first < kAmxSide ? job.tiles - first : kAmxSide;
+  const int64_t plane_bytes = amx_tiles(job.tiles) * kAmxRowBlock;
   for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
-  for (int64_t block = 0; block < job.blocks; block += job.slab) {
-    const int64_t blocks = job.blocks - block < job.slab ? job.blocks - block : job.slab, at = block * kAmxTerms;
-    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
-      char* const to = job.inputs + (block * kWinogradPlanes + plane * blocks) * amx_tiles(job.tiles) * kAmxRowBlock + index * blocks * kAmxRowBlock;
-      for (int64_t i = 0; i < count; ++i) split_row(domain + plane * p.deep_plane + i * deep + at, deep - at, to + i * kAmxRowBytes, blocks, kAmxRowBlock);
-    }
-  }
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+    for (int64_t i = 0; i < count; ++i)
+      split_row(domain + plane * p.deep_plane + i * deep, deep, job.inputs + plane * plane_bytes + index * kAmxRowBlock + i * kAmxRowBytes, job.blocks, kWinogradPlanes * plane_bytes);
 }
 
-// Some columns of all map tiles: weights are made slab by slab, for one use.
+// `count` columns of 16 from `first` on, for all map tiles: a block's weights are made for one use.
 void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
   const WinogradProduct& p = job.product;
   float* const sums = reinterpret_cast<float*>(scratch + kWinogradPlanes * job.weight_plane);
-  const int64_t rows = amx_tiles(job.tiles), row = (count + 1) / 2 * 2 * kAmxSide;
+  const int64_t rows = amx_tiles(job.tiles), plane_bytes = rows * kAmxRowBlock, row = (count + 1) / 2 * 2 * kAmxSide;
+  const char* inputs = job.inputs;
   AmxTiles tiles;
-  for (int64_t block = 0; block < job.blocks; block += job.slab) {
-    const int64_t blocks = job.blocks - block < job.slab ? job.blocks - block : job.slab, a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock;
-    for (int64_t column = 0; column < count; ++column)
-      for (int64_t i = 0; i < blocks; ++i)
-        split_weights(p, first + column, block + i, scratch + column / 2 * b_panel + i * kAmxColumnBlock + column % 2 * kAmxTileBytes, job.weight_plane);
-    const char* inputs = job.inputs + block * kWinogradPlanes * rows * kAmxRowBlock;
-    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane, inputs += rows * a_tile) {
-      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, a_tile, b_panel, row, 2 * kAmxSide, inputs + rows * a_tile, rows * a_tile};
-      multiply_tiles(tiles, operands, rows, count, blocks, block > 0);
+  for (int64_t block = 0; block < job.blocks; ++block) {
+    for (int64_t column = 0; column < count; ++column) split_weights(p, first + column, block, scratch + column / 2 * kAmxColumnBlock + column % 2 * kAmxTileBytes, job.weight_plane);
+    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane, inputs += plane_bytes) {
+      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, kAmxRowBlock, kAmxColumnBlock, row, 2 * kAmxSide, inputs + plane_bytes, plane_bytes};
+      multiply_tiles(tiles, operands, rows, count, 1, block > 0);
     }
   }
-  const int64_t vector = first * (kAmxSide / W), vectors = p.wide.count - vector < count * (kAmxSide / W) ? p.wide.count - vector : count * (kAmxSide / W);
-  for (int64_t i = 0; i < job.tiles; ++i) write_tile(p, {vector, vectors}, p.tiles[i], sums + i * row);
+  const int64_t vector = first * (kAmxSide / W), rest = p.wide.count - vector, most = count * (kAmxSide / W);
+  for (int64_t i = 0; i < job.tiles; ++i) write_tile(p, {vector, rest < most ? rest : most}, p.tiles[i], sums + i * row);
 }
 
 }  // namespace

@@ -71,12 +71,11 @@ constexpr int64_t amx_tiles(int64_t sides) { return (sides + kAmxSide - 1) / kAm
 // A product on matrix tiles: chunks of map tiles by all weights, or all map tiles by weights that are made for them alone.
 struct WinogradAmx {
   WinogradProduct product;
-  int64_t tiles;         // of the map
-  int64_t blocks, slab;  // blocks of terms: of all, and of those whose weights are made at once
-  char* weights;         // [planes][panel of 32 columns][block][part][2 tiles]
-  int64_t weight_plane;  // bytes
-  int64_t deep_row, wide_row;  // floats of a map tile of a chunk in the domain: before the product, and in its place after it
-  char* inputs;          // of all map tiles: [slab][plane][16 of them][block][part]
+  int64_t tiles;            // of the map
+  int64_t blocks, columns;  // of terms, and of 16 columns
+  char* weights;            // [planes][panel of 32 columns][block][part][2 tiles]
+  int64_t weight_plane;     // bytes
+  char* inputs;             // of all map tiles: [block][plane][16 of them][part]
 };
 
 }  // namespace nasdet

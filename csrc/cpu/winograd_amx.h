@@ -2,7 +2,7 @@
 // of 32, in which k and k + 16 are a pair; planes, map tiles and columns in tiles of 16, two of which are multiplied at once.
 #pragma once
 #include "float_tiles.h"
-#include "winograd_kernels.h"
+#include "winograd_maps.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {

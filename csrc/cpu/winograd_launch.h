@@ -73,7 +73,7 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
 }
 
 void run_products(const Work& work, const float* from, float* to, bool transposed) {
-  if (work.kernels.amx_chunk) return run_amx_products(work, from, to, transposed);
+  if (work.amx) return run_amx_products(work, from, to, transposed);
   std::vector<Piece> pieces = pieces_of(work, from, to, transposed);
   std::vector<size_t> rounds{0};
   int64_t floats = 0, most_floats = 0, chunk_floats = 0;
@@ -123,24 +123,23 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
   const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
-  const bool amx = work.kernels.amx_gradient != nullptr;
-  const int64_t rows = amx ? amx_tiles(ins) * kAmxSide : ins, columns = amx ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
+  const int64_t rows = work.amx ? amx_tiles(ins) * kAmxSide : ins, columns = work.amx ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
   return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, rows, false,
           panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(rows * columns)};
 }
 
 // Sums on matrix tiles are in panels of two tiles, the last one too.
-std::vector<WinogradPanel> gradient_panels(const WinogradKernels& k, int64_t vectors) {
-  if (!k.amx_gradient) return panels_of(vectors, k.most_vectors);
-  const int64_t width = 2 * kAmxSide / k.lanes;
+std::vector<WinogradPanel> gradient_panels(const Work& work, int64_t vectors) {
+  if (!work.amx) return panels_of(vectors, work.kernels.most_vectors);
+  const int64_t width = 2 * kAmxSide / work.kernels.lanes;
   std::vector<WinogradPanel> panels;
   for (int64_t first = 0; first < vectors; first += width) panels.push_back({first, width});
   return panels;
 }
 
 // How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same for any number.
-int64_t gradient_step(const WinogradKernels& k, int64_t tiles, int64_t tile_bytes, int64_t limit) {
-  const int64_t unit = k.amx_gradient ? kAmxTerms : 1, least = k.amx_gradient ? kAmxTerms : 8;
+int64_t gradient_step(bool amx, int64_t tiles, int64_t tile_bytes, int64_t limit) {
+  const int64_t unit = amx ? kAmxTerms : 1, least = amx ? kAmxTerms : 8;
   const int64_t fit = std::max(std::min(kGradientBytes, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
@@ -154,14 +153,14 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
   for (const GradientPart& part : parts) {
     const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
     most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane)), most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
-    if (work.kernels.amx_gradient) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
+    if (work.amx) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
   const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));
   char* const memory = scratch.take<char>(most.bytes() * size_t(workers));
   for_tasks(part_count, workers, [&](int64_t worker, int64_t i) {
     const GradientPart& part = parts[size_t(i)];
-    const std::vector<WinogradPanel> panels = gradient_panels(work.kernels, part.outs);
+    const std::vector<WinogradPanel> panels = gradient_panels(work, part.outs);
     WinogradGradient g = gradient_of(work, d, part, step, x, grad, panels);
     char* const own = memory + size_t(worker) * most.bytes();
     g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4)), g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
@@ -170,9 +169,9 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
       const int64_t now = std::min(step, tiles - begin);
       g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
       work.kernels.gradient_tiles(g, 0, now);
-      if (!work.kernels.amx_gradient) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+      if (!work.amx) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
       else
-        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) work.kernels.amx_gradient(g, plane, now, pieces);
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) work.amx->gradient(g, plane, now, pieces);
     }
     work.kernels.gradient_collect(g, 0, part.outs);
   });
@@ -182,9 +181,9 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
   const int64_t limit = scratch_limit(), lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size());
   for (const Dilated& d : work.dilations) {
     if (!weights_wanted(d)) continue;
-    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(work.kernels.amx_gradient ? 2 * kWeightBytes : kWeightBytes, limit / 2);
+    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(work.amx ? 2 * kWeightBytes : kWeightBytes, limit / 2);
     const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
-    const int64_t step = gradient_step(work.kernels, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
+    const int64_t step = gradient_step(work.amx != nullptr, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
     for (int64_t first = 0; first < vectors; first += piece) run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
   }
 }

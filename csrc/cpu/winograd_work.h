@@ -21,29 +21,27 @@ struct WinogradKernels {
   decltype(&avx2::winograd_gradient_planes) gradient_planes;
   decltype(&avx2::winograd_gradient_collect) gradient_collect;
   int64_t lanes, most_vectors;
-  decltype(&baseline::winograd_amx_weights) amx_weights;  // null without matrix tiles, as all that follow
-  decltype(&baseline::winograd_amx_chunk) amx_chunk;
-  decltype(&baseline::winograd_amx_inputs) amx_inputs;
-  decltype(&baseline::winograd_amx_columns) amx_columns;
-  decltype(&baseline::winograd_amx_gradient) amx_gradient;
+};
+
+// The kernels on matrix tiles.
+struct WinogradAmxKernels {
+  decltype(&baseline::winograd_amx_weights) weights;
+  decltype(&baseline::winograd_amx_chunk) chunk;
+  decltype(&baseline::winograd_amx_inputs) inputs;
+  decltype(&baseline::winograd_amx_columns) columns;
+  decltype(&baseline::winograd_amx_gradient) gradient;
 };
 
 const WinogradKernels* winograd_kernels() {
 #define NASDET_WINOGRAD(isa, ...) {isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, isa::winograd_gradient_collect, __VA_ARGS__}
-#define NASDET_WINOGRAD_AMX(isa) isa::winograd_amx_weights, isa::winograd_amx_chunk, isa::winograd_amx_inputs, isa::winograd_amx_columns, isa::winograd_amx_gradient
-  static constexpr WinogradKernels kEmulated = NASDET_WINOGRAD(baseline, 4, 2, NASDET_WINOGRAD_AMX(baseline));
-  if (tiles() == Tiles::emulated) return &kEmulated;
+  static constexpr WinogradKernels kBaseline = NASDET_WINOGRAD(baseline, 4, 2);
+  if (tiles() == Tiles::emulated) return &kBaseline;
 #ifdef NASDET_X86
-  static constexpr WinogradKernels kAvx2 = NASDET_WINOGRAD(avx2, 8, 2, nullptr, nullptr, nullptr, nullptr, nullptr), kAvx512 = NASDET_WINOGRAD(avx512, 16, 4, nullptr, nullptr, nullptr, nullptr, nullptr);
-#ifndef NASDET_UP_TO_AVX2
-  static constexpr WinogradKernels kAmx = NASDET_WINOGRAD(avx512, 16, 4, NASDET_WINOGRAD_AMX(avx512_bf16));
-  if (tiles() == Tiles::hardware) return &kAmx;
-#endif
+  static constexpr WinogradKernels kAvx2 = NASDET_WINOGRAD(avx2, 8, 2), kAvx512 = NASDET_WINOGRAD(avx512, 16, 4);
   if (cpu_capability() >= Isa::avx512) return &kAvx512;
   if (cpu_capability() == Isa::avx2) return &kAvx2;
 #endif
 #undef NASDET_WINOGRAD
-#undef NASDET_WINOGRAD_AMX
   return nullptr;
 }
 
@@ -57,6 +55,7 @@ struct Dilated {
 struct Work {
   const ConvProblem& p;
   const WinogradKernels& kernels;
+  const WinogradAmxKernels* amx;  // null: without matrix tiles
   std::vector<WinogradChannels> inputs;
   std::vector<Dilated> dilations;
 };
@@ -101,9 +100,24 @@ bool weights_wanted(const Dilated& d) {
   return std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
 }
 
+// Whether to multiply on matrix tiles: splitting floats pays where each of their parts meets many channels. Emulated tiles are
+// for tests, and take any number.
+bool tiles_pay(const ConvProblem& p, const std::vector<Dilated>& dilations, int64_t lanes) {
+  constexpr int64_t kLeast = 96;
+  if (tiles() != Tiles::hardware) return tiles() == Tiles::emulated;
+  return p.in_channels >= kLeast && std::all_of(dilations.begin(), dilations.end(), [&](const Dilated& d) { return int64_t(d.channels.size()) * lanes >= kLeast; });
+}
+
+const WinogradAmxKernels& winograd_amx_kernels() {
+  static const WinogradAmxKernels kernels = {NASDET_TILE_KERNEL(winograd_amx_weights), NASDET_TILE_KERNEL(winograd_amx_chunk), NASDET_TILE_KERNEL(winograd_amx_inputs),
+                                             NASDET_TILE_KERNEL(winograd_amx_columns), NASDET_TILE_KERNEL(winograd_amx_gradient)};
+  return kernels;
+}
+
 Work work_of(const ConvProblem& p) {
   const WinogradKernels& kernels = *winograd_kernels();
-  Work work{p, kernels, {}, dilations_of(p, kernels.lanes)};
+  Work work{p, kernels, nullptr, {}, dilations_of(p, kernels.lanes)};
+  if (tiles_pay(p, work.dilations, kernels.lanes)) work.amx = &winograd_amx_kernels();
   add_channels(work.inputs, 0, p.in_channels, kernels.lanes);
   for (Dilated& d : work.dilations) add_tiles(d, p);
   return work;

@@ -207,10 +207,12 @@ const char* winograd_why_not(const ConvProblem& p) {
 
 double winograd_seconds(const ConvProblem& p, bool backward) {
   const int64_t lanes = winograd_kernels()->lanes;
+  const std::vector<Dilated> dilations = dilations_of(p, lanes);
+  const WinogradRates& rates = tiles_pay(p, dilations, lanes) ? kWinogradAmx : lanes == 16 ? kWinogradAvx512 : kWinogradAvx2;
   double seconds = 0;
-  for (const Dilated& d : dilations_of(p, lanes)) {
+  for (const Dilated& d : dilations) {
     const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
-    seconds += winograd_dilation_seconds(p, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
+    seconds += winograd_dilation_seconds(p, rates, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
   }
   return seconds;
 }

@@ -7,18 +7,22 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-// Rows of floats as the first operand: those of `terms` that are there, zeros to the end of the block.
+// The parts of pairs of floats, `part_bytes` apart.
+NASDET_INLINE void store_pairs(Vector low, Vector high, char* to, int64_t part_bytes) {
+  Vector even[kFloatParts], odd[kFloatParts];
+  split(low, even), split(high, odd);
+  for (int part = 0; part < kFloatParts; ++part) {
+    const vec_u32 pairs = paired_halves(even[part], odd[part]);
+    __builtin_memcpy(to + part * part_bytes, &pairs, sizeof pairs);
+  }
+}
+
+// A row of floats as one of the first operand: those of `terms` that are there, zeros to the end of the block.
 NASDET_INLINE void split_row(const float* from, int64_t terms, char* to, int64_t blocks, int64_t block_bytes) {
   for (int64_t b = 0; b < blocks; ++b, to += block_bytes)
     for (int64_t k = 0; k < kAmxSide; k += W) {
       const int64_t low = b * kAmxTerms + k, high = low + kAmxSide;
-      Vector even[kFloatParts], odd[kFloatParts];
-      split(low < terms ? load(from + low) : Vector{}, even);
-      split(high < terms ? load(from + high) : Vector{}, odd);
-      for (int part = 0; part < kFloatParts; ++part) {
-        const vec_u32 pairs = paired_halves(even[part], odd[part]);
-        __builtin_memcpy(to + part * kAmxTileBytes + k * 4, &pairs, sizeof pairs);
-      }
+      store_pairs(low < terms ? load(from + low) : Vector{}, high < terms ? load(from + high) : Vector{}, to + k * 4, kAmxTileBytes);
     }
 }
 
@@ -39,14 +43,7 @@ void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char
         for (int half = 0; half < 2; ++half)
           transform_kernel(terms[half].taps + k * terms[half].term, terms[half].step, [&](int plane, Vector value) { values[half][plane] = value; });
         char* row = to + (first + k) * kAmxRowBytes + lane * 4;
-        for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes) {
-          Vector even[kFloatParts], odd[kFloatParts];
-          split(values[0][plane], even), split(values[1][plane], odd);
-          for (int part = 0; part < kFloatParts; ++part) {
-            const vec_u32 pairs = paired_halves(even[part], odd[part]);
-            __builtin_memcpy(row + part * 2 * kAmxTileBytes, &pairs, sizeof pairs);
-          }
-        }
+        for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes) store_pairs(values[0][plane], values[1][plane], row, 2 * kAmxTileBytes);
       }
     }
   }

@@ -5,22 +5,16 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-// The parts of the pair of terms `pair` of a block of W channels; terms that are not there are zeros.
-NASDET_INLINE void split_pair(const float* from, int64_t row, int64_t pair, int64_t terms, vec_u32 (&parts)[kFloatParts]) {
-  Vector even[kFloatParts], odd[kFloatParts];
-  split(pair < terms ? load(from + pair * row) : Vector{}, even);
-  split(pair + kAmxSide < terms ? load(from + (pair + kAmxSide) * row) : Vector{}, odd);
-  for (int part = 0; part < kFloatParts; ++part) parts[part] = paired_halves(even[part], odd[part]);
+// The parts of a pair of terms of W channels; terms that are not there are zeros.
+NASDET_INLINE void split_pair(const float* from, int64_t row, int64_t pair, int64_t terms, char* to, int64_t part_bytes) {
+  const int64_t other = pair + kAmxSide;
+  store_pairs(pair < terms ? load(from + pair * row) : Vector{}, other < terms ? load(from + other * row) : Vector{}, to, part_bytes);
 }
 
 // A block's 16 channels as the second operand's columns.
 NASDET_INLINE void split_columns(const float* from, int64_t row, int64_t terms, char* to) {
   for (int64_t c = 0; c < kAmxSide; c += W)
-    for (int64_t pair = 0; pair < kAmxSide; ++pair) {
-      vec_u32 parts[kFloatParts];
-      split_pair(from + c, row, pair, terms, parts);
-      for (int part = 0; part < kFloatParts; ++part) __builtin_memcpy(to + part * 2 * kAmxTileBytes + pair * kAmxRowBytes + c * 4, &parts[part], sizeof parts[part]);
-    }
+    for (int64_t pair = 0; pair < kAmxSide; ++pair) split_pair(from + c, row, pair, terms, to + pair * kAmxRowBytes + c * 4, 2 * kAmxTileBytes);
 }
 
 // A block's 16 channels as the first operand's rows.
@@ -28,11 +22,7 @@ NASDET_INLINE void split_rows(const float* from, int64_t row, int64_t terms, cha
   for (int64_t c = 0; c < kAmxSide; c += W)
     for (int64_t first = 0; first < kAmxSide; first += W) {
       Vector squares[kFloatParts][W];
-      for (int64_t i = 0; i < W; ++i) {
-        vec_u32 parts[kFloatParts];
-        split_pair(from + c, row, first + i, terms, parts);
-        for (int part = 0; part < kFloatParts; ++part) squares[part][i] = (Vector)parts[part];
-      }
+      for (int64_t i = 0; i < W; ++i) split_pair(from + c, row, first + i, terms, reinterpret_cast<char*>(&squares[0][i]), sizeof squares[0]);
       for (int part = 0; part < kFloatParts; ++part) {
         transpose(squares[part]);
         for (int64_t i = 0; i < W; ++i) store(reinterpret_cast<float*>(to + part * kAmxTileBytes + (c + i) * kAmxRowBytes + first * 4), squares[part][i]);
@@ -53,7 +43,8 @@ void amx_gradient_plane(const WinogradGradient& g, int64_t plane, int64_t count,
   }
   float* const sums = g.sums + plane * g.sum_plane;
   AmxTiles tiles;
-  multiply_tiles(tiles, {scratch, second, sums, a_tile, b_panel, panel, g.sum_rows * panel, reinterpret_cast<const char*>(sums + g.sum_plane), rows * columns * kAmxTileBytes}, rows, columns, blocks, g.accumulate);
+  const AmxOperands operands{scratch, second, sums, a_tile, b_panel, panel, g.sum_rows * panel, reinterpret_cast<const char*>(sums + g.sum_plane), rows * columns * kAmxTileBytes};
+  multiply_tiles(tiles, operands, rows, columns, blocks, g.accumulate);
 }
 
 }  // namespace

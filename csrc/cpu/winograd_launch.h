@@ -152,7 +152,8 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
   GradientScratch most;
   for (const GradientPart& part : parts) {
     const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
-    most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane)), most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
+    most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
+    most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
     if (work.amx) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
   const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
@@ -163,7 +164,8 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
     const std::vector<WinogradPanel> panels = gradient_panels(work, part.outs);
     WinogradGradient g = gradient_of(work, d, part, step, x, grad, panels);
     char* const own = memory + size_t(worker) * most.bytes();
-    g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4)), g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
+    g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4));
+    g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
     char* const pieces = reinterpret_cast<char*>(g.sums) + Scratch::padded(most.sums * 4);
     for (int64_t begin = 0; begin < tiles; begin += step) {
       const int64_t now = std::min(step, tiles - begin);

@@ -188,7 +188,9 @@ def test_reads_nothing_beside_the_maps(cin: int) -> None:
         assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("case", ["set-c", "all-wide", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"])
+@pytest.mark.parametrize(
+    "case", ["set-c", "all-wide", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"]
+)
 def test_any_number_of_threads_gives_the_same_bits(case: str) -> None:
     s = SHAPES[case]
     x, weight = operands(s)

@@ -1,5 +1,5 @@
 // Winograd's convolution F(4x4, 3x3) for float32, its data gradient and its weight gradient, of any dilation: the pixels that
-// are a dilation apart form an image of their own. The kernels are built for AVX2 and AVX-512 only.
+// are a dilation apart form an image of their own. The kernels are for AVX2 and AVX-512; the baseline's run with emulated tiles only.
 #include "nasdet/isa.h"
 #include "winograd_plan.h"
 
@@ -8,8 +8,13 @@ NASDET_DECLARE_KERNEL(void, winograd_tiles, const WinogradProduct&, int64_t firs
 NASDET_DECLARE_KERNEL(void, winograd_gradient_tiles, const WinogradGradient&, int64_t first, int64_t last)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&, int64_t first, int64_t last, int64_t tiles)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_collect, const WinogradGradient&, int64_t first, int64_t last)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_weights, const WinogradAmx&, int64_t column, int64_t block, char* to)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_chunk, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_inputs, const WinogradAmx&, int64_t index, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_columns, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_gradient, const WinogradGradient&, int64_t plane, int64_t count, char* scratch)
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if !defined(__AVX512BF16__)
 #include "winograd_kernels.h"
 
 namespace nasdet::NASDET_ISA {

@@ -39,8 +39,10 @@ struct TileOperand {
   int64_t row, part, tile;
 };
 
-// Tiles 0 to 3, [kRows][2] of which kColumns are used, += a b over the 32 terms of a tile's row.
-template <int kRows, int kColumns> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b) {
+struct Nothing { NASDET_INLINE void operator()() const {} };
+
+// Tiles 0 to 3, [kRows][2] of which kColumns are used, += a b over the 32 terms of a tile's row. after() runs after each part.
+template <int kRows, int kColumns, class After = Nothing> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b, const After& after = {}) {
   const auto load_a = [&](int part) {
     tiles.load<4>(a.data + part * a.part, a.row);
     if constexpr (kRows == 2) tiles.load<5>(a.data + part * a.part + a.tile, a.row);
@@ -54,6 +56,7 @@ template <int kRows, int kColumns> NASDET_INLINE void add_float_products(AmxTile
     if constexpr (kColumns == 2) tiles.multiply<1, 4, 7>();
     if constexpr (kRows == 2) tiles.multiply<2, 5, 6>();
     if constexpr (kRows == 2 && kColumns == 2) tiles.multiply<3, 5, 7>();
+    after();
   };
   load_a(0), load_b(2), multiply();
   load_b(1), multiply();

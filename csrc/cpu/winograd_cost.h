@@ -1,8 +1,9 @@
-// What Winograd's convolution costs: a model fitted to one thread of Zen 4. Only for conv_winograd.cpp under NASDET_REGISTER.
+// What Winograd's convolution costs: a model fitted to one thread of Zen 4, on matrix tiles to one of Sapphire Rapids. Only for conv_winograd.cpp under NASDET_REGISTER.
 #pragma once
 #include <algorithm>
 
 #include "conv.h"
+#include "winograd_plan.h"
 
 namespace nasdet {
 
@@ -15,17 +16,24 @@ inline int64_t winograd_axis_tiles(int64_t size, int64_t dilation) {
 // Seconds for the transforms: of a tile's vector of channels to and from the domain, and of a vector of kernels.
 struct WinogradCost { double into, out_of, kernel; };
 
+// Of some kernels, of products of `rate` per second; tiles are computed in multiples of `rows`, and in sums over them of `terms`.
+struct WinogradRates {
+  WinogradCost product, gradient;
+  double rate;
+  int64_t rows, terms;
+};
+inline constexpr WinogradRates kWinogradAvx2{{90e-9, 45e-9, 85e-9}, {130e-9, 40e-9, 135e-9}, 100e9, 1, 1}, kWinogradAvx512{{125e-9, 60e-9, 110e-9}, {200e-9, 75e-9, 190e-9}, 100e9, 1, 1},
+    kWinogradAmx{{200e-9, 130e-9, 200e-9}, {280e-9, 280e-9, 450e-9}, 300e9, kAmxSide, kAmxTerms};
+
 // Seconds of one thread for the slices of one dilation that fill `vectors` vectors of channels.
-inline double winograd_dilation_seconds(const ConvProblem& p, int64_t tiles, int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
-  constexpr WinogradCost kProduct[] = {{90e-9, 45e-9, 85e-9}, {125e-9, 60e-9, 110e-9}}, kGradient[] = {{130e-9, 40e-9, 135e-9}, {200e-9, 75e-9, 190e-9}};
-  constexpr double kAdding = 40e-9, kRate = 100e9, kOverhead = 5e-6;
-  const bool wide = lanes == 16;
+inline double winograd_dilation_seconds(const ConvProblem& p, const WinogradRates& rates, int64_t tiles, int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
+  constexpr double kAdding = 40e-9, kOverhead = 5e-6;
   const double t = double(tiles), in = double((p.in_channels + lanes - 1) / lanes), out = double(vectors), kernels = double(p.in_channels) * out;
-  const double product = t * 72 * kernels * double(lanes) / kRate + kOverhead;
-  const WinogradCost &one = kProduct[wide], &gradient = kGradient[wide];
-  if (!backward) return product + t * (one.into * in + one.out_of * out) + one.kernel * kernels;
-  const double of_x = product + t * (one.into * out + (one.out_of + kAdding) * in) + one.kernel * kernels;
-  return weight_wanted ? of_x + product + t * (gradient.into * in + gradient.out_of * out) + gradient.kernel * kernels : of_x;
+  const auto product = [&](int64_t unit) { return double((tiles + unit - 1) / unit * unit) * 72 * kernels * double(lanes) / rates.rate + kOverhead; };
+  const WinogradCost &one = rates.product, &gradient = rates.gradient;
+  if (!backward) return product(rates.rows) + t * (one.into * in + one.out_of * out) + one.kernel * kernels;
+  const double of_x = product(rates.rows) + t * (one.into * out + (one.out_of + kAdding) * in) + one.kernel * kernels;
+  return weight_wanted ? of_x + product(rates.terms) + t * (gradient.into * in + gradient.out_of * out) + gradient.kernel * kernels : of_x;
 }
 
 }  // namespace nasdet

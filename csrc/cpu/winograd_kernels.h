@@ -1,32 +1,10 @@
 // The steps of Winograd's convolution and of its gradients, each over a range of tasks of any thread.
 #pragma once
 #include "winograd_gemm.h"
-#include "winograd_transforms.h"
+#include "winograd_maps.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
-
-constexpr int W = kLanes<float>;
-
-NASDET_INLINE Vector load_some(const float* p, int64_t count) { return count >= W ? load(p) : count > 0 ? load_part(p, count) : Vector{}; }
-NASDET_INLINE void store_some(float* p, Vector v, int64_t count) {
-  if (count >= W) store(p, v);
-  else if (count > 0) store_part(p, v, count);
-}
-
-// The kernels of a vector of y's channels and of W input channels from `c` on: taps[(c * 9 + tap)] over y's channels, with
-// zeros for what is not there.
-NASDET_INLINE void load_taps(const WinogradChannels& y, int64_t in_channels, int64_t c, bool mixed, Vector* taps) {
-  const int64_t length = (in_channels - c < W ? in_channels - c : W) * 9;
-  for (int q = 0; q < 9; ++q) {
-    Vector* const rows = taps + q * W;
-    for (int64_t o = 0; o < W; ++o) rows[o] = o < y.count ? load_some(y.weight + (o * in_channels + c) * 9 + q * W, length - q * W) : Vector{};
-    transpose(rows);
-  }
-  if (!mixed || y.mix == nullptr) return;
-  const Vector factor = load_some(y.mix, y.count);
-  for (int i = 0; i < 9 * W; ++i) taps[i] *= factor;
-}
 
 // Where row `k` of the weights of vector `v` of `wide` starts.
 NASDET_INLINE float* weight_row(const WinogradProduct& p, int64_t panel, int64_t v, int64_t k) {
@@ -41,73 +19,16 @@ NASDET_INLINE int64_t panel_of(const WinogradPanel* panels, int64_t v) {
 }
 
 void transform_weights(const WinogradProduct& p, int64_t task) {
-  Vector taps[9 * W];
   constexpr int64_t kRowsAhead = 4;  // the weights have left the caches since the last call
   const int64_t v = task / p.deep.count, d = task % p.deep.count, panel = panel_of(p.panels, v), ahead = kRowsAhead * p.panels[panel].count * W, rows = p.depth - d * W < W ? p.depth - d * W : W;
-  if (!p.transposed) {
-    load_taps(p.wide.vectors[v], p.in_channels, d * W, true, taps);
-    for (int64_t k = 0; k < rows; ++k) transform_kernel(taps + k * 9, 1, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
-    return;
-  }
-  load_taps(p.deep.vectors[d], p.in_channels, p.wide.vectors[v].first, true, taps);
-  Vector flipped[9 * W];
-  for (int tap = 0; tap < 9; ++tap) {
-    Vector* const square = flipped + (8 - tap) * W;
-    for (int c = 0; c < W; ++c) square[c] = taps[c * 9 + tap];
-    transpose(square);
-  }
-  for (int64_t k = 0; k < rows; ++k) transform_kernel(flipped + k, W, weight_row(p, panel, v, d * W + k), p.weight_plane, ahead);
-}
-
-struct Span { int64_t begin, end; };
-
-// Which of `count` pixels from `start` on, a dilation apart, are inside of a map of `size`.
-NASDET_INLINE Span inside(int64_t start, int64_t dilation, int64_t size, int64_t count) {
-  Span s{0, count};
-  if (start < 0) s.begin = 1;  // only the first can be: tiles start inside
-  if (start + (count - 1) * dilation >= size) s.end = start >= size ? 0 : (size - start + dilation - 1) / dilation;
-  return s;
-}
-
-// A tile's kSize x kSize pixels from (row, column) on, transformed by `transform`, for all vectors of the side.
-template <int kSize, class Job, class Transform>
-NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int64_t image, int64_t row, int64_t column, float* out, int64_t plane, Transform transform) {
-  const int64_t pixel = side.pixel, down = job.dilation_h * job.width * pixel, right = job.dilation_w * pixel;
-  const Span rows = inside(row, job.dilation_h, job.height, kSize), columns = inside(column, job.dilation_w, job.width, kSize);
-  const float* const start = side.map + ((image * job.height + row) * job.width + column) * pixel;
-  const bool whole = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
-  Vector local[kSize * kSize] = {};
-  for (int64_t v = 0; v < side.count; ++v) {
-    const WinogradChannels& channels = side.vectors[v];
-    if (whole && channels.count == W) {
-      transform(start + channels.first, down, right, out + v * W, plane);
-      continue;
-    }
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t c = columns.begin; c < columns.end; ++c) local[r * kSize + c] = load_some(start + r * down + c * right + channels.first, channels.count);
-    transform(reinterpret_cast<const float*>(local), int64_t(kSize * W), int64_t(W), out + v * W, plane);
-  }
-}
-
-template <class Job> NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile, float* out, int64_t plane) {
-  transform_tile<6>(job, side, tile.image, tile.row - job.dilation_h, tile.column - job.dilation_w, out, plane,
-                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) { transform_input(p, down, right, to, step); });
-}
-
-// A tile's outputs, for the vectors of one panel.
-NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile, const float* from) {
-  const int64_t pixel = p.wide.pixel, down = p.dilation_h * p.width * pixel, right = p.dilation_w * pixel;
-  const int64_t rows = inside(tile.row, p.dilation_h, p.height, 4).end, columns = inside(tile.column, p.dilation_w, p.width, 4).end;
-  float* const start = p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel;
-  for (int64_t v = 0; v < panel.count; ++v) {
-    const WinogradChannels& channels = p.wide.vectors[panel.first + v];
-    Vector out[4][4];
-    transform_output(from + v * W, p.wide_plane, out);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        float* const to = start + r * down + c * right + channels.first;
-        store_some(to, p.accumulate ? out[r][c] + load_some(to, channels.count) : out[r][c], channels.count);
-      }
+  TermTaps terms;
+  terms.load(p, v, d);
+  for (int64_t k = 0; k < rows; ++k) {
+    float* const out = weight_row(p, panel, v, d * W + k);
+    transform_kernel(terms.taps + k * terms.term, terms.step, [&](int plane, Vector value) {
+      store(out + plane * p.weight_plane, value);
+      __builtin_prefetch(out + plane * p.weight_plane + ahead, 0, 2);
+    });
   }
 }
 
@@ -138,7 +59,7 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
   const int64_t plane = task / g.panel_count;
   const WinogradPanel& panel = g.panels[task % g.panel_count];
   const int64_t row = panel.count * W;
-  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.ins * W;
+  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.sum_rows * W;
   multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W, g.y_row, sums, row, g.ins, tiles, g.accumulate,
            sums + most_rows(int(panel.count)) * row, row);
 }
@@ -147,7 +68,7 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
 void collect_gradient(const WinogradGradient& g, int64_t v) {
   const WinogradChannels& y = g.y.vectors[v];
   const WinogradPanel& panel = g.panels[panel_of(g.panels, v)];
-  const float* const sums = g.sums + (panel.first * g.ins + (v - panel.first)) * W;
+  const float* const sums = g.sums + (panel.first * g.sum_rows + (v - panel.first)) * W;
   const Vector factor = y.mix ? load_some(y.mix, y.count) : splat(1.f);
   Vector taps[9 * W], kernels[9 * W], dot = {};
   for (int64_t c = 0; c < g.ins; c += W) {

@@ -53,13 +53,29 @@ struct WinogradGradient {
   WinogradSide x, y;
   int64_t in_channels;        // of the convolution
   int64_t first_in, ins;      // those of x's vectors
+  int64_t sum_rows;           // of a panel: ins, or more
   bool accumulate;            // not the first piece
   const WinogradPanel* panels;
   int64_t panel_count;
   float *x_tiles, *y_tiles;   // [planes][tiles][row of vectors]
   int64_t x_row, y_row;
-  float* sums;                // [planes][panel][ins][vectors of the panel]
+  float* sums;                // [planes][panel][sum_rows][vectors of the panel]
   int64_t x_plane, y_plane, sum_plane;
+};
+
+// Matrix tiles hold 16 rows, or 16 columns, of a block of 32 terms; three of them have the parts of floats.
+constexpr int64_t kAmxSide = 16, kAmxTerms = 32, kAmxRowBytes = 64, kAmxTileBytes = 1024;
+constexpr int64_t kAmxRowBlock = 3 * kAmxTileBytes, kAmxColumnBlock = 6 * kAmxTileBytes;  // a block of 16 rows, and of 32 columns
+constexpr int64_t amx_tiles(int64_t sides) { return (sides + kAmxSide - 1) / kAmxSide; }
+
+// A product on matrix tiles: chunks of map tiles by all weights, or all map tiles by weights that are made for them alone.
+struct WinogradAmx {
+  WinogradProduct product;
+  int64_t tiles;            // of the map
+  int64_t blocks, columns;  // of terms, and of 16 columns
+  char* weights;            // [planes][panel of 32 columns][block][part][2 tiles]
+  int64_t weight_plane;     // bytes
+  char* inputs;             // of all map tiles: [block][plane][16 of them][part]
 };
 
 }  // namespace nasdet

@@ -127,8 +127,8 @@ NASDET_INLINE void transform_output(const float* p, int64_t plane, Vector (*out)
   for (int r = 0; r < 4; ++r) sum4(lines[r], out[r]);
 }
 
-// The kernel's transform of 3 x 3 taps, to the 36 planes. What comes some calls later goes `ahead` elements further.
-NASDET_INLINE void transform_kernel(const Vector* taps, int64_t step, float* out, int64_t plane, int64_t ahead) {
+// The kernel's transform of 3 x 3 taps: put(plane, value) for the 36 planes.
+template <class Put> NASDET_INLINE void transform_kernel(const Vector* taps, int64_t step, const Put& put) {
   Vector lines[3][6];
 #pragma GCC unroll 3
   for (int j = 0; j < 3; ++j) {
@@ -141,10 +141,7 @@ NASDET_INLINE void transform_kernel(const Vector* taps, int64_t step, float* out
     Vector values[6];
     evaluate3(g, values);
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) {
-      store(out + (r * 6 + j) * plane, values[j]);
-      __builtin_prefetch(out + (r * 6 + j) * plane + ahead, 0, 2);
-    }
+    for (int j = 0; j < 6; ++j) put(r * 6 + j, values[j]);
   }
 }
 

@@ -51,6 +51,8 @@ SHAPES = {
     "one-dilation-in-two-places": Shape(1, 16, 11, 10, (2, 1, 2), (16, 10, 7)),
     "pieces-of-the-weights": Shape(1, 512, 6, 7, (1, 2), (400, 112)),
     "pieces-of-the-tiles": Shape(2, 200, 50, 46, (1,), (104,)),
+    "all-wide": Shape(1, 100, 25, 38, (2, (1, 3)), (97, 130)),
+    "wide-weights": Shape(1, 330, 9, 10, (1,), (296,)),
 }
 
 
@@ -186,7 +188,9 @@ def test_reads_nothing_beside_the_maps(cin: int) -> None:
         assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("case", ["set-c", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"])
+@pytest.mark.parametrize(
+    "case", ["set-c", "all-wide", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"]
+)
 def test_any_number_of_threads_gives_the_same_bits(case: str) -> None:
     s = SHAPES[case]
     x, weight = operands(s)
@@ -273,3 +277,12 @@ def test_other_instruction_sets(level: str, require: Any) -> None:
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
     assert " passed" in ran.stdout
+
+
+@pytest.mark.skipif(os.environ.get("NASDET_CPU_CAPABILITY") == "amx_emulated", reason="this is the process")
+def test_with_emulated_tiles() -> None:
+    chosen = "values_and_gradients or conv2d or nothing_beside or mixture_of_one or small_scratch or threads and slices"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    environment = os.environ | {"NASDET_CPU_CAPABILITY": "amx_emulated"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-1000:]

@@ -42,14 +42,21 @@ class AmxTiles {
   template <int kTile> void store(void* rows, int64_t stride) const {
     for (int i = 0; i < 16; ++i) __builtin_memcpy(static_cast<char*>(rows) + i * stride, tile_[kTile][i], 64);
   }
+  // As the CPUs at hand, it rounds once for all terms.
   template <int kSum, int kA, int kB> void multiply() {
-    for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < 16; ++i) {
+      double sums[16];
+      for (int j = 0; j < 16; ++j) sums[j] = as_float(tile_[kSum][i][j]);
       for (int k = 0; k < 16; ++k)
         for (int j = 0; j < 16; ++j) {
           const uint32_t a = tile_[kA][i][k], b = tile_[kB][k][j];
-          float sum = as_float(tile_[kSum][i][j]) + as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u) + as_float(a << 16) * as_float(b << 16);
-          __builtin_memcpy(&tile_[kSum][i][j], &sum, sizeof sum);
+          sums[j] += double(as_float(a & 0xffff0000u)) * as_float(b & 0xffff0000u) + double(as_float(a << 16)) * as_float(b << 16);
         }
+      for (int j = 0; j < 16; ++j) {
+        const float sum = float(sums[j]);
+        __builtin_memcpy(&tile_[kSum][i][j], &sum, sizeof sum);
+      }
+    }
   }
 
  private:

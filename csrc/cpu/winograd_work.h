@@ -1,0 +1,160 @@
+// A problem for Winograd's convolution, cut into dilations, and the kernels for it. Only for conv_winograd.cpp under NASDET_REGISTER.
+#pragma once
+#include <vector>
+
+#include "caches.h"
+#include "conv.h"
+#include "scratch.h"
+#include "tasks.h"
+#include "winograd_cost.h"
+
+namespace nasdet {
+namespace {
+
+constexpr int64_t kWeightBytes = 10 << 20;    // of a piece's weights in the domain: read for each chunk of tiles
+constexpr int64_t kTilesPerMiB = 12;         // of a core's cache: a chunk of tiles in the domain, which a panel's outputs and weights pass by
+
+struct WinogradKernels {
+  decltype(&avx2::winograd_weights) weights;
+  decltype(&avx2::winograd_tiles) tiles;
+  decltype(&avx2::winograd_gradient_tiles) gradient_tiles;
+  decltype(&avx2::winograd_gradient_planes) gradient_planes;
+  decltype(&avx2::winograd_gradient_collect) gradient_collect;
+  int64_t lanes, most_vectors;
+};
+
+// The kernels on matrix tiles.
+struct WinogradAmxKernels {
+  decltype(&baseline::winograd_amx_weights) weights;
+  decltype(&baseline::winograd_amx_chunk) chunk;
+  decltype(&baseline::winograd_amx_inputs) inputs;
+  decltype(&baseline::winograd_amx_columns) columns;
+  decltype(&baseline::winograd_amx_gradient) gradient;
+};
+
+const WinogradKernels* winograd_kernels() {
+#define NASDET_WINOGRAD(isa, ...) {isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, isa::winograd_gradient_collect, __VA_ARGS__}
+  static constexpr WinogradKernels kBaseline = NASDET_WINOGRAD(baseline, 4, 2);
+  if (tiles() == Tiles::emulated) return &kBaseline;
+#ifdef NASDET_X86
+  static constexpr WinogradKernels kAvx2 = NASDET_WINOGRAD(avx2, 8, 2), kAvx512 = NASDET_WINOGRAD(avx512, 16, 4);
+  if (cpu_capability() >= Isa::avx512) return &kAvx512;
+  if (cpu_capability() == Isa::avx2) return &kAvx2;
+#endif
+#undef NASDET_WINOGRAD
+  return nullptr;
+}
+
+// The slices of one dilation.
+struct Dilated {
+  int64_t h, w;
+  std::vector<WinogradChannels> channels;
+  std::vector<WinogradTile> tiles;
+};
+
+struct Work {
+  const ConvProblem& p;
+  const WinogradKernels& kernels;
+  const WinogradAmxKernels* amx;  // null: without matrix tiles
+  std::vector<WinogradChannels> inputs;
+  std::vector<Dilated> dilations;
+};
+
+void add_channels(std::vector<WinogradChannels>& to, int64_t first, int64_t last, int64_t lanes) {
+  for (int64_t c = first; c < last; c += lanes) to.push_back({c, std::min(lanes, last - c), nullptr, nullptr, nullptr, nullptr});
+}
+
+void add_branch(std::vector<WinogradChannels>& to, const ConvBranch& b, int64_t row, int64_t lanes) {
+  size_t i = to.size();
+  add_channels(to, b.first, b.last, lanes);
+  for (int64_t at = 0; i < to.size(); ++i, at += lanes) {
+    to[i].weight = static_cast<const float*>(b.weight) + at * row;
+    if (b.mix) to[i].mix = static_cast<const float*>(b.mix) + at;
+    if (b.weight_grad) to[i].weight_grad = static_cast<float*>(b.weight_grad) + at * row;
+    if (b.mix_grad) to[i].mix_grad = static_cast<float*>(b.mix_grad) + at;
+  }
+}
+
+// Pixels a dilation apart form an image of their own, which is cut into tiles; rows and columns of it from the top left.
+void add_tiles(Dilated& d, const ConvProblem& p) {
+  d.tiles.reserve(size_t(p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w)));
+  for (int64_t n = 0; n < p.images; ++n)
+    for (int64_t phase_h = 0; phase_h < d.h; ++phase_h)
+      for (int64_t row = phase_h; row < p.height; row += 4 * d.h)
+        for (int64_t phase_w = 0; phase_w < d.w; ++phase_w)
+          for (int64_t column = phase_w; column < p.width; column += 4 * d.w) d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column)});
+}
+
+std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
+  std::vector<Dilated> dilations;
+  for (const ConvBranch& b : p.branches) {
+    const int64_t h = std::min<int64_t>(b.dilation_h, p.height), w = std::min<int64_t>(b.dilation_w, p.width);  // beyond the map all are alike
+    auto at = std::find_if(dilations.begin(), dilations.end(), [&](const Dilated& d) { return d.h == h && d.w == w; });
+    if (at == dilations.end()) at = dilations.insert(at, {h, w, {}, {}});
+    add_branch(at->channels, b, p.in_channels * 9, lanes);
+  }
+  return dilations;
+}
+
+bool weights_wanted(const Dilated& d) {
+  return std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
+}
+
+// Whether to multiply on matrix tiles: splitting floats pays where each of their parts meets many channels. Emulated tiles are
+// for tests, and take any number.
+bool tiles_pay(const ConvProblem& p, const std::vector<Dilated>& dilations, int64_t lanes) {
+  constexpr int64_t kLeast = 96;
+  if (tiles() != Tiles::hardware) return tiles() == Tiles::emulated;
+  return p.in_channels >= kLeast && std::all_of(dilations.begin(), dilations.end(), [&](const Dilated& d) { return int64_t(d.channels.size()) * lanes >= kLeast; });
+}
+
+const WinogradAmxKernels& winograd_amx_kernels() {
+  static const WinogradAmxKernels kernels = {NASDET_TILE_KERNEL(winograd_amx_weights), NASDET_TILE_KERNEL(winograd_amx_chunk), NASDET_TILE_KERNEL(winograd_amx_inputs),
+                                             NASDET_TILE_KERNEL(winograd_amx_columns), NASDET_TILE_KERNEL(winograd_amx_gradient)};
+  return kernels;
+}
+
+Work work_of(const ConvProblem& p) {
+  const WinogradKernels& kernels = *winograd_kernels();
+  Work work{p, kernels, nullptr, {}, dilations_of(p, kernels.lanes)};
+  if (tiles_pay(p, work.dilations, kernels.lanes)) work.amx = &winograd_amx_kernels();
+  add_channels(work.inputs, 0, p.in_channels, kernels.lanes);
+  for (Dilated& d : work.dilations) add_tiles(d, p);
+  return work;
+}
+
+int64_t plane_floats(int64_t floats) { return (floats + 1023) / 1024 * 1024 + 16; }  // planes a power of 2 apart share cache sets
+
+// Floats of a row that is read down its columns: an odd number of cache lines.
+int64_t row_floats(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+
+int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) { return int64_t(channels.size() - 1) * lanes + channels.back().count; }
+
+// `vectors` in panels of about equal width.
+std::vector<WinogradPanel> panels_of(int64_t vectors, int64_t most) {
+  std::vector<WinogradPanel> panels;
+  const int64_t count = (vectors + most - 1) / most;
+  for (int64_t i = 0; i < count; ++i) panels.push_back({vectors * i / count, vectors * (i + 1) / count - vectors * i / count});
+  return panels;
+}
+
+// How many vectors of weights with `depth` rows a piece takes: whole panels if a few of them fit.
+int64_t piece_vectors(const WinogradKernels& k, int64_t depth, int64_t bytes) {
+  const int64_t fit = std::max<int64_t>(1, bytes / (kWinogradPlanes * 4 * k.lanes * depth));
+  return fit > k.most_vectors ? fit / k.most_vectors * k.most_vectors : fit;
+}
+
+// Tiles of a chunk: as many as the core's cache takes, half as many where all weights stay there too.
+int64_t chunk_tiles(int64_t weight_bytes) {
+  const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, 6);
+  return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;
+}
+
+// How many chunks of about equal size: as many for each thread, if they are worth it.
+int64_t chunks_of(int64_t tiles, int64_t most) {
+  const int64_t chunks = (tiles + most - 1) / most, even = (chunks + threads() - 1) / threads() * threads();
+  return even * 6 <= tiles ? even : chunks;
+}
+
+}  // namespace
+}  // namespace nasdet

@@ -1,7 +1,7 @@
 // The products of Winograd's convolution on matrix tiles: float32 in parts of bfloat16 (float_tiles.h). Terms are in blocks
 // of 32, in which k and k + 16 are a pair; planes, map tiles and columns in tiles of 16, two of which are multiplied at once.
 #pragma once
-#include "float_tiles.h"
+#include "nasdet/float_tiles.h"
 #include "winograd_maps.h"
 
 namespace nasdet::NASDET_ISA {

@@ -11,7 +11,8 @@ constexpr int kFloatParts = 3;
 
 NASDET_INLINE vec<float> rounded_to_bfloat16(vec<float> v) { return (vec<float>)(((vec_u32)v + 0x8000u) & 0xffff0000u); }
 
-// v as the sum of floats that are bfloat16, the largest first. Exact, but for what has no parts.
+// v as the sum of floats that are bfloat16, the largest first. Exact, but for infinity, NaN and what would be rounded to infinity,
+// which have no parts; and tiles take a part below 2^-126 for zero.
 NASDET_INLINE void split(vec<float> v, vec<float> (&part)[kFloatParts]) {
   part[0] = rounded_to_bfloat16(v);
   const vec<float> rest = v - part[0];
@@ -19,19 +20,8 @@ NASDET_INLINE void split(vec<float> v, vec<float> (&part)[kFloatParts]) {
   part[2] = rest - part[1];
 }
 
-// Ones in the lanes of infinity, NaN, and what would be rounded to infinity.
-NASDET_INLINE vec_u32 has_no_parts(vec<float> v) { return (vec_u32)(((vec_u32)v & 0x7fffffffu) >= 0x7f7f8000u); }
-
 // The upper halves of two vectors, side by side in each lane: rows of the second operand of a tile's product.
 NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) { return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u); }
-
-// The upper halves of two vectors, one vector's after the other's: rows of the first operand.
-NASDET_INLINE vec_u32 joined_halves(vec<float> first, vec<float> second) {
-  typedef uint16_t Halves __attribute__((vector_size(kBytes)));
-  Halves odd;
-  for (int i = 0; i < kBytes / 2; ++i) odd[i] = uint16_t(2 * i + 1);
-  return (vec_u32)__builtin_shuffle((Halves)first, (Halves)second, odd);
-}
 
 // Where a tile's rows are, a row `row` bytes after the other, those of the other parts `part` and of the next tile `tile` further.
 struct TileOperand {

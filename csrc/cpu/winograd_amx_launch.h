@@ -42,12 +42,12 @@ void run_amx_chunks(const Work& work, WinogradAmx job) {
   char* const chunks = scratch.take<char>(size_t(workers * chunk_bytes));
   for_tasks(job.columns * job.blocks, workers, [&](int64_t, int64_t task) {
     const int64_t column = task / job.blocks, block = task % job.blocks;
-    work.amx->weights(job, column, block, job.weights + (column / 2 * job.blocks + block) * kAmxColumnBlock + column % 2 * kAmxTileBytes);
+    winograd_amx_kernels().weights(job, column, block, job.weights + (column / 2 * job.blocks + block) * kAmxColumnBlock + column % 2 * kAmxTileBytes);
   });
   const int64_t count = chunks_of(job.tiles, most);
   for_tasks(count, workers, [&](int64_t worker, int64_t chunk) {
     const int64_t begin = job.tiles * chunk / count, end = job.tiles * (chunk + 1) / count;
-    work.amx->chunk(job, begin, end - begin, chunks + worker * chunk_bytes);
+    winograd_amx_kernels().chunk(job, begin, end - begin, chunks + worker * chunk_bytes);
   });
 }
 
@@ -62,15 +62,16 @@ void run_amx_columns(const Work& work, WinogradAmx job) {
   Scratch scratch(size_t(input_bytes + workers * own));
   job.inputs = scratch.take<char>(size_t(input_bytes));
   char* const pieces = scratch.take<char>(size_t(workers * own));
-  for_tasks(rows, workers, [&](int64_t worker, int64_t index) { work.amx->inputs(job, index, pieces + worker * own); });
+  for_tasks(rows, workers, [&](int64_t worker, int64_t index) { winograd_amx_kernels().inputs(job, index, pieces + worker * own); });
   for_tasks((job.columns + width - 1) / width, workers, [&](int64_t worker, int64_t task) {
-    work.amx->columns(job, task * width, std::min(width, job.columns - task * width), pieces + worker * own);
+    winograd_amx_kernels().columns(job, task * width, std::min(width, job.columns - task * width), pieces + worker * own);
   });
 }
 
 void run_amx_products(const Work& work, const float* from, float* to, bool transposed) {
   const int64_t limit = scratch_limit();
   for (const Dilated& d : work.dilations) {
+    if (!d.on_tiles) continue;
     WinogradAmx job = amx_of(work, d, from, to, transposed);
     const bool large = kWinogradPlanes * weight_plane_bytes(panels_of(job.columns), job.blocks) > std::min(kPartsBytes, limit / 2);
     const int64_t all = job.tiles, most = fitting_tiles(large ? kLongTiles : kChunkTiles, limit / 2, kWinogradPlanes * job.blocks * kAmxRowBlock / kAmxSide);

@@ -16,12 +16,13 @@ struct Piece {
   int64_t tiles, chunks, chunk_floats;
 };
 
-// A piece of each dilation, or several where the weights of one would not stay in the caches.
+// A piece of each dilation that is not multiplied on matrix tiles, or several where the weights of one would not stay in the caches.
 std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, bool transposed) {
   const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, bytes = std::min(kWeightBytes, scratch_limit() / 2);
   std::vector<Piece> pieces;
   for (const Dilated& d : work.dilations) {
+    if (d.on_tiles) continue;
     const std::vector<WinogradChannels>&deep = transposed ? d.channels : work.inputs, &wide = transposed ? work.inputs : d.channels;
     const int64_t depth = rows_of(deep, lanes), step = piece_vectors(work.kernels, depth, bytes), vectors = int64_t(wide.size()), tiles = int64_t(d.tiles.size());
     const int64_t widest = std::min({work.kernels.most_vectors, step, vectors}), chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
@@ -73,8 +74,9 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
 }
 
 void run_products(const Work& work, const float* from, float* to, bool transposed) {
-  if (work.amx) return run_amx_products(work, from, to, transposed);
+  run_amx_products(work, from, to, transposed);
   std::vector<Piece> pieces = pieces_of(work, from, to, transposed);
+  if (pieces.empty()) return;
   std::vector<size_t> rounds{0};
   int64_t floats = 0, most_floats = 0, chunk_floats = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
@@ -123,14 +125,14 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
   const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
-  const int64_t rows = work.amx ? amx_tiles(ins) * kAmxSide : ins, columns = work.amx ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
+  const int64_t rows = d.on_tiles ? amx_tiles(ins) * kAmxSide : ins, columns = d.on_tiles ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
   return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, rows, false,
           panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(rows * columns)};
 }
 
 // Sums on matrix tiles are in panels of two tiles, the last one too.
-std::vector<WinogradPanel> gradient_panels(const Work& work, int64_t vectors) {
-  if (!work.amx) return panels_of(vectors, work.kernels.most_vectors);
+std::vector<WinogradPanel> gradient_panels(const Work& work, bool on_tiles, int64_t vectors) {
+  if (!on_tiles) return panels_of(vectors, work.kernels.most_vectors);
   const int64_t width = 2 * kAmxSide / work.kernels.lanes;
   std::vector<WinogradPanel> panels;
   for (int64_t first = 0; first < vectors; first += width) panels.push_back({first, width});
@@ -138,8 +140,8 @@ std::vector<WinogradPanel> gradient_panels(const Work& work, int64_t vectors) {
 }
 
 // How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same for any number.
-int64_t gradient_step(bool amx, int64_t tiles, int64_t tile_bytes, int64_t limit) {
-  const int64_t unit = amx ? kAmxTerms : 1, least = amx ? kAmxTerms : 8;
+int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t limit) {
+  const int64_t unit = on_tiles ? kAmxTerms : 1, least = on_tiles ? kAmxTerms : 8;
   const int64_t fit = std::max(std::min(kGradientBytes, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
@@ -154,14 +156,14 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
     const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
     most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
     most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
-    if (work.amx) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
+    if (d.on_tiles) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
   const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));
   char* const memory = scratch.take<char>(most.bytes() * size_t(workers));
   for_tasks(part_count, workers, [&](int64_t worker, int64_t i) {
     const GradientPart& part = parts[size_t(i)];
-    const std::vector<WinogradPanel> panels = gradient_panels(work, part.outs);
+    const std::vector<WinogradPanel> panels = gradient_panels(work, d.on_tiles, part.outs);
     WinogradGradient g = gradient_of(work, d, part, step, x, grad, panels);
     char* const own = memory + size_t(worker) * most.bytes();
     g.x_tiles = reinterpret_cast<float*>(own), g.y_tiles = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4));
@@ -171,9 +173,9 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
       const int64_t now = std::min(step, tiles - begin);
       g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
       work.kernels.gradient_tiles(g, 0, now);
-      if (!work.amx) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+      if (!d.on_tiles) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
       else
-        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) work.amx->gradient(g, plane, now, pieces);
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) winograd_amx_kernels().gradient(g, plane, now, pieces);
     }
     work.kernels.gradient_collect(g, 0, part.outs);
   });
@@ -183,9 +185,9 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
   const int64_t limit = scratch_limit(), lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size());
   for (const Dilated& d : work.dilations) {
     if (!weights_wanted(d)) continue;
-    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(work.amx ? 2 * kWeightBytes : kWeightBytes, limit / 2);
+    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
     const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
-    const int64_t step = gradient_step(work.amx != nullptr, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
+    const int64_t step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
     for (int64_t first = 0; first < vectors; first += piece) run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
   }
 }
@@ -209,10 +211,9 @@ const char* winograd_why_not(const ConvProblem& p) {
 
 double winograd_seconds(const ConvProblem& p, bool backward) {
   const int64_t lanes = winograd_kernels()->lanes;
-  const std::vector<Dilated> dilations = dilations_of(p, lanes);
-  const WinogradRates& rates = tiles_pay(p, dilations, lanes) ? kWinogradAmx : lanes == 16 ? kWinogradAvx512 : kWinogradAvx2;
   double seconds = 0;
-  for (const Dilated& d : dilations) {
+  for (const Dilated& d : dilations_of(p, lanes)) {
+    const WinogradRates& rates = d.on_tiles ? kWinogradAmx : lanes == 16 ? kWinogradAvx512 : kWinogradAvx2;
     const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
     seconds += winograd_dilation_seconds(p, rates, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
   }

@@ -48,6 +48,7 @@ const WinogradKernels* winograd_kernels() {
 // The slices of one dilation.
 struct Dilated {
   int64_t h, w;
+  bool on_tiles;  // multiplied on matrix tiles
   std::vector<WinogradChannels> channels;
   std::vector<WinogradTile> tiles;
 };
@@ -55,9 +56,8 @@ struct Dilated {
 struct Work {
   const ConvProblem& p;
   const WinogradKernels& kernels;
-  const WinogradAmxKernels* amx;  // null: without matrix tiles
   std::vector<WinogradChannels> inputs;
-  std::vector<Dilated> dilations;
+  std::vector<Dilated> dilations;  // those on matrix tiles first
 };
 
 void add_channels(std::vector<WinogradChannels>& to, int64_t first, int64_t last, int64_t lanes) {
@@ -85,27 +85,28 @@ void add_tiles(Dilated& d, const ConvProblem& p) {
           for (int64_t column = phase_w; column < p.width; column += 4 * d.w) d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column)});
 }
 
+// Whether to multiply a dilation's slices on matrix tiles: splitting floats pays where each of their parts meets many channels.
+// Emulated tiles are for tests, and take any number.
+bool tiles_pay(const ConvProblem& p, const Dilated& d, int64_t lanes) {
+  constexpr int64_t kLeast = 96;
+  return tiles() == Tiles::hardware ? std::min(p.in_channels, int64_t(d.channels.size()) * lanes) >= kLeast : tiles() == Tiles::emulated;
+}
+
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
   std::vector<Dilated> dilations;
   for (const ConvBranch& b : p.branches) {
     const int64_t h = std::min<int64_t>(b.dilation_h, p.height), w = std::min<int64_t>(b.dilation_w, p.width);  // beyond the map all are alike
     auto at = std::find_if(dilations.begin(), dilations.end(), [&](const Dilated& d) { return d.h == h && d.w == w; });
-    if (at == dilations.end()) at = dilations.insert(at, {h, w, {}, {}});
+    if (at == dilations.end()) at = dilations.insert(at, {h, w, false, {}, {}});
     add_branch(at->channels, b, p.in_channels * 9, lanes);
   }
+  for (Dilated& d : dilations) d.on_tiles = tiles_pay(p, d, lanes);
+  std::stable_partition(dilations.begin(), dilations.end(), [](const Dilated& d) { return d.on_tiles; });
   return dilations;
 }
 
 bool weights_wanted(const Dilated& d) {
   return std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
-}
-
-// Whether to multiply on matrix tiles: splitting floats pays where each of their parts meets many channels. Emulated tiles are
-// for tests, and take any number.
-bool tiles_pay(const ConvProblem& p, const std::vector<Dilated>& dilations, int64_t lanes) {
-  constexpr int64_t kLeast = 96;
-  if (tiles() != Tiles::hardware) return tiles() == Tiles::emulated;
-  return p.in_channels >= kLeast && std::all_of(dilations.begin(), dilations.end(), [&](const Dilated& d) { return int64_t(d.channels.size()) * lanes >= kLeast; });
 }
 
 const WinogradAmxKernels& winograd_amx_kernels() {
@@ -116,8 +117,7 @@ const WinogradAmxKernels& winograd_amx_kernels() {
 
 Work work_of(const ConvProblem& p) {
   const WinogradKernels& kernels = *winograd_kernels();
-  Work work{p, kernels, nullptr, {}, dilations_of(p, kernels.lanes)};
-  if (tiles_pay(p, work.dilations, kernels.lanes)) work.amx = &winograd_amx_kernels();
+  Work work{p, kernels, {}, dilations_of(p, kernels.lanes)};
   add_channels(work.inputs, 0, p.in_channels, kernels.lanes);
   for (Dilated& d : work.dilations) add_tiles(d, p);
   return work;

@@ -52,6 +52,7 @@ SHAPES = {
     "pieces-of-the-weights": Shape(1, 512, 6, 7, (1, 2), (400, 112)),
     "pieces-of-the-tiles": Shape(2, 200, 50, 46, (1,), (104,)),
     "all-wide": Shape(1, 100, 25, 38, (2, (1, 3)), (97, 130)),
+    "wide-and-narrow": Shape(1, 100, 13, 19, (3, 1, 2), (20, 97, 17)),
     "wide-weights": Shape(1, 330, 9, 10, (1,), (296,)),
 }
 
@@ -189,7 +190,7 @@ def test_reads_nothing_beside_the_maps(cin: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["set-c", "all-wide", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"]
+    "case", ["set-c", "all-wide", "wide-and-narrow", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"]
 )
 def test_any_number_of_threads_gives_the_same_bits(case: str) -> None:
     s = SHAPES[case]

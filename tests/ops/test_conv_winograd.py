@@ -190,7 +190,8 @@ def test_reads_nothing_beside_the_maps(cin: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["set-c", "all-wide", "wide-and-narrow", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"]
+    "case",
+    ["set-c", "all-wide", "wide-and-narrow", "pieces-of-the-weights", "pieces-of-the-tiles", "slices-within-a-vector"],
 )
 def test_any_number_of_threads_gives_the_same_bits(case: str) -> None:
     s = SHAPES[case]

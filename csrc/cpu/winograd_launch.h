@@ -139,10 +139,11 @@ std::vector<WinogradPanel> gradient_panels(const Work& work, bool on_tiles, int6
   return panels;
 }
 
-// How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same for any number.
-int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t limit) {
-  const int64_t unit = on_tiles ? kAmxTerms : 1, least = on_tiles ? kAmxTerms : 8;
-  const int64_t fit = std::max(std::min(kGradientBytes, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
+// How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same
+// for any number. Few where sums as small as these stay in a core's cache, for the tiles then stay there too.
+int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t sum_bytes, int64_t limit) {
+  const int64_t unit = on_tiles ? kAmxTerms : 1, least = on_tiles ? kAmxTerms : 8, most = !on_tiles && sum_bytes <= core_cache() / 3 ? core_cache() * 3 / 8 : kGradientBytes;
+  const int64_t fit = std::max(std::min(most, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
 
@@ -187,7 +188,7 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
     if (!weights_wanted(d)) continue;
     const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
     const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
-    const int64_t step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), 4 * kWinogradPlanes * lanes * (inputs + piece), limit / 2);
+    const int64_t plane = 4 * kWinogradPlanes * lanes, step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), plane * (inputs + piece), plane * work.p.in_channels * piece, limit / 2);
     for (int64_t first = 0; first < vectors; first += piece) run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
   }
 }

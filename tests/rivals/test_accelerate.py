@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,16 @@ def models() -> Callable[[str], Any]:
     return model
 
 
+def smooth(model: torch.nn.Module) -> Any:
+    """A copy with SiLU for ReLU."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for key, module in parent.named_children():
+            if isinstance(module, torch.nn.ReLU):
+                setattr(parent, key, torch.nn.SiLU())
+    return model
+
+
 def pictures() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(3, 160, 224, generator=generator), torch.rand(3, 150, 130, generator=generator)]
@@ -80,8 +91,12 @@ def test_the_same_detections(models: Callable[[str], Any], name: str, layout: to
 
 @pytest.mark.parametrize("name", NAMES[2:])
 def test_the_same_losses_and_gradients(models: Callable[[str], Any], name: str) -> None:
-    """Of those that draw no samples: a proposal more or less would change all that are drawn."""
-    model = models(name)
+    """Of those that draw no samples: a proposal more or less would change all that are drawn.
+
+    Activations are smooth ones: at a ReLU's kink one rounding changes a gradient by more than any tolerance, so that
+    PyTorch's own gradients in float32 can be 3 % from those in float64.
+    """
+    model = smooth(models(name))
     truth = [{"boxes": torch.tensor([[20.0, 30.0, 120.0, 150.0]]), "labels": torch.tensor([2])}]
 
     def step() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -101,7 +116,6 @@ def test_the_same_losses_and_gradients(models: Callable[[str], Any], name: str) 
     for key, loss in losses.items():
         torch.testing.assert_close(loss, expected[key], rtol=1e-4, atol=1e-6)
     assert gradients.keys() == wanted.keys() and len(gradients) > 100
-    largest = max(gradient.norm() for gradient in wanted.values())
     for key, gradient in gradients.items():
         distance = (gradient - wanted[key]).norm()
-        assert distance <= 1e-3 * wanted[key].norm() + 1e-6 * largest, f"{key}: {distance} of {wanted[key].norm()}"
+        assert distance <= 1e-4 * wanted[key].norm(), f"{key}: {distance} of {wanted[key].norm()}"

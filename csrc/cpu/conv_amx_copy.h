@@ -2,6 +2,7 @@
 #pragma once
 #include "conv_amx_jobs.h"
 #include "conv_direct_weights.h"
+#include "nasdet/amx.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
@@ -53,8 +54,6 @@ inline bool copy_row(const TileCopy& job, int64_t index) {
   return finite.all();
 }
 
-NASDET_INLINE vec<float> side_by_side(vec<float> even, vec<float> odd) { return (vec<float>)(((vec_u32)even >> 16) | (vec_u32)odd); }
-
 // A plane of a block as rows of two positions, those that begin at an even one and those that begin at an odd one.
 inline void pair_plane(const TileCopy& job, char* pairs, int64_t index) {
   constexpr int W = kLanes<float>;
@@ -66,7 +65,7 @@ inline void pair_plane(const TileCopy& job, char* pairs, int64_t index) {
       for (int64_t position = parity; position < job.positions + parity; position += 2, to += kTileRows)
         for (int64_t lane = 0; lane < kTileRows; lane += W) {
           const BFloat16* const even = from + position * kTileChannels + half * kTileRows + lane;
-          store(to + lane, side_by_side(load(even), position + 1 < job.positions ? load(even + kTileChannels) : vec<float>{}));
+          store(to + lane, (vec<float>)paired_halves(load(even), position + 1 < job.positions ? load(even + kTileChannels) : vec<float>{}));
         }
     }
 }
@@ -80,7 +79,7 @@ inline void turn_tile(const BFloat16* const* pixel, int64_t channel, int64_t cou
       for (int i = 0; i < W && lane < count; ++i) {
         const vec<float> even = load_up_to(pixel[2 * (pair + i)] + channel + lane, count - lane), odd = load_up_to(pixel[2 * (pair + i) + 1] + channel + lane, count - lane);
         finite.see(even), finite.see(odd);
-        v[i] = side_by_side(even, odd);
+        v[i] = (vec<float>)paired_halves(even, odd);
       }
       transpose<float>(v);
       for (int i = 0; i < W; ++i) store(tile + (lane + i) * kTileRows + pair, v[i]);

@@ -1,9 +1,12 @@
 // Matrix tiles: eight registers of up to 16 rows of 64 bytes, and the product of two of them, as Intel's AMX has them. Kernels
 // on tiles are compiled with the instructions, and once with the same in plain C++, for tests on CPUs without.
 #pragma once
-#include <cstdint>
+#include "nasdet/simd.h"
 
 namespace nasdet::NASDET_ISA {
+
+// The upper halves of two vectors, side by side in each lane: rows of the second operand of a tile's product.
+NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) { return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u); }
 
 #if defined(__AMX_BF16__)
 inline constexpr bool kHasAmx = true;

@@ -2,7 +2,6 @@
 // the six products of their parts that count: the three left out are about 2^-25 of it, less than a float's own rounding.
 #pragma once
 #include "nasdet/amx.h"
-#include "nasdet/simd.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
@@ -20,19 +19,14 @@ NASDET_INLINE void split(vec<float> v, vec<float> (&part)[kFloatParts]) {
   part[2] = rest - part[1];
 }
 
-// The upper halves of two vectors, side by side in each lane: rows of the second operand of a tile's product.
-NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) { return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u); }
-
 // Where a tile's rows are, a row `row` bytes after the other, those of the other parts `part` and of the next tile `tile` further.
 struct TileOperand {
   const char* data;
   int64_t row, part, tile;
 };
 
-struct Nothing { NASDET_INLINE void operator()() const {} };
-
 // Tiles 0 to 3, [kRows][2] of which kColumns are used, += a b over the 32 terms of a tile's row. after() runs after each part.
-template <int kRows, int kColumns, class After = Nothing> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b, const After& after = {}) {
+template <int kRows, int kColumns, class After> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b, const After& after) {
   const auto load_a = [&](int part) {
     tiles.load<4>(a.data + part * a.part, a.row);
     if constexpr (kRows == 2) tiles.load<5>(a.data + part * a.part + a.tile, a.row);

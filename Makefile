@@ -39,7 +39,7 @@ pytest := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
   NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
 
 .PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan fuzz rivals bench bench-gpu bench-rivals lint \
-  clean existing
+  format clean existing
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -141,9 +141,15 @@ bench-rivals: $(RIVALS)/.installed  ## the benchmarks with torchvision among the
 	@$(pytest) NASDET_REQUIRE=cpp,torchvision $(benchmark) $(ARGS)
 	@$(tables)
 
-lint: install  ## ruff and mypy
+cplusplus = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+
+lint: install  ## ruff, mypy and clang-format
 	$(bin)/python -m ruff check .
 	$(bin)/python -m mypy
+	$(cplusplus) | xargs $(bin)/clang-format --dry-run --Werror
+
+format: install  ## the C++ and CUDA sources by .clang-format
+	$(cplusplus) | xargs $(bin)/clang-format -i
 
 clean:  ## remove everything that was built, and VENV
 	rm -rf build dist $(VENV) $(RIVALS) nasdet.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -11,9 +11,9 @@ struct ConvBranch {
   int64_t first, last;
   int32_t dilation_h, dilation_w;
   const void* weight;  // [last - first][in_channels / groups][kernel][kernel]
-  const void* mix;     // [last - first] factors in the type of the arithmetic (float; double for double); null: all are 1
-  void* weight_grad;   // like weight; null: not wanted
-  void* mix_grad;      // like mix; null: not wanted
+  const void* mix;  // [last - first] factors in the type of the arithmetic (float; double for double); null: all are 1
+  void* weight_grad;  // like weight; null: not wanted
+  void* mix_grad;     // like mix; null: not wanted
 };
 
 // A convolution whose outputs sum over their branches; padding keeps the size at stride 1, for every dilation.

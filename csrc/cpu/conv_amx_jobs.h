@@ -5,8 +5,7 @@
 
 namespace nasdet {
 
-constexpr int64_t kTilePositions = 32;                    // that a step of the kernels takes: two tiles of rows, or a tile's columns
-constexpr int64_t kTileBytes = 1024, kTileRowBytes = 64;  // a row: 32 channels of a position, or 16 channels of two
+constexpr int64_t kTilePositions = 32;  // that a step of the kernels takes: two tiles of rows, or the terms of one
 
 // A map copied for tiles: [block of 32 channels][image][plane][position][channel]. Plane (a, b) has the source's rows
 // a + i * step_h and columns b + j * step_w. Positions number them row by row, `pitch` a row: zeros follow each row, and `lead`
@@ -21,7 +20,7 @@ struct TileCopy {
   int64_t most_images;             // that a block has room for
 
   int64_t planes() const { return step_h * step_w; }
-  int64_t plane_bytes() const { return positions * kTileRowBytes; }
+  int64_t plane_bytes() const { return positions * kAmxRowBytes; }
   int64_t block_bytes() const { return most_images * planes() * plane_bytes(); }
 };
 
@@ -62,6 +61,7 @@ struct TileGrad {
 NASDET_DECLARE_TILE_KERNEL(bool, conv_amx_copy_row, const TileCopy&, int64_t index)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_pair_plane, const TileCopy&, char* pairs, int64_t index)
 NASDET_DECLARE_TILE_KERNEL(bool, conv_amx_turn_chunk, const TileChunks&, const void* zeros, int64_t chunk)
-NASDET_DECLARE_TILE_KERNEL(void, conv_amx_sums, const TileSums&, const ConvPanel&, const char* source, int64_t image, int64_t first_block, int64_t last_block)
+NASDET_DECLARE_TILE_KERNEL(void, conv_amx_sums, const TileSums&, const ConvPanel&, const char* source, int64_t image,
+                           int64_t first_block, int64_t last_block)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_grad, const TileGrad&)
 NASDET_DECLARE_TILE_KERNEL(void, conv_amx_turn_sums, float* sums, int64_t taps, int64_t width, int64_t channels)

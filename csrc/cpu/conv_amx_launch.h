@@ -39,13 +39,15 @@ inline TileBlocks source_blocks(const std::vector<ConvFamily>& families, const C
     for (size_t i = 0; i < f.panels.size(); ++i) {
       const int64_t first = f.panels[i].source;
       if (i > 0 && f.panels[i - 1].source == first) continue;
-      for (const ConvSpan& span : f.spans) blocks.add(first + span.channel, std::min(span.count, source.channels - first - span.channel));
+      for (const ConvSpan& span : f.spans)
+        blocks.add(first + span.channel, std::min(span.count, source.channels - first - span.channel));
     }
   return blocks;
 }
 
 // The targets of a band: some positions for all panels, while they are in the cache, then the next.
-inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, const TileBlocks& blocks, const TileReach& reach, const ConvMap& target, int64_t first_row, int64_t rows) {
+inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, const TileBlocks& blocks,
+                     const TileReach& reach, const ConvMap& target, int64_t first_row, int64_t rows) {
   std::vector<std::vector<int64_t>> terms(work.size());
   std::vector<TileSums> sums(work.size());
   std::vector<TileTask> tasks;
@@ -53,18 +55,29 @@ inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, co
     const ConvFamily& family = *work[w].family;
     const int64_t origin = blocks.find(family.panels[0].source + family.spans[0].channel);
     for (const ConvSpan& span : family.spans)
-      terms[w].push_back((blocks.find(family.panels[0].source + span.channel) - origin) * copy.block_bytes() + tap_distance(copy, reach, span.down, span.across) * kTileRowBytes);
-    sums[w] = {copy.pitch, terms[w].data(), int64_t(terms[w].size()), target, family.lattice, copy.first_image, first_row, std::min(rows, family.lattice.rows - first_row)};
+      terms[w].push_back((blocks.find(family.panels[0].source + span.channel) - origin) * copy.block_bytes() +
+                         tap_distance(copy, reach, span.down, span.across) * kAmxRowBytes);
+    sums[w] = {copy.pitch,
+               terms[w].data(),
+               int64_t(terms[w].size()),
+               target,
+               family.lattice,
+               copy.first_image,
+               first_row,
+               std::min(rows, family.lattice.rows - first_row)};
   }
   const int64_t most = (rows * copy.pitch + kTilePositions - 1) / kTilePositions;
   for (int64_t image = 0; image < copy.images; ++image)
     for (int64_t first = 0; first < most; first += kTaskBlocks)
       for (size_t w = 0; w < work.size(); ++w) {
         const ConvFamily& family = *work[w].family;
-        const int64_t steps = ((sums[w].rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
+        const int64_t steps =
+            ((sums[w].rows - 1) * copy.pitch + family.lattice.columns + kTilePositions - 1) / kTilePositions;
         for (int64_t i = work[w].from; i < work[w].to && first < steps; ++i) {
           const ConvPanel& panel = family.panels[size_t(i)];
-          const char* const source = copy.data + blocks.find(panel.source + family.spans[0].channel) * copy.block_bytes() + image * copy.planes() * copy.plane_bytes();
+          const char* const source = copy.data +
+                                     blocks.find(panel.source + family.spans[0].channel) * copy.block_bytes() +
+                                     image * copy.planes() * copy.plane_bytes();
           tasks.push_back({&sums[w], &panel, source, image, first, std::min(steps, first + kTaskBlocks)});
         }
       }
@@ -76,7 +89,8 @@ inline void sum_band(const std::vector<TileWork>& work, const TileCopy& copy, co
 
 // All target pixels of all families: as many panels at a time as the scratch holds, and as much of the source. False, with
 // targets undone, where groups share panels and the source holds infinity or NaN: zeros between the groups would spread them.
-inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
+inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source,
+                         const ConvMap& target, bool transposed) {
   TileReach reach{families[0].lattice.source_step_h, families[0].lattice.source_step_w};
   int64_t rows = 0, columns = 0;
   for (const ConvFamily& f : families) {
@@ -91,7 +105,8 @@ inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families
   };
   const int64_t limit = scratch_limit();
   const TileBands bands = bands_within(p.images, rows, 1, std::max(limit / 2, limit - bytes.all), copy_bytes);
-  const int64_t copied = copy_bytes(bands), held = std::max(bytes.most, std::min(bytes.all, std::max<int64_t>(limit - copied, 0)));
+  const int64_t copied = copy_bytes(bands);
+  const int64_t held = std::max(bytes.most, std::min(bytes.all, std::max<int64_t>(limit - copied, 0)));
   const bool whole = bands.images >= p.images && bands.rows >= rows;
   Scratch scratch{size_t(copied + held)};
   TileCopy copy = copy_of(source, reach, blocks, bands, columns);
@@ -100,14 +115,16 @@ inline bool run_on_tiles(const ConvProblem& p, std::vector<ConvFamily>& families
   std::vector<TileWork> work;
   bool ready = false, finite = true;
   for_packed_panels(
-      p, families, packed, held, transposed, false, [&](const ConvFamily& f, int64_t first, int64_t last) { work.push_back({&f, first, last}); },
+      p, families, packed, held, transposed, false,
+      [&](const ConvFamily& f, int64_t first, int64_t last) { work.push_back({&f, first, last}); },
       [&] {
-        for_bands(bands, p.images, rows, [&](int64_t first_image, int64_t images, int64_t first_row, int64_t band_rows) {
-          place_copy(copy, reach, first_image, images, first_row, band_rows);
-          if (!ready) finite &= copy_band(copy) || families[0].shared == 1;
-          ready = whole;
-          if (finite) sum_band(work, copy, blocks, reach, target, first_row, band_rows);
-        });
+        for_bands(bands, p.images, rows,
+                  [&](int64_t first_image, int64_t images, int64_t first_row, int64_t band_rows) {
+                    place_copy(copy, reach, first_image, images, first_row, band_rows);
+                    if (!ready) finite &= copy_band(copy) || families[0].shared == 1;
+                    ready = whole;
+                    if (finite) sum_band(work, copy, blocks, reach, target, first_row, band_rows);
+                  });
         work.clear();
       });
   return finite;

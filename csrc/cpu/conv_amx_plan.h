@@ -9,7 +9,7 @@
 namespace nasdet {
 namespace {
 
-constexpr ConvShape kTilesShape{kTileRows, kTileRows, false, true}, kTilesGradShape{2 * kTileRows, kTileRows, false, true};
+constexpr ConvShape kTilesShape{kAmxSide, kAmxSide, false, true}, kTilesGradShape{2 * kAmxSide, kAmxSide, false, true};
 
 inline bool suits_tiles(const ConvProblem& p) {
   const int64_t least = std::min(p.in_channels, p.out_channels) / p.groups;
@@ -18,12 +18,17 @@ inline bool suits_tiles(const ConvProblem& p) {
 
 // The share of the tiles' products that are the problem's: channels fill them up, and zeros follow each row.
 inline double tiles_filled(const ConvProblem& p) {
-  const auto filled = [](int64_t channels, int64_t tile) { return double(channels) / double((channels + tile - 1) / tile * tile); };
+  const auto filled = [](int64_t channels, int64_t tile) {
+    return double(channels) / double((channels + tile - 1) / tile * tile);
+  };
   int64_t beyond = 0;
   for (const ConvBranch& b : p.branches) beyond = std::max<int64_t>(beyond, p.kernel / 2 * int64_t(b.dilation_w));
   const int64_t pitch = p.out_width + std::min(p.out_width, (beyond + p.stride_w - 1) / p.stride_w);
-  const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups, shared = shared_groups(ConvForm::tiles, p.groups, fan, width);
-  return filled(shared * fan, kTileChannels) * filled(shared * width, kTileRows) / double(shared) * double(p.out_width) / double(pitch);
+  const int64_t fan = p.in_channels / p.groups;
+  const int64_t width = p.out_channels / p.groups;
+  const int64_t shared = shared_groups(ConvForm::tiles, p.groups, fan, width);
+  return filled(shared * fan, kAmxTerms) * filled(shared * width, kAmxSide) / double(shared) * double(p.out_width) /
+         double(pitch);
 }
 
 inline int64_t floored(int64_t a, int64_t b) { return (a - modulo(a, b)) / b; }
@@ -34,7 +39,8 @@ struct TileReach {
 
   void add(int64_t down, int64_t across) {
     first_row = std::min(first_row, floored(down, step_h)), last_row = std::max(last_row, floored(down, step_h));
-    first_column = std::min(first_column, floored(across, step_w)), last_column = std::max(last_column, floored(across, step_w));
+    first_column = std::min(first_column, floored(across, step_w));
+    last_column = std::max(last_column, floored(across, step_w));
   }
   int64_t rows_beyond() const { return last_row - first_row; }
   int64_t columns_beyond() const { return std::max(last_column, -first_column); }
@@ -54,21 +60,33 @@ struct TileBlocks {
 };
 
 // Target images and rows that are worked on at a time: whole images, or some rows of one.
-struct TileBands {
-  int64_t images, rows;
-};
+struct TileBands { int64_t images, rows; };
 
 // The copy for bands of `rows` target rows of `columns` pixels, its data yet to come. Its positions are an even number.
-inline TileCopy copy_of(const ConvMap& source, const TileReach& reach, const TileBlocks& blocks, const TileBands& bands, int64_t columns) {
-  TileCopy copy{source, nullptr, blocks.all.data(), int64_t(blocks.all.size()), reach.step_h, reach.step_w, 0, bands.images, 0, bands.rows + reach.rows_beyond(),
-                -reach.first_column, columns + reach.columns_beyond(), 0, bands.images};
+inline TileCopy copy_of(const ConvMap& source, const TileReach& reach, const TileBlocks& blocks, const TileBands& bands,
+                        int64_t columns) {
+  TileCopy copy{source,
+                nullptr,
+                blocks.all.data(),
+                int64_t(blocks.all.size()),
+                reach.step_h,
+                reach.step_w,
+                0,
+                bands.images,
+                0,
+                bands.rows + reach.rows_beyond(),
+                -reach.first_column,
+                columns + reach.columns_beyond(),
+                0,
+                bands.images};
   const int64_t behind = 2 * kTilePositions + reach.columns_beyond();  // that a last step reads too
   copy.positions = (copy.lead + copy.rows * copy.pitch + behind + 1) / 2 * 2;
   return copy;
 }
 
 // The largest bands of which `bytes` does not exceed `room`; rows in multiples of `multiple`.
-template <class Bytes> TileBands bands_within(int64_t images, int64_t rows, int64_t multiple, int64_t room, const Bytes& bytes) {
+template <class Bytes>
+TileBands bands_within(int64_t images, int64_t rows, int64_t multiple, int64_t room, const Bytes& bytes) {
   TileBands bands{1, std::min(rows, multiple)};
   if (bytes(TileBands{1, rows}) <= room) {
     bands.rows = rows;
@@ -80,7 +98,8 @@ template <class Bytes> TileBands bands_within(int64_t images, int64_t rows, int6
 }
 
 // Puts a copy to a band's place; the distances in it stay those of the largest band.
-inline void place_copy(TileCopy& copy, const TileReach& reach, int64_t first_image, int64_t images, int64_t first_row, int64_t rows) {
+inline void place_copy(TileCopy& copy, const TileReach& reach, int64_t first_image, int64_t images, int64_t first_row,
+                       int64_t rows) {
   copy.first_image = first_image, copy.images = images;
   copy.first_row = first_row + reach.first_row, copy.rows = rows + reach.rows_beyond();
 }
@@ -88,13 +107,15 @@ inline void place_copy(TileCopy& copy, const TileReach& reach, int64_t first_ima
 // From a target pixel's position in the copy, which counts from the band's first row, to the one that a tap reads.
 inline int64_t tap_distance(const TileCopy& copy, const TileReach& reach, int64_t down, int64_t across) {
   const int64_t plane = modulo(down, copy.step_h) * copy.step_w + modulo(across, copy.step_w);
-  return plane * copy.positions + copy.lead + (floored(down, copy.step_h) - reach.first_row) * copy.pitch + floored(across, copy.step_w);
+  return plane * copy.positions + copy.lead + (floored(down, copy.step_h) - reach.first_row) * copy.pitch +
+         floored(across, copy.step_w);
 }
 
 // All bands in turn: body(first image, images, first row, rows).
 template <class Body> void for_bands(const TileBands& bands, int64_t images, int64_t rows, const Body& body) {
   for (int64_t image = 0; image < images; image += bands.images)
-    for (int64_t row = 0; row < rows; row += bands.rows) body(image, std::min(bands.images, images - image), row, std::min(bands.rows, rows - row));
+    for (int64_t row = 0; row < rows; row += bands.rows)
+      body(image, std::min(bands.images, images - image), row, std::min(bands.rows, rows - row));
 }
 
 }  // namespace

@@ -7,7 +7,8 @@ NASDET_DECLARE_KERNEL(ConvShape, conv_direct_shape, int storage)
 NASDET_DECLARE_KERNEL(int64_t, conv_direct_width, int storage, ConvForm, int64_t width)
 NASDET_DECLARE_KERNEL(void, conv_direct_pack, const ConvPack&, const ConvPanel&)
 NASDET_DECLARE_KERNEL(void, conv_direct_pair_rows, const ConvPanel&, int64_t rows, ConvForm)
-NASDET_DECLARE_KERNEL(void, conv_direct_tiles, const ConvTiles&, int64_t first_pixel, int64_t last_pixel, int64_t first_panel, int64_t last_panel)
+NASDET_DECLARE_KERNEL(void, conv_direct_tiles, const ConvTiles&, int64_t first_pixel, int64_t last_pixel,
+                      int64_t first_panel, int64_t last_panel)
 NASDET_DECLARE_KERNEL(void, conv_direct_weight_grad, const ConvWeightGrad&)
 NASDET_DECLARE_KERNEL(void, conv_direct_unfold, const ConvUnfold&, const ConvPanel&)
 
@@ -24,10 +25,14 @@ int64_t conv_direct_width(int storage, ConvForm form, int64_t width) {
 
 void conv_direct_pack(const ConvPack& job, const ConvPanel& panel) {
   switch (job.storage) {
-    case 0: return pack<float>(job, panel);
-    case 1: return pack<double>(job, panel);
-    case 2: return pack<BFloat16>(job, panel);
-    case 3: return pack<Half>(job, panel);
+    case 0:
+      return pack<float>(job, panel);
+    case 1:
+      return pack<double>(job, panel);
+    case 2:
+      return pack<BFloat16>(job, panel);
+    case 3:
+      return pack<Half>(job, panel);
   }
 }
 
@@ -35,28 +40,40 @@ void conv_direct_pair_rows(const ConvPanel& panel, int64_t rows, ConvForm form) 
 
 void conv_direct_tiles(const ConvTiles& job, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel) {
   switch (job.storage) {
-    case 0: return ConvBand<float>(job, first_panel, last_panel).run(first, last);
-    case 1: return ConvBand<double>(job, first_panel, last_panel).run(first, last);
-    case 2: return ConvBand<BFloat16>(job, first_panel, last_panel).run(first, last);
-    case 3: return ConvBand<Half>(job, first_panel, last_panel).run(first, last);
+    case 0:
+      return ConvBand<float>(job, first_panel, last_panel).run(first, last);
+    case 1:
+      return ConvBand<double>(job, first_panel, last_panel).run(first, last);
+    case 2:
+      return ConvBand<BFloat16>(job, first_panel, last_panel).run(first, last);
+    case 3:
+      return ConvBand<Half>(job, first_panel, last_panel).run(first, last);
   }
 }
 
 void conv_direct_weight_grad(const ConvWeightGrad& job) {
   switch (job.storage) {
-    case 0: return ConvWeightGradTask<float>(job).run();
-    case 1: return ConvWeightGradTask<double>(job).run();
-    case 2: return ConvWeightGradTask<BFloat16>(job).run();
-    case 3: return ConvWeightGradTask<Half>(job).run();
+    case 0:
+      return ConvWeightGradTask<float>(job).run();
+    case 1:
+      return ConvWeightGradTask<double>(job).run();
+    case 2:
+      return ConvWeightGradTask<BFloat16>(job).run();
+    case 3:
+      return ConvWeightGradTask<Half>(job).run();
   }
 }
 
 void conv_direct_unfold(const ConvUnfold& job, const ConvPanel& panel) {
   switch (job.storage) {
-    case 0: return unfold<float>(job, panel);
-    case 1: return unfold<double>(job, panel);
-    case 2: return unfold<BFloat16>(job, panel);
-    case 3: return unfold<Half>(job, panel);
+    case 0:
+      return unfold<float>(job, panel);
+    case 1:
+      return unfold<double>(job, panel);
+    case 2:
+      return unfold<BFloat16>(job, panel);
+    case 3:
+      return unfold<Half>(job, panel);
   }
 }
 

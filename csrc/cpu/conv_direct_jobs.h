@@ -3,15 +3,15 @@
 // Forward and data gradient are one thing: every target pixel is a sum over taps and source channels. The target is the
 // result and the source the input in the forward; the other way round in the data gradient.
 #pragma once
-#include <cstdint>
+#include "nasdet/amx.h"
 
 namespace nasdet {
 
-constexpr int64_t kSpanChannels = 64;    // source channels of a span, at most
-constexpr int64_t kTileRows = 16, kTileChannels = 32;  // of a matrix tile of bfloat16
-constexpr int64_t kTaskChannels = 128;   // target channels of a task, about
-constexpr int64_t kTaskSources = 512;    // source channels that the panels of one task read, at most (one panel may: more)
-constexpr int64_t kGradSources = 128;    // the same in the weight gradient
+constexpr int64_t kSpanChannels = 64;   // source channels of a span, at most
+constexpr int64_t kTaskChannels = 128;  // target channels of a task, about
+constexpr int64_t kTaskSources =
+    512;  // source channels that the panels of one task read, at most (one panel may: more)
+constexpr int64_t kGradSources = 128;  // the same in the weight gradient
 
 // How lanes are used. Dense: a panel's lanes are the target channels of one group, 6 pixels a tile. Narrow: the same for
 // groups of few channels, in shorter vectors and more pixels a tile. Depthwise: lanes are groups of one channel each.
@@ -19,20 +19,22 @@ constexpr int64_t kGradSources = 128;    // the same in the weight gradient
 enum class ConvForm : int { dense, narrow, depthwise, pairs, narrow_pairs, tiles };
 
 inline constexpr bool is_narrow(ConvForm form) { return form == ConvForm::narrow || form == ConvForm::narrow_pairs; }
-inline constexpr bool has_pairs(ConvForm form) { return form == ConvForm::pairs || form == ConvForm::narrow_pairs || form == ConvForm::tiles; }
+inline constexpr bool has_pairs(ConvForm form) {
+  return form == ConvForm::pairs || form == ConvForm::narrow_pairs || form == ConvForm::tiles;
+}
 
 // Source channels of a span, at most; and the rows of packed weights that so many have: zeros fill tiles up.
-inline constexpr int64_t span_channels(ConvForm form) { return form == ConvForm::tiles ? kTileChannels : kSpanChannels; }
+inline constexpr int64_t span_channels(ConvForm form) { return form == ConvForm::tiles ? kAmxTerms : kSpanChannels; }
 inline constexpr int64_t packed_channels(ConvForm form, int64_t channels) {
-  return form == ConvForm::tiles ? (channels + kTileChannels - 1) / kTileChannels * kTileChannels : channels;
+  return form == ConvForm::tiles ? (channels + kAmxTerms - 1) / kAmxTerms * kAmxTerms : channels;
 }
 
 // What the kernels of one instruction set prefer.
 struct ConvShape {
-  int64_t panel;   // target channels of a dense panel
-  int64_t lanes;   // of a vector of the arithmetic
-  bool pairs;      // whether it has the forms of pairs
-  bool tiles;      // whether all is done in the form of tiles
+  int64_t panel;  // target channels of a dense panel
+  int64_t lanes;  // of a vector of the arithmetic
+  bool pairs;     // whether it has the forms of pairs
+  bool tiles;     // whether all is done in the form of tiles
 };
 
 // One tap over consecutive source channels, and its first row in the packed weights.
@@ -54,9 +56,7 @@ struct ConvMap {
 
 // Target pixels (first_row + i * step_h, first_column + j * step_w), i < rows, j < columns, of every image; they read
 // the source around (i * source_step_h, j * source_step_w). Pixels are numbered across rows and images.
-struct ConvLattice {
-  int64_t first_row, first_column, step_h, step_w, rows, columns, source_step_h, source_step_w;
-};
+struct ConvLattice { int64_t first_row, first_column, step_h, step_w, rows, columns, source_step_h, source_step_w; };
 
 struct ConvTiles {
   int storage;
@@ -91,9 +91,9 @@ struct ConvWeightGrad {
   ConvMap source, target;  // the input, and the gradient of the output
   const void* zeros;
   int64_t images, stride_h, stride_w;
-  const ConvSpan* taps;    // down and across only
+  const ConvSpan* taps;  // down and across only
   int64_t tap_count, first, last;
-  const ConvPanel* panels; // weights: sums [taps][last - first][padded width], written
+  const ConvPanel* panels;  // weights: sums [taps][last - first][padded width], written
   int64_t panel_count;
 };
 
@@ -101,11 +101,12 @@ struct ConvWeightGrad {
 struct ConvUnfold {
   int storage;
   const void *weight, *mix;
-  void *weight_grad, *mix_grad;  // of the branch; mix_grad: a part of it, in the arithmetic's type; either null: not wanted
-  int64_t first_out;             // output channel that they begin with
+  void *weight_grad,
+      *mix_grad;      // of the branch; mix_grad: a part of it, in the arithmetic's type; either null: not wanted
+  int64_t first_out;  // output channel that they begin with
   int64_t fan, taps_all;
   const int32_t* place;
-  int64_t first, last;           // input channels of the group
+  int64_t first, last;  // input channels of the group
   ConvCorner corner;
 };
 

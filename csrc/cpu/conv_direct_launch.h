@@ -15,12 +15,14 @@ constexpr int64_t kBandPixels = 384, kGroupsBandPixels = 96;  // of a task; with
 
 inline const char* direct_why_not(const ConvProblem& p) {
   for (const ConvBranch& b : p.branches)
-    if (p.groups > 1 && (b.first % (p.out_channels / p.groups) || b.last % (p.out_channels / p.groups))) return "a branch cuts a convolution group";
+    if (p.groups > 1 && (b.first % (p.out_channels / p.groups) || b.last % (p.out_channels / p.groups)))
+      return "a branch cuts a convolution group";
   return nullptr;
 }
 
 // [first, last) in as many runs as tasks: panels of up to kTaskChannels channels that read near ones.
-inline std::vector<std::pair<int64_t, int64_t>> panel_tasks(const std::vector<ConvPanel>& panels, int64_t first, int64_t last, int64_t reach) {
+inline std::vector<std::pair<int64_t, int64_t>> panel_tasks(const std::vector<ConvPanel>& panels, int64_t first,
+                                                            int64_t last, int64_t reach) {
   std::vector<std::pair<int64_t, int64_t>> tasks;
   for (int64_t begin = first, end; begin < last; begin = end) {
     int64_t width = panels[size_t(begin)].width;
@@ -41,7 +43,8 @@ struct ConvWork {
 
 // All target pixels of the panels. With convolution groups weights are few and panels read their own channels: a band of
 // pixels is then done for all panels, while its pages are at hand. Else the pixels of all bands are done for a panel.
-inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, const ConvMap& source, const ConvMap& target, const void* zeros) {
+inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, const ConvMap& source,
+                     const ConvMap& target, const void* zeros) {
   const auto pixels = [&](const ConvWork& w) { return p.images * w.family->lattice.rows * w.family->lattice.columns; };
   const int64_t step = p.groups > 1 ? kGroupsBandPixels : kBandPixels;
   int64_t bands = 0;
@@ -53,14 +56,17 @@ inline void run_work(const ConvProblem& p, const std::vector<ConvWork>& work, co
       const ConvFamily& f = *w.family;
       const int64_t band = (p.groups > 1 ? i / tasks : i % bands) * step;
       if (band >= pixels(w)) continue;
-      const ConvTiles job{p.storage, f.form, source, target, zeros, f.lattice, f.spans.data(), int64_t(f.spans.size()), f.panels.data()};
+      const ConvTiles job{p.storage,      f.form,    source,         target,
+                          zeros,          f.lattice, f.spans.data(), int64_t(f.spans.size()),
+                          f.panels.data()};
       NASDET_KERNEL(conv_direct_tiles)(job, band, std::min(pixels(w), band + step), w.from, w.to);
     }
   });
 }
 
 // All target pixels of all families, as many panels at a time as the scratch holds.
-inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source, const ConvMap& target, bool transposed) {
+inline void run_families(const ConvProblem& p, std::vector<ConvFamily>& families, const ConvMap& source,
+                         const ConvMap& target, bool transposed) {
   const int64_t zero_bytes = int64_t(Scratch::padded(size_t(source.channels * stored_bytes(p.storage))));
   const int64_t room = std::max<int64_t>(scratch_limit() - zero_bytes, 0);
   const PanelBytes bytes(p, families);
@@ -97,14 +103,16 @@ inline void direct_data_grad(const ConvProblem& p, const std::vector<ConvPart>& 
   const ConvMap source{grad, p.out_channels, p.out_height, p.out_width}, target{dx, p.in_channels, p.height, p.width};
   const bool tiled = suits_tiles(p);
   bool complete;
-  std::vector<ConvFamily> families = backward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
+  std::vector<ConvFamily> families =
+      backward_plan(p, tiled ? kTilesShape : NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
   if (!complete) std::memset(dx, 0, size_t(p.images * p.height * p.width * p.in_channels * stored_bytes(p.storage)));
   if (tiled && run_on_tiles(p, families, source, target, true)) return;
   if (tiled) families = backward_plan(p, NASDET_KERNEL(conv_direct_shape)(p.storage), parts, &complete);
   run_families(p, families, source, target, true);
 }
 
-inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<ConvPart>& parts, const std::vector<std::vector<ConvSpan>>& taps) {
+inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<ConvPart>& parts,
+                                        const std::vector<std::vector<ConvSpan>>& taps) {
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
   std::vector<GradUnit> units;
@@ -119,7 +127,9 @@ inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<
           const int64_t last = std::min(fan, first + step);
           int64_t bytes = 0;
           for (const ConvPanel& panel : panels)
-            bytes += int64_t(Scratch::padded(size_t(int64_t(taps[i].size()) * (last - first) * NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width) * arithmetic_bytes(p.storage))));
+            bytes += int64_t(Scratch::padded(size_t(
+                int64_t(taps[i].size()) * (last - first) *
+                NASDET_KERNEL(conv_direct_width)(p.storage, family.form, panel.width) * arithmetic_bytes(p.storage))));
           units.push_back({&parts[i], &taps[i], family.form, panels, first, last, first / step, bytes});
         }
       }
@@ -129,7 +139,8 @@ inline std::vector<GradUnit> grad_units(const ConvProblem& p, const std::vector<
   return units;
 }
 
-inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* x, const void* grad) {
+inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>& parts, const void* x,
+                               const void* grad) {
   std::vector<std::vector<ConvSpan>> taps;
   for (const ConvPart& part : parts) {
     taps.emplace_back();
@@ -137,9 +148,12 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
   }
   std::vector<GradUnit> units = grad_units(p, parts, taps);
   int64_t ranges = 0, most = 0, all = 0;
-  for (const GradUnit& unit : units) ranges = std::max(ranges, unit.range + 1), most = std::max(most, unit.bytes), all += unit.bytes;
-  const int64_t zero_bytes = int64_t(Scratch::padded(size_t(std::max(p.in_channels, p.out_channels) * stored_bytes(p.storage))));
-  const int64_t mix_bytes = int64_t(Scratch::padded(size_t(ranges * int64_t(p.branches.size()) * p.out_channels * arithmetic_bytes(p.storage))));
+  for (const GradUnit& unit : units)
+    ranges = std::max(ranges, unit.range + 1), most = std::max(most, unit.bytes), all += unit.bytes;
+  const int64_t zero_bytes =
+      int64_t(Scratch::padded(size_t(std::max(p.in_channels, p.out_channels) * stored_bytes(p.storage))));
+  const int64_t mix_bytes = int64_t(
+      Scratch::padded(size_t(ranges * int64_t(p.branches.size()) * p.out_channels * arithmetic_bytes(p.storage))));
   const int64_t held = std::max(most, std::min(all, std::max<int64_t>(scratch_limit() - zero_bytes - mix_bytes, 0)));
   Scratch scratch{size_t(zero_bytes + mix_bytes + held)};
   char* const zeros = scratch.take<char>(size_t(zero_bytes));
@@ -153,19 +167,32 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
       for (ConvPanel& panel : units[last].panels) {
         panel.weights = at;
         at += Scratch::padded(size_t(int64_t(units[last].taps->size()) * (units[last].last - units[last].first) *
-                                     NASDET_KERNEL(conv_direct_width)(p.storage, units[last].form, panel.width) * arithmetic_bytes(p.storage)));
+                                     NASDET_KERNEL(conv_direct_width)(p.storage, units[last].form, panel.width) *
+                                     arithmetic_bytes(p.storage)));
       }
       used += units[last].bytes;
     }
     for_tasks(int64_t(last - first), threads(), [&](int64_t, int64_t i) {
       const GradUnit& unit = units[first + size_t(i)];
-      NASDET_KERNEL(conv_direct_weight_grad)({p.storage, unit.form, {x, p.in_channels, p.height, p.width}, {grad, p.out_channels, p.out_height, p.out_width}, zeros,
-                                              p.images, p.stride_h, p.stride_w, unit.taps->data(), int64_t(unit.taps->size()), unit.first, unit.last,
-                                              unit.panels.data(), int64_t(unit.panels.size())});
+      NASDET_KERNEL(conv_direct_weight_grad)({p.storage,
+                                              unit.form,
+                                              {x, p.in_channels, p.height, p.width},
+                                              {grad, p.out_channels, p.out_height, p.out_width},
+                                              zeros,
+                                              p.images,
+                                              p.stride_h,
+                                              p.stride_w,
+                                              unit.taps->data(),
+                                              int64_t(unit.taps->size()),
+                                              unit.first,
+                                              unit.last,
+                                              unit.panels.data(),
+                                              int64_t(unit.panels.size())});
       unfold_unit(p, unit, mixes);
     });
   }
-  p.storage == 1 ? sum_mixes(p, reinterpret_cast<const double*>(mixes), ranges) : sum_mixes(p, reinterpret_cast<const float*>(mixes), ranges);
+  p.storage == 1 ? sum_mixes(p, reinterpret_cast<const double*>(mixes), ranges)
+                 : sum_mixes(p, reinterpret_cast<const float*>(mixes), ranges);
 }
 
 inline void direct_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
@@ -185,19 +212,26 @@ inline double direct_rate(const ConvProblem& p) {
   if (suits_tiles(p)) return 800e9 * tiles_filled(p);
   if (shape.lanes * arithmetic_bytes(p.storage) < 32) return 10e9 * slower;  // no fused multiply-add
   switch (form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0)) {
-    case ConvForm::depthwise: return 7e9 * slower;
-    case ConvForm::narrow: return width <= 4 ? 18e9 : width <= 8 ? 28e9 : 42e9;
-    case ConvForm::narrow_pairs: return width <= 4 ? 30e9 : width <= 8 ? 45e9 : 65e9;
-    case ConvForm::pairs: return 100e9;
-    default: return 53e9 * slower;
+    case ConvForm::depthwise:
+      return 7e9 * slower;
+    case ConvForm::narrow:
+      return width <= 4 ? 18e9 : width <= 8 ? 28e9 : 42e9;
+    case ConvForm::narrow_pairs:
+      return width <= 4 ? 30e9 : width <= 8 ? 45e9 : 65e9;
+    case ConvForm::pairs:
+      return 100e9;
+    default:
+      return 53e9 * slower;
   }
 }
 
 inline double direct_seconds(const ConvProblem& p, bool backward) {
   double products = 0, folded = 0;
   const double kernel = double(p.in_channels / p.groups) * p.kernel * p.kernel;
-  const int64_t lanes = p.groups == 1 ? NASDET_KERNEL(conv_direct_shape)(p.storage).lanes : 1;  // a slice takes whole vectors
-  for (const ConvPart& part : parts_of(p)) products += double(part.taps.size()) * double((part.last - part.first + lanes - 1) / lanes * lanes);
+  const int64_t lanes =
+      p.groups == 1 ? NASDET_KERNEL(conv_direct_shape)(p.storage).lanes : 1;  // a slice takes whole vectors
+  for (const ConvPart& part : parts_of(p))
+    products += double(part.taps.size()) * double((part.last - part.first + lanes - 1) / lanes * lanes);
   for (const ConvBranch& b : p.branches) folded += kernel * double(b.last - b.first);
   products *= double(p.images * p.out_height * p.out_width) * double(p.in_channels / p.groups);
   return 2e-5 + (backward ? 2 : 1) * (folded * 1.5e-10 + products / direct_rate(p));

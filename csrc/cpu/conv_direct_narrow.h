@@ -5,7 +5,7 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-constexpr int kMostPixels = 12;                              // of a tile of any form
+constexpr int kMostPixels = 12;                                // of a tile of any form
 constexpr int kNarrowPixels = kBytes == 64 ? kMostPixels : 8;  // as many chains of sums as registers hold
 
 #if defined(__AVX512BF16__)
@@ -28,8 +28,10 @@ template <bool kPairs, class T, class V> NASDET_INLINE void add_product(V& sum, 
   if constexpr (kPairs) {
     int32_t two;
     __builtin_memcpy(&two, &x, sizeof two);
-    if constexpr (sizeof(V) == 64) sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)g);
-    else if constexpr (sizeof(V) == 32) sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(two), (__m256bh)g);
+    if constexpr (sizeof(V) == 64)
+      sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)g);
+    else if constexpr (sizeof(V) == 32)
+      sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(two), (__m256bh)g);
     else sum = (V)_mm_dpbf16_ps((__m128)sum, (__m128bh)_mm_set1_epi32(two), (__m128bh)g);
     return;
   }
@@ -37,7 +39,8 @@ template <bool kPairs, class T, class V> NASDET_INLINE void add_product(V& sum, 
   sum += spread<V>(x) * g;
 }
 
-template <int kCount> NASDET_INLINE void narrow_store(float* p, typename Lanes<kCount>::type v, int64_t width, bool accumulate) {
+template <int kCount>
+NASDET_INLINE void narrow_store(float* p, typename Lanes<kCount>::type v, int64_t width, bool accumulate) {
   using V = typename Lanes<kCount>::type;
   if (width == kCount) {
     if (accumulate) {
@@ -52,7 +55,9 @@ template <int kCount> NASDET_INLINE void narrow_store(float* p, typename Lanes<k
 }
 
 // A whole sum, rounded.
-template <int kCount> NASDET_INLINE void narrow_store([[maybe_unused]] BFloat16* p, [[maybe_unused]] typename Lanes<kCount>::type v, [[maybe_unused]] int64_t width, bool) {
+template <int kCount>
+NASDET_INLINE void narrow_store([[maybe_unused]] BFloat16* p, [[maybe_unused]] typename Lanes<kCount>::type v,
+                                [[maybe_unused]] int64_t width, bool) {
 #if defined(__AVX512BF16__)
   vec<float> wide;
   if constexpr (kCount == 16) wide = v;
@@ -74,7 +79,8 @@ NASDET_INLINE float both(const float* p) { return *p; }
 
 // sums[pixel] += over kRows rows of weights, which stay in registers. A row is one source channel, or two of bfloat16.
 // Pixels are taken four at a time: so many pointers fit registers.
-template <class V, int kRows, class A> NASDET_INLINE void narrow_rows(const A* const* pixel, int64_t offset, const float* w, V* sum) {
+template <class V, int kRows, class A>
+NASDET_INLINE void narrow_rows(const A* const* pixel, int64_t offset, const float* w, V* sum) {
   constexpr bool kPairs = sizeof(A) == 2;
   V row[kRows];
 #pragma GCC unroll 8
@@ -95,7 +101,8 @@ template <class V, int kRows, class A> NASDET_INLINE void narrow_rows(const A* c
 
 // to[pixel][channel] = (or +=) the sum over taps and source channels of one group. kRows: of every tap, 0: any number.
 template <int kCount, int kRows, class A, class Out>
-__attribute__((noinline)) void narrow_tile(const TileTap<A>* taps, int64_t count, int64_t source, const float* weights, Out* const* to, int64_t width, bool accumulate) {
+__attribute__((noinline)) void narrow_tile(const TileTap<A>* taps, int64_t count, int64_t source, const float* weights,
+                                           Out* const* to, int64_t width, bool accumulate) {
   using V = typename Lanes<kCount>::type;
   constexpr int64_t kStep = sizeof(A) == 2 ? 2 : 1;  // source channels of a row
   V sum[kNarrowPixels] = {};
@@ -117,16 +124,22 @@ __attribute__((noinline)) void narrow_tile(const TileTap<A>* taps, int64_t count
 }
 
 // `channels`: of every tap, or 0.
-template <int kCount, class A, class Out> void narrow_panel(const TileTap<A>* taps, int64_t count, int64_t channels, const ConvPanel& panel, Out* const* to, int64_t width, bool accumulate) {
-  const auto run = [&](auto tile) { tile(taps, count, panel.source, static_cast<const float*>(panel.weights), to, width, accumulate); };
+template <int kCount, class A, class Out>
+void narrow_panel(const TileTap<A>* taps, int64_t count, int64_t channels, const ConvPanel& panel, Out* const* to,
+                  int64_t width, bool accumulate) {
+  const auto run = [&](auto tile) {
+    tile(taps, count, panel.source, static_cast<const float*>(panel.weights), to, width, accumulate);
+  };
   if constexpr (sizeof(A) == 2)
     if (channels == 16) return run(narrow_tile<kCount, 8, A, Out>);
-  if (channels == 8) return run(narrow_tile<kCount, sizeof(A) == 2 ? 4 : 8, A, Out>);
-  if (channels == 4) return run(narrow_tile<kCount, sizeof(A) == 2 ? 2 : 4, A, Out>);
+  if (channels == 8) return run(narrow_tile < kCount, sizeof(A) == 2 ? 4 : 8, A, Out >);
+  if (channels == 4) return run(narrow_tile < kCount, sizeof(A) == 2 ? 2 : 4, A, Out >);
   run(narrow_tile<kCount, 0, A, Out>);
 }
 
-template <class A, class Out> void narrow_panel(const TileTap<A>* taps, int64_t count, int64_t channels, const ConvPanel& panel, Out* const* to, int64_t width, bool accumulate) {
+template <class A, class Out>
+void narrow_panel(const TileTap<A>* taps, int64_t count, int64_t channels, const ConvPanel& panel, Out* const* to,
+                  int64_t width, bool accumulate) {
   if (panel.width <= 4) return narrow_panel<4>(taps, count, channels, panel, to, width, accumulate);
   if constexpr (kBytes >= 32) {
     if (panel.width <= 8) return narrow_panel<8>(taps, count, channels, panel, to, width, accumulate);

@@ -21,7 +21,9 @@ template <class S, int kMost> struct ConvPixels {
     count = wanted;
     int64_t column = first % l.columns, row = first / l.columns % l.rows, n = first / l.columns / l.rows;
     for (int64_t i = 0; i < wanted;) {
-      const int64_t from = row * l.source_step_h, line = (n * source.height + from) * source.width * source.channels, step = l.source_step_w * source.channels;
+      const int64_t from = row * l.source_step_h;
+      const int64_t line = (n * source.height + from) * source.width * source.channels;
+      const int64_t step = l.source_step_w * source.channels;
       const int64_t to_line = (n * to.height + l.first_row + row * l.step_h) * to.width + l.first_column;
       for (; i < wanted && column < l.columns; ++i, ++column) {
         down[i] = from, across[i] = column * l.source_step_w, place[i] = line + column * step;
@@ -39,7 +41,8 @@ template <class S, int kMost> struct ConvPixels {
     const S* const data = static_cast<const S*>(source.data);
     uint64_t any = 0;
     for (int i = 0; i < kMost; ++i) {
-      const bool inside = (uint64_t(down[i] + tap_down) < uint64_t(source.height)) & (uint64_t(across[i] + tap_across) < uint64_t(source.width));
+      const bool inside = (uint64_t(down[i] + tap_down) < uint64_t(source.height)) &
+                          (uint64_t(across[i] + tap_across) < uint64_t(source.width));
       rows[i] = inside ? data + (place[i] + away) : zeros;
       any |= inside;
     }

@@ -43,7 +43,10 @@ inline std::vector<ConvPart> parts_of(const ConvProblem& p) {
     for (const ConvBranch& b : p.branches)
       if (b.first <= part.first && b.last >= part.last) part.branches.push_back(&b);
     const int64_t all = int64_t(p.kernel) * p.kernel;
-    const auto used = [&](const Tap& t) { return reaches(t.first, p.stride_h, p.out_height, p.height) && reaches(t.second, p.stride_w, p.out_width, p.width); };
+    const auto used = [&](const Tap& t) {
+      return reaches(t.first, p.stride_h, p.out_height, p.height) &&
+             reaches(t.second, p.stride_w, p.out_width, p.width);
+    };
     for (const ConvBranch* b : part.branches)
       for (int64_t k = 0; k < all; ++k)
         if (const Tap tap = tap_of(p, *b, k); used(tap)) part.taps.push_back(tap);
@@ -53,7 +56,8 @@ inline std::vector<ConvPart> parts_of(const ConvProblem& p) {
       std::vector<int32_t> place(size_t(all), -1);
       for (int64_t k = 0; k < all; ++k) {
         const auto found = std::lower_bound(part.taps.begin(), part.taps.end(), tap_of(p, *b, k));
-        if (found != part.taps.end() && *found == tap_of(p, *b, k)) place[size_t(k)] = int32_t(found - part.taps.begin());
+        if (found != part.taps.end() && *found == tap_of(p, *b, k))
+          place[size_t(k)] = int32_t(found - part.taps.begin());
       }
       part.place.push_back(std::move(place));
     }
@@ -82,7 +86,9 @@ struct ConvFamily {
 
 // Groups of `fan` source and `width` target channels that share a panel.
 inline int64_t shared_groups(ConvForm form, int64_t groups, int64_t fan, int64_t width) {
-  return form == ConvForm::tiles && groups > 1 ? std::max<int64_t>(1, std::min({groups, kTileChannels / fan, 2 * kTileRows / width})) : 1;
+  return form == ConvForm::tiles && groups > 1
+             ? std::max<int64_t>(1, std::min({groups, kAmxTerms / fan, 2 * kAmxSide / width}))
+             : 1;
 }
 
 // The form of groups of `fan` source and `width` target channels. `even`: whether all spans have an even number of channels.
@@ -96,13 +102,17 @@ inline ConvForm form_of(int storage, const ConvShape& shape, int64_t fan, int64_
 }
 
 // Panels for target channels [first, last), cut at groups of `width` channels that read `fan` channels each.
-inline void add_panels(ConvFamily& family, const ConvShape& shape, int64_t first, int64_t last, int64_t width, int64_t fan) {
+inline void add_panels(ConvFamily& family, const ConvShape& shape, int64_t first, int64_t last, int64_t width,
+                       int64_t fan) {
   if (family.form == ConvForm::depthwise) {
-    for (int64_t c = first; c < last; c += kSpanChannels) family.panels.push_back({c, std::min(kSpanChannels, last - c), c, nullptr});
+    for (int64_t c = first; c < last; c += kSpanChannels)
+      family.panels.push_back({c, std::min(kSpanChannels, last - c), c, nullptr});
     return;
   }
   for (int64_t c = first; c < last;) {
-    const int64_t group = c / width, end = family.shared > 1 ? std::min(last, c + family.shared * width) : std::min({last, (group + 1) * width, c + shape.panel});
+    const int64_t group = c / width;
+    const int64_t end = family.shared > 1 ? std::min(last, c + family.shared * width)
+                                          : std::min({last, (group + 1) * width, c + shape.panel});
     family.panels.push_back({c, end - c, group * fan, nullptr});
     c = end;
   }
@@ -119,11 +129,16 @@ inline void add_spans(ConvFamily& family, const std::vector<Tap>& taps, int64_t 
     }
 }
 
-inline std::vector<ConvFamily> forward_plan(const ConvProblem& p, const ConvShape& shape, const std::vector<ConvPart>& parts) {
+inline std::vector<ConvFamily> forward_plan(const ConvProblem& p, const ConvShape& shape,
+                                            const std::vector<ConvPart>& parts) {
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
   std::vector<ConvFamily> families;
   for (const ConvPart& part : parts) {
-    ConvFamily family{form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0), {0, 0, 1, 1, p.out_height, p.out_width, p.stride_h, p.stride_w}, {}, {}, {}};
+    ConvFamily family{form_of(p.storage, shape, fan, width, p.groups, fan % 2 == 0),
+                      {0, 0, 1, 1, p.out_height, p.out_width, p.stride_h, p.stride_w},
+                      {},
+                      {},
+                      {}};
     family.shared = shared_groups(family.form, p.groups, fan, width);
     family.sources.push_back({&part, part.place, int64_t(part.taps.size()), 0});
     add_spans(family, part.taps, 0, family.shared * fan);
@@ -136,7 +151,8 @@ inline std::vector<ConvFamily> forward_plan(const ConvProblem& p, const ConvShap
 inline int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 
 // The part's taps that reach the input pixels of one phase of the stride, as steps on the output's pixels.
-inline void add_source(ConvFamily& family, const ConvProblem& p, const ConvPart& part, int64_t channel, int64_t channels) {
+inline void add_source(ConvFamily& family, const ConvProblem& p, const ConvPart& part, int64_t channel,
+                       int64_t channels) {
   const ConvLattice& l = family.lattice;
   std::vector<Tap> taps;
   std::vector<int32_t> local(part.taps.size(), -1);
@@ -155,7 +171,8 @@ inline void add_source(ConvFamily& family, const ConvProblem& p, const ConvPart&
 }
 
 // A phase of the stride that some tap reaches. `complete`: whether every input pixel is a target of some family.
-inline std::vector<ConvFamily> backward_plan(const ConvProblem& p, const ConvShape& shape, const std::vector<ConvPart>& parts, bool* complete) {
+inline std::vector<ConvFamily> backward_plan(const ConvProblem& p, const ConvShape& shape,
+                                             const std::vector<ConvPart>& parts, bool* complete) {
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
   bool even = p.groups == 1 || width % 2 == 0;
   for (const ConvPart& part : parts) even &= p.groups > 1 || (part.last - part.first) % 2 == 0;
@@ -169,8 +186,14 @@ inline std::vector<ConvFamily> backward_plan(const ConvProblem& p, const ConvSha
   int64_t covered = 0;
   for (const Tap& phase : phases) {
     if (phase.first >= p.height || phase.second >= p.width) continue;
-    const ConvLattice lattice{phase.first, phase.second, p.stride_h, p.stride_w, (p.height - phase.first + p.stride_h - 1) / p.stride_h,
-                              (p.width - phase.second + p.stride_w - 1) / p.stride_w, 1, 1};
+    const ConvLattice lattice{phase.first,
+                              phase.second,
+                              p.stride_h,
+                              p.stride_w,
+                              (p.height - phase.first + p.stride_h - 1) / p.stride_h,
+                              (p.width - phase.second + p.stride_w - 1) / p.stride_w,
+                              1,
+                              1};
     const size_t before = families.size();
     if (p.groups == 1) {
       ConvFamily family{form, lattice, {}, {}, {}};

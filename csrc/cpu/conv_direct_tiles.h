@@ -8,12 +8,14 @@ namespace {
 
 constexpr int kDensePixels = 6;
 constexpr int kPanelVectors = kBytes == 64 ? 4 : 2;
-constexpr int64_t kChainTerms = 512;           // a sum's chain is broken after so many terms: its rounding grows with it
-constexpr int64_t kBlockRows = 512;            // of weights that all pixels use in turn: with kTaskChannels a quarter of an L2 cache
-constexpr int kMostTaps = 64;                  // of a chain
+constexpr int64_t kChainTerms = 512;  // a sum's chain is broken after so many terms: its rounding grows with it
+constexpr int64_t kBlockRows =
+    512;                       // of weights that all pixels use in turn: with kTaskChannels a quarter of an L2 cache
+constexpr int kMostTaps = 64;  // of a chain
 constexpr int64_t kGatherFloats = 12 << 10, kSumFloats = 14 << 10;  // on the stack, where the storage has 16 bits
 
-template <class T, int kVectors> NASDET_INLINE void tile_finish(vec<T> (&sum)[kDensePixels][kVectors], T* const* to, int64_t last, bool accumulate) {
+template <class T, int kVectors>
+NASDET_INLINE void tile_finish(vec<T> (&sum)[kDensePixels][kVectors], T* const* to, int64_t last, bool accumulate) {
   constexpr int W = kLanes<T>;
 #pragma GCC unroll 6
   for (int i = 0; i < kDensePixels; ++i) {
@@ -28,7 +30,8 @@ template <class T, int kVectors> NASDET_INLINE void tile_finish(vec<T> (&sum)[kD
 
 // to[pixel][channel] = (or +=) the sum over taps and source channels; `last` lanes of the last vector.
 template <class T, int kVectors>
-__attribute__((noinline)) void dense_tile(const TileTap<T>* taps, int64_t count, int64_t source, const T* weights, T* const* to, int64_t last, bool accumulate) {
+__attribute__((noinline)) void dense_tile(const TileTap<T>* taps, int64_t count, int64_t source, const T* weights,
+                                          T* const* to, int64_t last, bool accumulate) {
   constexpr int W = kLanes<T>;
   vec<T> sum[kDensePixels][kVectors] = {};
   for (int64_t t = 0; t < count; ++t) {
@@ -56,7 +59,8 @@ __attribute__((noinline)) void dense_tile(const TileTap<T>* taps, int64_t count,
 #if defined(__AVX512BF16__)
 // dense_tile on products of pairs of bfloat16 channels, summed in float32.
 template <int kVectors>
-__attribute__((noinline)) void pairs_tile(const TileTap<BFloat16>* taps, int64_t count, int64_t source, const uint32_t* weights, float* const* to, bool accumulate) {
+__attribute__((noinline)) void pairs_tile(const TileTap<BFloat16>* taps, int64_t count, int64_t source,
+                                          const uint32_t* weights, float* const* to, bool accumulate) {
   constexpr int W = kLanes<float>;
   vec<float> sum[kDensePixels][kVectors] = {};
   for (int64_t t = 0; t < count; ++t) {
@@ -86,7 +90,8 @@ __attribute__((noinline)) void pairs_tile(const TileTap<BFloat16>* taps, int64_t
 
 // Lanes are channels of their own.
 template <class S>
-void depthwise_tile(const TileTap<S>* taps, int64_t count, int64_t source, const arithmetic_t<S>* weights, arithmetic_t<S>* const* to, int64_t width, bool accumulate) {
+void depthwise_tile(const TileTap<S>* taps, int64_t count, int64_t source, const arithmetic_t<S>* weights,
+                    arithmetic_t<S>* const* to, int64_t width, bool accumulate) {
   using T = arithmetic_t<S>;
   constexpr int W = kLanes<T>;
   const int64_t padded = rounded_up(width, W);
@@ -95,7 +100,8 @@ void depthwise_tile(const TileTap<S>* taps, int64_t count, int64_t source, const
     vec<T> sum[kDensePixels] = {};
     for (int64_t t = 0; t < count; ++t) {
       const vec<T> w = load(weights + taps[t].row * padded + lane);
-      for (int i = 0; i < kDensePixels; ++i) sum[i] += w * load_up_to(taps[t].pixel[i] + (taps[t].offset + source + lane), lanes);
+      for (int i = 0; i < kDensePixels; ++i)
+        sum[i] += w * load_up_to(taps[t].pixel[i] + (taps[t].offset + source + lane), lanes);
     }
     for (int i = 0; i < kDensePixels; ++i) {
       T* const p = to[i] + lane;
@@ -105,33 +111,50 @@ void depthwise_tile(const TileTap<S>* taps, int64_t count, int64_t source, const
   }
 }
 
-template <class T> void dense_panel(const TileTap<T>* taps, int64_t count, const ConvPanel& panel, T* const* to, int64_t width, bool accumulate) {
+template <class T>
+void dense_panel(const TileTap<T>* taps, int64_t count, const ConvPanel& panel, T* const* to, int64_t width,
+                 bool accumulate) {
   constexpr int W = kLanes<T>;
   const T* const weights = static_cast<const T*>(panel.weights);
   const int64_t vectors = (width + W - 1) / W, last = width - (vectors - 1) * W;
   switch (vectors) {
-    case 1: return dense_tile<T, 1>(taps, count, panel.source, weights, to, last, accumulate);
-    case 2: return dense_tile<T, 2>(taps, count, panel.source, weights, to, last, accumulate);
-    case 3: if constexpr (kPanelVectors > 2) return dense_tile<T, 3>(taps, count, panel.source, weights, to, last, accumulate); else return;
-    case 4: if constexpr (kPanelVectors > 2) return dense_tile<T, 4>(taps, count, panel.source, weights, to, last, accumulate); else return;
+    case 1:
+      return dense_tile<T, 1>(taps, count, panel.source, weights, to, last, accumulate);
+    case 2:
+      return dense_tile<T, 2>(taps, count, panel.source, weights, to, last, accumulate);
+    case 3:
+      if constexpr (kPanelVectors > 2)
+        return dense_tile<T, 3>(taps, count, panel.source, weights, to, last, accumulate);
+      else return;
+    case 4:
+      if constexpr (kPanelVectors > 2)
+        return dense_tile<T, 4>(taps, count, panel.source, weights, to, last, accumulate);
+      else return;
   }
 }
 
-inline void pairs_panel([[maybe_unused]] const TileTap<BFloat16>* taps, [[maybe_unused]] int64_t count, [[maybe_unused]] const ConvPanel& panel,
-                        [[maybe_unused]] float* const* to, [[maybe_unused]] bool accumulate) {
+inline void pairs_panel([[maybe_unused]] const TileTap<BFloat16>* taps, [[maybe_unused]] int64_t count,
+                        [[maybe_unused]] const ConvPanel& panel, [[maybe_unused]] float* const* to,
+                        [[maybe_unused]] bool accumulate) {
 #if defined(__AVX512BF16__)
   const uint32_t* const weights = static_cast<const uint32_t*>(panel.weights);
   switch ((panel.width + kLanes<float> - 1) / kLanes<float>) {
-    case 1: return pairs_tile<1>(taps, count, panel.source, weights, to, accumulate);
-    case 2: return pairs_tile<2>(taps, count, panel.source, weights, to, accumulate);
-    case 3: return pairs_tile<3>(taps, count, panel.source, weights, to, accumulate);
-    case 4: return pairs_tile<4>(taps, count, panel.source, weights, to, accumulate);
+    case 1:
+      return pairs_tile<1>(taps, count, panel.source, weights, to, accumulate);
+    case 2:
+      return pairs_tile<2>(taps, count, panel.source, weights, to, accumulate);
+    case 3:
+      return pairs_tile<3>(taps, count, panel.source, weights, to, accumulate);
+    case 4:
+      return pairs_tile<4>(taps, count, panel.source, weights, to, accumulate);
   }
 #endif
 }
 
 // The taps' pixels in the arithmetic's type: source channels [from, from + range) of each span's.
-template <class S> void gather(TileTap<S>* taps, TileTap<arithmetic_t<S>>* wide, int64_t count, int pixels, int64_t from, int64_t range, arithmetic_t<S>* buffer) {
+template <class S>
+void gather(TileTap<S>* taps, TileTap<arithmetic_t<S>>* wide, int64_t count, int pixels, int64_t from, int64_t range,
+            arithmetic_t<S>* buffer) {
   for (int64_t t = 0; t < count; ++t) {
     const int64_t channels = range + taps[t].count;
     for (int i = 0; i < pixels; ++i, buffer += channels) {
@@ -150,12 +173,17 @@ template <class S> class ConvBand {
 
  public:
   ConvBand(const ConvTiles& job, int64_t first_panel, int64_t last_panel)
-      : job_(job), panels_(job.panels + first_panel), panel_count_(last_panel - first_panel), tile_(is_narrow(job.form) ? kNarrowPixels : kDensePixels) {
+      : job_(job),
+        panels_(job.panels + first_panel),
+        panel_count_(last_panel - first_panel),
+        tile_(is_narrow(job.form) ? kNarrowPixels : kDensePixels) {
     for (int64_t p = 0; p < panel_count_; ++p) width_ += padded_width<T>(job.form, panels_[p].width);
     same_ = job.spans[0].count, from_ = panels_[0].source, range_ = panels_[panel_count_ - 1].source - from_;
     int64_t terms = 0;
-    for (int64_t s = 0; s < job.span_count; ++s) terms += job.spans[s].count, same_ = job.spans[s].count == job.spans[0].count ? same_ : 0;
-    at_once_ = job.form == ConvForm::narrow_pairs && job.span_count <= kMostTaps && terms <= at_most(kChainTerms, kBlockRows);
+    for (int64_t s = 0; s < job.span_count; ++s)
+      terms += job.spans[s].count, same_ = job.spans[s].count == job.spans[0].count ? same_ : 0;
+    at_once_ =
+        job.form == ConvForm::narrow_pairs && job.span_count <= kMostTaps && terms <= at_most(kChainTerms, kBlockRows);
   }
 
   void run(int64_t first, int64_t last) {
@@ -168,8 +196,10 @@ template <class S> class ConvBand {
   void pixels(int64_t first, int64_t last) {
     for (int64_t begin = 0, end; begin < job_.span_count; begin = end) {  // blocks of weights
       const int64_t row = job_.spans[begin].row;
-      for (end = begin + 1; end < job_.span_count && job_.spans[end].row + job_.spans[end].count - row <= kBlockRows;) ++end;
-      for (int64_t pixel = first; pixel < last; pixel += tile_) tile(first, pixel, at_most(tile_, last - pixel), begin, end);
+      for (end = begin + 1; end < job_.span_count && job_.spans[end].row + job_.spans[end].count - row <= kBlockRows;)
+        ++end;
+      for (int64_t pixel = first; pixel < last; pixel += tile_)
+        tile(first, pixel, at_most(tile_, last - pixel), begin, end);
     }
     if (kNarrowed && !at_once_) round(first, last);
   }
@@ -177,7 +207,8 @@ template <class S> class ConvBand {
   void tile(int64_t first, int64_t pixel, int64_t count, int64_t begin, int64_t end) {
     pixels_.find(job_.source, job_.target, job_.lattice, pixel, count);
     if (!kNarrowed || at_once_)
-      for (int i = 0; i < kMostPixels; ++i) target_[i] = static_cast<S*>(const_cast<void*>(job_.target.data)) + pixels_.target[i] * job_.target.channels;
+      for (int i = 0; i < kMostPixels; ++i)
+        target_[i] = static_cast<S*>(const_cast<void*>(job_.target.data)) + pixels_.target[i] * job_.target.channels;
     bool accumulate = begin > 0;
     TileTap<S> taps[kMostTaps];
     for (int64_t span = begin; span < end;) {
@@ -186,7 +217,8 @@ template <class S> class ConvBand {
         const ConvSpan& s = job_.spans[span];
         const int64_t more = kNarrowed && !as_stored() ? tile_ * (range_ + s.count) : 0;
         if (found && (terms + s.count > kChainTerms || floats + more > kGatherFloats)) break;
-        if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), s.down, s.across, taps[found].pixel)) continue;
+        if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), s.down, s.across, taps[found].pixel))
+          continue;
         taps[found].offset = s.channel, taps[found].count = s.count, taps[found].row = s.row;
         terms += s.count, floats += more, ++found;
       }
@@ -242,15 +274,20 @@ template <class S> class ConvBand {
     }
   }
 
-  bool as_stored() const { return job_.form == ConvForm::depthwise || has_pairs(job_.form); }  // pixels need not be widened
+  bool as_stored() const {
+    return job_.form == ConvForm::depthwise || has_pairs(job_.form);
+  }  // pixels need not be widened
 
-  template <class A> void multiply_stored(const TileTap<A>* taps, int64_t found, const ConvPanel& panel, T* const* to, bool accumulate) {
+  template <class A>
+  void multiply_stored(const TileTap<A>* taps, int64_t found, const ConvPanel& panel, T* const* to, bool accumulate) {
     if constexpr (sizeof(A) == sizeof(S)) {
       if (job_.form == ConvForm::depthwise)
-        return depthwise_tile<S>(reinterpret_cast<const TileTap<S>*>(taps), found, panel.source, static_cast<const T*>(panel.weights), to, panel.width, accumulate);
+        return depthwise_tile<S>(reinterpret_cast<const TileTap<S>*>(taps), found, panel.source,
+                                 static_cast<const T*>(panel.weights), to, panel.width, accumulate);
     }
     if constexpr (kPaired && sizeof(A) == 2) {
-      if (job_.form == ConvForm::narrow_pairs) narrow_panel(taps, found, same_, panel, to, padded_width<T>(job_.form, panel.width), accumulate);
+      if (job_.form == ConvForm::narrow_pairs)
+        narrow_panel(taps, found, same_, panel, to, padded_width<T>(job_.form, panel.width), accumulate);
       else pairs_panel(taps, found, panel, to, accumulate);
     }
   }

@@ -5,13 +5,14 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-constexpr int kGradRows = 6, kGradNarrowRows = 8;                 // input channels of a tile
-constexpr int64_t kGradPixels = 96;                               // of a chain
-constexpr int64_t kGradWidth = kTaskChannels + 64;                // of them, lanes beyond the last channel included
+constexpr int kGradRows = 6, kGradNarrowRows = 8;   // input channels of a tile
+constexpr int64_t kGradPixels = 96;                 // of a chain
+constexpr int64_t kGradWidth = kTaskChannels + 64;  // of them, lanes beyond the last channel included
 
 // sums[row][lane] += sum over pixels (pairs of them) of input[pixel][row] * grad[pixel][lane], vectors of type V.
 template <bool kPairs, class T, class V, int kRows, int kVectors>
-__attribute__((noinline)) void grad_tile(const T* const* pixel, int64_t offset, const T* grad, int64_t stride, int64_t count, T* sums, int64_t width) {
+__attribute__((noinline)) void grad_tile(const T* const* pixel, int64_t offset, const T* grad, int64_t stride,
+                                         int64_t count, T* sums, int64_t width) {
   constexpr int W = int(sizeof(V) / sizeof(T));
   V sum[kRows][kVectors] = {};
 #pragma GCC unroll 2
@@ -46,17 +47,30 @@ template <class T> struct GradRow {  // what the tiles of one panel and tap shar
   int64_t width;
 };
 
-template <bool kPairs, class T, class V, int kVectors, int kMost> NASDET_INLINE void grad_rows(const GradRow<T>& a, int64_t row, int64_t rows) {
-  const auto run = [&](auto tile) { tile(a.pixel, a.offset + row, a.grad, a.stride, a.count, a.sums + row * a.width, a.width); };
+template <bool kPairs, class T, class V, int kVectors, int kMost>
+NASDET_INLINE void grad_rows(const GradRow<T>& a, int64_t row, int64_t rows) {
+  const auto run = [&](auto tile) {
+    tile(a.pixel, a.offset + row, a.grad, a.stride, a.count, a.sums + row * a.width, a.width);
+  };
   switch (rows) {
-    case 1: return run(grad_tile<kPairs, T, V, 1, kVectors>);
-    case 2: return run(grad_tile<kPairs, T, V, 2, kVectors>);
-    case 3: return run(grad_tile<kPairs, T, V, 3, kVectors>);
-    case 4: return run(grad_tile<kPairs, T, V, 4, kVectors>);
-    case 5: return run(grad_tile<kPairs, T, V, 5, kVectors>);
-    case 6: return run(grad_tile<kPairs, T, V, 6, kVectors>);
-    case 7: if constexpr (kMost > 6) return run(grad_tile<kPairs, T, V, 7, kVectors>); else return;
-    case 8: if constexpr (kMost > 6) return run(grad_tile<kPairs, T, V, 8, kVectors>); else return;
+    case 1:
+      return run(grad_tile<kPairs, T, V, 1, kVectors>);
+    case 2:
+      return run(grad_tile<kPairs, T, V, 2, kVectors>);
+    case 3:
+      return run(grad_tile<kPairs, T, V, 3, kVectors>);
+    case 4:
+      return run(grad_tile<kPairs, T, V, 4, kVectors>);
+    case 5:
+      return run(grad_tile<kPairs, T, V, 5, kVectors>);
+    case 6:
+      return run(grad_tile<kPairs, T, V, 6, kVectors>);
+    case 7:
+      if constexpr (kMost > 6) return run(grad_tile<kPairs, T, V, 7, kVectors>);
+      else return;
+    case 8:
+      if constexpr (kMost > 6) return run(grad_tile<kPairs, T, V, 8, kVectors>);
+      else return;
   }
 }
 
@@ -81,10 +95,16 @@ template <bool kPairs, class T> void grad_panel(const GradRow<T>& a, int64_t row
     }
   }
   switch (a.width / W) {
-    case 1: return grad_panel<kPairs, T, vec<T>, 1, kGradRows>(a, rows);
-    case 2: return grad_panel<kPairs, T, vec<T>, 2, kGradRows>(a, rows);
-    case 3: if constexpr (kPanelVectors > 2) return grad_panel<kPairs, T, vec<T>, 3, kGradRows>(a, rows); else return;
-    case 4: if constexpr (kPanelVectors > 2) return grad_panel<kPairs, T, vec<T>, 4, kGradRows>(a, rows); else return;
+    case 1:
+      return grad_panel<kPairs, T, vec<T>, 1, kGradRows>(a, rows);
+    case 2:
+      return grad_panel<kPairs, T, vec<T>, 2, kGradRows>(a, rows);
+    case 3:
+      if constexpr (kPanelVectors > 2) return grad_panel<kPairs, T, vec<T>, 3, kGradRows>(a, rows);
+      else return;
+    case 4:
+      if constexpr (kPanelVectors > 2) return grad_panel<kPairs, T, vec<T>, 4, kGradRows>(a, rows);
+      else return;
   }
 }
 
@@ -125,13 +145,15 @@ template <class S> class ConvWeightGradTask {
     for (int64_t i = 0; i < count; i += 1 + paired) {
       T* const to = grads_ + i / (1 + paired) * stride_;
       const S* const one = grads + i * job_.target.channels;
-      if (paired) pair(one, i + 1 < count ? one + job_.target.channels : static_cast<const S*>(job_.zeros), to, targets_);
+      if (paired)
+        pair(one, i + 1 < count ? one + job_.target.channels : static_cast<const S*>(job_.zeros), to, targets_);
       else widen(one, to, targets_);
       for (int64_t lane = targets_; lane < stride_; ++lane) to[lane] = T(0);
     }
     for (int64_t t = 0; t < job_.tap_count; ++t) {
       const S* under[kPixels];
-      if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), job_.taps[t].down, job_.taps[t].across, under)) continue;
+      if (!pixels_.under(job_.source, static_cast<const S*>(job_.zeros), job_.taps[t].down, job_.taps[t].across, under))
+        continue;
       if constexpr (kNarrowed) {
         const T* wide[kPixels];
         int64_t rows = 0;
@@ -165,7 +187,13 @@ template <class S> class ConvWeightGradTask {
     for (int64_t p = 0; p < job_.panel_count; ++p) {
       const ConvPanel& panel = job_.panels[p];
       const int64_t width = padded_width<T>(job_.form, panel.width);
-      const GradRow<T> row{pixel, offset + panel.source + job_.first, grads_ + panel.target - target_, stride_, count, static_cast<T*>(panel.weights) + tap * channels_ * width, width};
+      const GradRow<T> row{pixel,
+                           offset + panel.source + job_.first,
+                           grads_ + panel.target - target_,
+                           stride_,
+                           count,
+                           static_cast<T*>(panel.weights) + tap * channels_ * width,
+                           width};
       if (job_.form == ConvForm::depthwise) depthwise(row, panel.width);
       else grad_panel<kPaired, T>(row, channels_, job_.form);
     }
@@ -176,7 +204,8 @@ template <class S> class ConvWeightGradTask {
     for (int64_t lane = 0; lane < width; lane += W) {
       const int64_t lanes = at_most(W, width - lane);
       vec<T> sum[2] = {};
-      for (int64_t k = 0; k < a.count; ++k) sum[k & 1] += load_up_to(a.pixel[k] + a.offset + lane, lanes) * load(a.grad + k * a.stride + lane);
+      for (int64_t k = 0; k < a.count; ++k)
+        sum[k & 1] += load_up_to(a.pixel[k] + a.offset + lane, lanes) * load(a.grad + k * a.stride + lane);
       store(a.sums + lane, load(a.sums + lane) + (sum[0] + sum[1]));
     }
   }

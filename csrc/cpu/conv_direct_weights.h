@@ -38,7 +38,8 @@ template <class S> NASDET_INLINE vec<arithmetic_t<S>> load_up_to(const S* p, int
 }
 
 // v[j][i] = p[i * stride + j] for i < rows, j < columns; zero elsewhere.
-template <class S> NASDET_INLINE void load_transposed(const S* p, int64_t stride, int64_t rows, int64_t columns, vec<arithmetic_t<S>>* v) {
+template <class S>
+NASDET_INLINE void load_transposed(const S* p, int64_t stride, int64_t rows, int64_t columns, vec<arithmetic_t<S>>* v) {
   using T = arithmetic_t<S>;
   constexpr int W = kLanes<T>;
   for (int i = 0; i < W; ++i) v[i] = i < rows ? load_up_to(p + i * stride, columns) : vec<T>{};
@@ -50,11 +51,13 @@ NASDET_INLINE int64_t rounded_up(int64_t a, int64_t b) { return (a + b - 1) / b 
 
 // Lanes of a panel's vectors, and the width of its rows.
 template <class T> NASDET_INLINE int64_t panel_lanes(ConvForm form, int64_t width) {
-  if (form == ConvForm::tiles) return kTileRows;
+  if (form == ConvForm::tiles) return kAmxSide;
   if (!is_narrow(form)) return kLanes<T>;
   return width <= 4 ? 4 : width <= 8 ? 8 : 16;
 }
-template <class T> NASDET_INLINE int64_t padded_width(ConvForm form, int64_t width) { return rounded_up(width, panel_lanes<T>(form, width)); }
+template <class T> NASDET_INLINE int64_t padded_width(ConvForm form, int64_t width) {
+  return rounded_up(width, panel_lanes<T>(form, width));
+}
 
 // Row of source channel s of `channels` under tap t: spans of channels, in each the taps one after another.
 NASDET_INLINE int64_t packed_row(ConvForm form, int64_t t, int64_t taps, int64_t s, int64_t channels) {
@@ -83,7 +86,12 @@ template <class S> void pack_outputs(const ConvPack& job, const ConvPanel& panel
       const int64_t columns = at_most(W, row - f);
       load_transposed(weight + f, row, rows, columns, v);
       for (int64_t j = 0; j < columns; ++j) {
-        if (const int32_t place = job.place[tap]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, job.corner.channel + channel, job.corner.channels) * job.corner.lanes + lane, mix * v[j], rows);
+        if (const int32_t place = job.place[tap]; place >= 0)
+          add_up_to(packed +
+                        packed_row(job.form, place, job.taps, job.corner.channel + channel, job.corner.channels) *
+                            job.corner.lanes +
+                        lane,
+                    mix * v[j], rows);
         if (++tap == job.taps_all) tap = 0, ++channel;
       }
     }
@@ -105,7 +113,12 @@ template <class S> void pack_inputs(const ConvPack& job, const ConvPanel& panel)
         const int64_t columns = at_most(W, job.taps_all - tap), rows = at_most(W, panel.width - lane);
         load_transposed(weight + lane * job.taps_all + tap, job.taps_all, rows, columns, v);
         for (int64_t j = 0; j < columns; ++j)
-          if (const int32_t place = job.place[tap + j]; place >= 0) add_up_to(packed + packed_row(job.form, place, job.taps, job.corner.channel + o, job.corner.channels) * job.corner.lanes + lane, mix * v[j], rows);
+          if (const int32_t place = job.place[tap + j]; place >= 0)
+            add_up_to(packed +
+                          packed_row(job.form, place, job.taps, job.corner.channel + o, job.corner.channels) *
+                              job.corner.lanes +
+                          lane,
+                      mix * v[j], rows);
       }
   }
 }
@@ -140,7 +153,8 @@ template <class S> void unfold(const ConvUnfold& job, const ConvPanel& panel) {
       vec<T> v[W] = {};
       const int64_t columns = at_most(W, end - f);
       for (int64_t j = 0; j < columns; ++j) {
-        if (const int32_t place = job.place[tap]; place >= 0) v[j] = load_up_to(sums + (place * job.corner.channels + channel) * job.corner.lanes + lane, rows);
+        if (const int32_t place = job.place[tap]; place >= 0)
+          v[j] = load_up_to(sums + (place * job.corner.channels + channel) * job.corner.lanes + lane, rows);
         if (++tap == job.taps_all) tap = 0, ++channel;
       }
       transpose<T>(v);
@@ -154,11 +168,14 @@ template <class S> void unfold(const ConvUnfold& job, const ConvPanel& panel) {
         else store_part(to, scaled, columns);
       }
     }
-    for (int64_t i = 0; job.mix_grad && i < rows; ++i) static_cast<T*>(job.mix_grad)[first + i] = horizontal_sum<T>(dots[i]);
+    for (int64_t i = 0; job.mix_grad && i < rows; ++i)
+      static_cast<T*>(job.mix_grad)[first + i] = horizontal_sum<T>(dots[i]);
   }
 }
 
-template <class S> void pack(const ConvPack& job, const ConvPanel& panel) { job.transposed ? pack_inputs<S>(job, panel) : pack_outputs<S>(job, panel); }
+template <class S> void pack(const ConvPack& job, const ConvPanel& panel) {
+  job.transposed ? pack_inputs<S>(job, panel) : pack_outputs<S>(job, panel);
+}
 
 }  // namespace
 }  // namespace nasdet::NASDET_ISA

@@ -11,10 +11,14 @@ namespace {
 
 template <class F> NASDET_INLINE void for_tile(int tile, const F& f) {
   switch (tile) {
-    case 16: return f(Constant<16>{});
-    case 20: return f(Constant<20>{});
-    case 24: return f(Constant<24>{});
-    case 32: return f(Constant<32>{});
+    case 16:
+      return f(Constant<16>{});
+    case 20:
+      return f(Constant<20>{});
+    case 24:
+      return f(Constant<24>{});
+    case 32:
+      return f(Constant<32>{});
   }
 }
 template <class F> NASDET_INLINE void for_tile_and_grid(int tile, int grid, const F& f) {
@@ -27,15 +31,18 @@ template <class F> NASDET_INLINE void for_tile_and_grid(int tile, int grid, cons
 
 }  // namespace
 
-void frequency_spectra(int tile, const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
+void frequency_spectra(int tile, const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin,
+                       int64_t end) {
   for_tile(tile, [&](auto size) { spectra<size>(t, out, map, begin, end); });
 }
 
-void frequency_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
+void frequency_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin,
+                    int64_t end) {
   for_tile(tile, [&](auto size) { maps<size>(t, in, map, begin, end); });
 }
 
-void frequency_add_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases, int64_t begin, int64_t end) {
+void frequency_add_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases,
+                        int64_t begin, int64_t end) {
   for_tile(tile, [&](auto size) { add_maps<size>(t, in, map, phase, phases, begin, end); });
 }
 
@@ -66,6 +73,7 @@ void frequency_multiply_gradients(const FrequencyGradientProduct& p) { multiply_
 #include "frequency_launch.h"
 
 namespace nasdet {
-const ConvAlgorithm kFrequencyConv = {"frequency", frequency_why_not, frequency_seconds, frequency_forward, frequency_backward};
+const ConvAlgorithm kFrequencyConv = {"frequency", frequency_why_not, frequency_seconds, frequency_forward,
+                                      frequency_backward};
 }
 #endif

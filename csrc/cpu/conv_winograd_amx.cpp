@@ -5,15 +5,25 @@
 
 namespace nasdet::NASDET_ISA {
 
-void winograd_amx_weights(const WinogradAmx& job, int64_t column, int64_t block, char* to) { split_weights(job.product, column, block, to, job.weight_plane); }
+void winograd_amx_weights(const WinogradAmx& job, int64_t column, int64_t block, char* to) {
+  split_weights(job.product, column, block, to, job.weight_plane);
+}
 
-void winograd_amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) { amx_chunk(job, first, count, scratch); }
+void winograd_amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
+  amx_chunk(job, first, count, scratch);
+}
 
-void winograd_amx_inputs(const WinogradAmx& job, int64_t index, char* scratch) { amx_split_inputs(job, index, scratch); }
+void winograd_amx_inputs(const WinogradAmx& job, int64_t index, char* scratch) {
+  amx_split_inputs(job, index, scratch);
+}
 
-void winograd_amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) { amx_columns(job, first, count, scratch); }
+void winograd_amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
+  amx_columns(job, first, count, scratch);
+}
 
-void winograd_amx_gradient(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) { amx_gradient_plane(g, plane, count, scratch); }
+void winograd_amx_gradient(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) {
+  amx_gradient_plane(g, plane, count, scratch);
+}
 
 }  // namespace nasdet::NASDET_ISA
 #endif

@@ -14,9 +14,9 @@ constexpr int kDepthwiseRows = 7;          // rows of a tile, at most
 // `base` is monotonic; step or advance is 1.
 struct DepthwiseAxis {
   int64_t first, step, count, advance, taps, source;
-  const int32_t* tap;             // [taps] where the weight stands in the kernel
-  const int64_t* base;            // [taps]
-  const int32_t *begin, *end;     // [count] the taps of j whose source exists
+  const int32_t* tap;          // [taps] where the weight stands in the kernel
+  const int64_t* base;         // [taps]
+  const int32_t *begin, *end;  // [count] the taps of j whose source exists
 
   // The targets j whose source by tap t exists: from first_of(t), below last_of(t).
   int64_t first_of(int64_t t) const { return base[t] >= 0 ? 0 : (advance - 1 - base[t]) / advance; }
@@ -39,7 +39,7 @@ struct DepthwiseMap { int64_t channels, height, width; };
 struct DepthwisePixels {
   int storage;
   const void *source, *weights;
-  const void* zeros;               // a row of the source's width
+  const void* zeros;  // a row of the source's width
   void* target;
   DepthwiseMap from, to;
   int64_t kernel;
@@ -59,8 +59,8 @@ struct DepthwisePlanes {
   int64_t column_lattices;
   const DepthwiseTile* tiles;
   int64_t tile_count;
-  int64_t margin;                  // zeros to the left of a row's copy: no tap reads further
-  int64_t ring, row;               // rows that are kept as copies, and the elements of one, all phases
+  int64_t margin;     // zeros to the left of a row's copy: no tap reads further
+  int64_t ring, row;  // rows that are kept as copies, and the elements of one, all phases
 };
 
 // The weights' gradient: `from` is the input, `grad` is laid out like the forward's target.
@@ -69,10 +69,10 @@ struct DepthwiseGrad {
   const void *source, *grad, *zeros;
   DepthwiseMap from, to;
   int64_t kernel;
-  const DepthwiseAxis* columns;    // of the forward: one lattice
+  const DepthwiseAxis* columns;  // of the forward: one lattice
   const DepthwiseTile* tiles;
   int64_t tile_count;
-  int64_t margin, ring, row;       // planes
+  int64_t margin, ring, row;  // planes
 };
 
 }  // namespace nasdet

@@ -16,9 +16,10 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kLeastPixelChannels = 16;  // of an NHWC map that is taken as it is: a vector, in every instruction set
-constexpr int64_t kMostLanes = 32;           // of a block of columns
-constexpr int64_t kGradParts = 16;           // of the images' rows, whose sums are added up in order
+constexpr int64_t kLeastPixelChannels =
+    16;                             // of an NHWC map that is taken as it is: a vector, in every instruction set
+constexpr int64_t kMostLanes = 32;  // of a block of columns
+constexpr int64_t kGradParts = 16;  // of the images' rows, whose sums are added up in order
 
 struct DepthwiseSide { int64_t in, out, stride, padding, dilation; };
 
@@ -45,11 +46,14 @@ struct DepthwiseAxes {
     a.taps = int64_t(kept.size());
     std::unique_ptr<int32_t[]> index(new int32_t[size_t(a.taps + 2 * a.count)]);
     std::unique_ptr<int64_t[]> base(new int64_t[size_t(a.taps)]);
-    for (int64_t t = 0; t < a.taps; ++t) index[size_t(t)] = kept[size_t(t)].first, base[size_t(t)] = kept[size_t(t)].second;
+    for (int64_t t = 0; t < a.taps; ++t)
+      index[size_t(t)] = kept[size_t(t)].first, base[size_t(t)] = kept[size_t(t)].second;
     int32_t* const begin = index.get() + a.taps;
     for (int64_t j = 0; j < a.count; ++j) {
       int32_t first = 0, last = int32_t(a.taps);
-      const auto there = [&](int32_t t) { return a.advance * j + base[size_t(t)] >= 0 && a.advance * j + base[size_t(t)] < a.source; };
+      const auto there = [&](int32_t t) {
+        return a.advance * j + base[size_t(t)] >= 0 && a.advance * j + base[size_t(t)] < a.source;
+      };
       while (first < last && !there(first)) ++first;
       while (first < last && !there(last - 1)) --last;
       begin[j] = first, begin[a.count + j] = last;
@@ -69,7 +73,9 @@ inline DepthwiseAxes axes_of(const DepthwiseSide& side, int64_t kernel, bool gra
   if (!gradient || side.stride == 1) {
     const int64_t first = gradient ? side.padding - (kernel - 1) * side.dilation : -side.padding;
     for (int64_t k = 0; k < kernel; ++k) taps.push_back({int32_t(k), first + k * side.dilation});
-    axes.add({0, 1, gradient ? side.in : side.out, side.stride, 0, gradient ? side.out : side.in, nullptr, nullptr, nullptr, nullptr}, taps, used);
+    axes.add({0, 1, gradient ? side.in : side.out, side.stride, 0, gradient ? side.out : side.in, nullptr, nullptr,
+              nullptr, nullptr},
+             taps, used);
     return axes;
   }
   for (int64_t q = 0; q < std::min(side.stride, side.in); ++q) {
@@ -78,7 +84,9 @@ inline DepthwiseAxes axes_of(const DepthwiseSide& side, int64_t kernel, bool gra
       const int64_t distance = q + side.padding - k * side.dilation;
       if (distance % side.stride == 0) taps.push_back({int32_t(k), distance / side.stride});
     }
-    axes.add({q, side.stride, (side.in - q + side.stride - 1) / side.stride, 1, 0, side.out, nullptr, nullptr, nullptr, nullptr}, taps, used);
+    axes.add({q, side.stride, (side.in - q + side.stride - 1) / side.stride, 1, 0, side.out, nullptr, nullptr, nullptr,
+              nullptr},
+             taps, used);
   }
   return axes;
 }
@@ -102,7 +110,8 @@ inline int64_t tile_rows(const DepthwiseProblem& p, const DepthwiseSharing& shar
 }
 
 // Rows of a lattice in tiles; those of a group, of at most 7 x spacing rows, come together.
-inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side, const DepthwiseSharing& sharing, int64_t most) {
+inline std::vector<DepthwiseTile> tiles_of(const DepthwiseAxes& axes, const DepthwiseSide& side,
+                                           const DepthwiseSharing& sharing, int64_t most) {
   std::vector<DepthwiseTile> tiles;
   for (const DepthwiseAxis& a : axes.lattices) {
     const int64_t spacing = std::min(sharing.spacing, a.count);
@@ -131,12 +140,14 @@ struct DepthwiseCopies {
       for (int64_t t = 0; t < a.taps; ++t) margin = std::max(margin, -a.base[t]);
     for (const DepthwiseAxis& a : columns.lattices)
       for (int64_t t = 0; t < std::max<int64_t>(a.taps, 1); ++t)
-        length = std::max(length, (a.taps ? a.base[t] + margin : 0) / a.advance + (a.count + kMostLanes - 1) / kMostLanes * kMostLanes);
+        length = std::max(length, (a.taps ? a.base[t] + margin : 0) / a.advance +
+                                      (a.count + kMostLanes - 1) / kMostLanes * kMostLanes);
     row = length * columns.lattices[0].advance;
     for (const DepthwiseAxis& a : rows.lattices) {
       if (a.taps == 0) continue;
       const int64_t reach = std::max(a.base[0], a.base[a.taps - 1]) - std::min(a.base[0], a.base[a.taps - 1]);
-      ring = std::max(ring, std::min(a.source, (kDepthwiseRows * std::min(spacing, a.count) - 1) * a.advance + reach + 1));
+      ring =
+          std::max(ring, std::min(a.source, (kDepthwiseRows * std::min(spacing, a.count) - 1) * a.advance + reach + 1));
     }
   }
 };
@@ -144,7 +155,8 @@ struct DepthwiseCopies {
 // Units of work over the threads, each with a piece of scratch of its own.
 template <class F> void over_threads(int64_t units, size_t bytes, Scratch& scratch, int64_t workers, F&& run) {
   char* const memory = scratch.take<char>(bytes * size_t(workers));
-  for_ranges(units, workers, [&](int64_t worker, int64_t first, int64_t last) { run(first, last, memory + bytes * size_t(worker)); });
+  for_ranges(units, workers,
+             [&](int64_t worker, int64_t first, int64_t last) { run(first, last, memory + bytes * size_t(worker)); });
 }
 inline int64_t workers_for(int64_t units) { return std::max<int64_t>(1, std::min(units, threads())); }
 
@@ -155,95 +167,182 @@ inline int64_t channels_of_unit(int64_t channels, int64_t units, int64_t most) {
   return std::min(channels, ((channels + wanted - 1) / wanted + 31) / 32 * 32);
 }
 // The last unit is joined with the one before where it is narrower than a vector.
-inline int64_t units_of(int64_t channels, int64_t each) { return std::max<int64_t>(1, (channels + each - kLeastPixelChannels) / each); }
-
-// source -> target: the forward, or the gradient of the input.
-inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tensor& weight, const Tensor& target, bool gradient) {
-  const DepthwiseAxes rows = axes_of(p.rows, p.kernel, gradient, false), columns = axes_of(p.columns, p.kernel, gradient, true);
-  const DepthwiseSharing sharing(p.rows, gradient);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing, tile_rows(p, sharing, gradient ? p.columns.out : p.columns.in));
-  const DepthwiseMap x{p.channels, p.rows.in, p.columns.in}, y{p.channels, p.rows.out, p.columns.out};
-  const DepthwiseMap &from = gradient ? y : x, &to = gradient ? x : y;
-  const size_t weight_bytes = Scratch::padded(size_t(p.channels * p.kernel * p.kernel * p.arithmetic()));
-  const auto pack = [&](void* packed) {
-    NASDET_KERNEL(depthwise_pack)(p.storage, weight.const_data_ptr(), p.channels, p.kernel, turned(p.rows, gradient), turned(p.columns, gradient), p.pixels, packed);
-  };
-  if (p.pixels) {
-    const size_t zero_bytes = size_t(from.width * p.channels * p.element());
-    Scratch scratch(weight_bytes + Scratch::padded(zero_bytes));
-    void* const weights = scratch.take<char>(weight_bytes);
-    void* const zeros = scratch.take<char>(zero_bytes);
-    pack(weights), std::memset(zeros, 0, zero_bytes);
-    const int64_t all = p.images * int64_t(tiles.size()), each = channels_of_unit(p.channels, all, 256), chunks = units_of(p.channels, each);
-    const bool streaming = target.numel() * p.element() >= kStreamingBytes && aligned(target) && p.channels * p.element() % 64 == 0;
-    const DepthwisePixels job{p.storage, source.const_data_ptr(), weights, zeros, target.mutable_data_ptr(), from, to, p.kernel, columns.lattices.data(), int64_t(columns.lattices.size()), streaming};
-    const auto kernel = NASDET_KERNEL(depthwise_pixels);
-    for_ranges(all * chunks, threads(), [&](int64_t, int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t c = i / all, t = i % all;
-        kernel(job, tiles[size_t(t % int64_t(tiles.size()))], t / int64_t(tiles.size()), c * each, c + 1 == chunks ? p.channels : (c + 1) * each);
-      }
-    });
-    return;
-  }
-  const DepthwiseCopies copies(rows, columns, sharing.spacing);
-  const int64_t planes = p.images * p.channels, workers = workers_for(planes);
-  const size_t bytes = Scratch::padded(size_t(((copies.ring + 1) * copies.row + kDepthwiseRows * (to.width + 2 * kMostLanes)) * p.arithmetic()));
-  Scratch scratch(weight_bytes + bytes * size_t(workers));
-  void* const weights = scratch.take<char>(weight_bytes);
-  pack(weights);
-  const DepthwisePlanes job{p.storage, source.const_data_ptr(), weights, target.mutable_data_ptr(), from, to, p.kernel, columns.lattices.data(), int64_t(columns.lattices.size()),
-                            tiles.data(), int64_t(tiles.size()), copies.margin, copies.ring, copies.row};
-  const auto kernel = NASDET_KERNEL(depthwise_planes);
-  over_threads(planes, bytes, scratch, workers, [&](int64_t first, int64_t last, void* own) { kernel(job, first, last, own); });
+inline int64_t units_of(int64_t channels, int64_t each) {
+  return std::max<int64_t>(1, (channels + each - kLeastPixelChannels) / each);
 }
 
-// The gradient of the weights.
-inline void correlate(const DepthwiseProblem& p, const Tensor& x, const Tensor& grad, const Tensor& dweight) {
-  const DepthwiseAxes rows = axes_of(p.rows, p.kernel, false, false), columns = axes_of(p.columns, p.kernel, false, true);
-  const DepthwiseSharing sharing(p.rows, false);
-  const std::vector<DepthwiseTile> tiles = tiles_of(rows, p.rows, sharing, tile_rows(p, sharing, p.columns.in));
-  const int64_t taps = p.kernel * p.kernel, count = int64_t(tiles.size());
-  DepthwiseGrad job{p.storage, x.const_data_ptr(), grad.const_data_ptr(), nullptr, {p.channels, p.rows.in, p.columns.in}, {p.channels, p.rows.out, p.columns.out},
-                    p.kernel, columns.lattices.data(), tiles.data(), count, 0, 0, 0};
-  char* const out = static_cast<char*>(dweight.mutable_data_ptr());
-  const auto unpack = NASDET_KERNEL(depthwise_unpack);
+// Both axes of one direction, and the tiles of its target rows.
+struct DepthwiseCut {
+  const DepthwiseAxes rows, columns;
+  const DepthwiseSharing sharing;
+  const std::vector<DepthwiseTile> tiles;
+
+  DepthwiseCut(const DepthwiseProblem& p, bool gradient, int64_t source_width)
+      : rows(axes_of(p.rows, p.kernel, gradient, false)),
+        columns(axes_of(p.columns, p.kernel, gradient, true)),
+        sharing(p.rows, gradient),
+        tiles(tiles_of(rows, p.rows, sharing, tile_rows(p, sharing, source_width))) {}
+  DepthwiseCut(const DepthwiseCut&) = delete;  // the tiles point to the rows
+};
+
+// What a convolution reads and writes.
+struct DepthwiseMaps {
+  const Tensor &source, &target;
+  DepthwiseMap from, to;
+};
+
+inline size_t packed_bytes(const DepthwiseProblem& p) {
+  return Scratch::padded(size_t(p.channels * p.kernel * p.kernel * p.arithmetic()));
+}
+
+inline void convolve_pixels(const DepthwiseProblem& p, const DepthwiseCut& cut, const DepthwiseMaps& maps,
+                            const void* weights, Scratch& scratch) {
+  const size_t zero_bytes = size_t(maps.from.width * p.channels * p.element());
+  void* const zeros = scratch.take<char>(zero_bytes);
+  std::memset(zeros, 0, zero_bytes);
+  const int64_t tiles = int64_t(cut.tiles.size()), all = p.images * tiles;
+  const int64_t each = channels_of_unit(p.channels, all, 256);
+  const int64_t chunks = units_of(p.channels, each);
+  const bool streaming = maps.target.numel() * p.element() >= kStreamingBytes && aligned(maps.target) &&
+                         p.channels * p.element() % 64 == 0;
+  const std::vector<DepthwiseAxis>& lattices = cut.columns.lattices;
+  const DepthwisePixels job{p.storage,
+                            maps.source.const_data_ptr(),
+                            weights,
+                            zeros,
+                            maps.target.mutable_data_ptr(),
+                            maps.from,
+                            maps.to,
+                            p.kernel,
+                            lattices.data(),
+                            int64_t(lattices.size()),
+                            streaming};
+  const auto kernel = NASDET_KERNEL(depthwise_pixels);
+  for_ranges(all * chunks, threads(), [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t c = i / all, t = i % all;
+      kernel(job, cut.tiles[size_t(t % tiles)], t / tiles, c * each, c + 1 == chunks ? p.channels : (c + 1) * each);
+    }
+  });
+}
+
+inline size_t plane_bytes(const DepthwiseProblem& p, const DepthwiseCopies& copies, const DepthwiseMap& to) {
+  const int64_t elements = (copies.ring + 1) * copies.row + kDepthwiseRows * (to.width + 2 * kMostLanes);
+  return Scratch::padded(size_t(elements * p.arithmetic()));
+}
+
+inline void convolve_planes(const DepthwiseProblem& p, const DepthwiseCut& cut, const DepthwiseCopies& copies,
+                            const DepthwiseMaps& maps, const void* weights, Scratch& scratch, int64_t workers) {
+  const std::vector<DepthwiseAxis>& lattices = cut.columns.lattices;
+  const DepthwisePlanes job{p.storage,
+                            maps.source.const_data_ptr(),
+                            weights,
+                            maps.target.mutable_data_ptr(),
+                            maps.from,
+                            maps.to,
+                            p.kernel,
+                            lattices.data(),
+                            int64_t(lattices.size()),
+                            cut.tiles.data(),
+                            int64_t(cut.tiles.size()),
+                            copies.margin,
+                            copies.ring,
+                            copies.row};
+  const auto kernel = NASDET_KERNEL(depthwise_planes);
+  over_threads(p.images * p.channels, plane_bytes(p, copies, maps.to), scratch, workers,
+               [&](int64_t first, int64_t last, void* own) { kernel(job, first, last, own); });
+}
+
+// source -> target: the forward, or the gradient of the input.
+inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tensor& weight, const Tensor& target,
+                     bool gradient) {
+  const DepthwiseCut cut(p, gradient, gradient ? p.columns.out : p.columns.in);
+  const DepthwiseMap x{p.channels, p.rows.in, p.columns.in}, y{p.channels, p.rows.out, p.columns.out};
+  const DepthwiseMaps maps{source, target, gradient ? y : x, gradient ? x : y};
+  const auto pack = [&](void* packed) {
+    NASDET_KERNEL(depthwise_pack)(p.storage, weight.const_data_ptr(), p.channels, p.kernel, turned(p.rows, gradient),
+                                  turned(p.columns, gradient), p.pixels, packed);
+  };
   if (p.pixels) {
-    const int64_t all = p.images * count, parts = std::min(all, kGradParts), each = channels_of_unit(p.channels, 8, std::max<int64_t>(32, 4096 / taps / 32 * 32)), chunks = units_of(p.channels, each);
-    const int64_t units = parts * chunks, workers = workers_for(units), widest = 2 * each;
-    const size_t zero_bytes = Scratch::padded(size_t(p.columns.in * p.channels * p.element())), total_bytes = Scratch::padded(size_t(parts * p.channels * taps) * 8);
-    const size_t bytes = Scratch::padded(size_t((2 * widest + 2 * kMostLanes) * taps * p.arithmetic()));
-    Scratch scratch(zero_bytes + total_bytes + bytes * size_t(workers));
-    char* const zeros = scratch.take<char>(zero_bytes);
-    double* const totals = reinterpret_cast<double*>(scratch.take<char>(total_bytes));
-    std::memset(zeros, 0, zero_bytes), std::memset(totals, 0, total_bytes);
-    job.zeros = zeros;
-    const auto kernel = NASDET_KERNEL(depthwise_pixels_grad);
-    over_threads(units, bytes, scratch, workers, [&](int64_t first, int64_t last, void* own) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t part = i % parts, c = i / parts, begin = c * each;
-        kernel(job, all * part / parts, all * (part + 1) / parts, begin, c + 1 == chunks ? p.channels : begin + each, own, totals + (part * p.channels + begin) * taps);
-      }
-    });
-    std::vector<const double*> sums;
-    for (int64_t part = 0; part < parts; ++part) sums.push_back(totals + part * p.channels * taps);
-    unpack(p.storage, sums.data(), parts, p.channels * taps, out);
-    return;
+    Scratch scratch(packed_bytes(p) + Scratch::padded(size_t(maps.from.width * p.channels * p.element())));
+    void* const weights = scratch.take<char>(packed_bytes(p));
+    pack(weights);
+    convolve_pixels(p, cut, maps, weights, scratch);
+  } else {
+    const DepthwiseCopies copies(cut.rows, cut.columns, cut.sharing.spacing);
+    const int64_t workers = workers_for(p.images * p.channels);
+    Scratch scratch(packed_bytes(p) + plane_bytes(p, copies, maps.to) * size_t(workers));
+    void* const weights = scratch.take<char>(packed_bytes(p));
+    pack(weights);
+    convolve_planes(p, cut, copies, maps, weights, scratch, workers);
   }
-  const DepthwiseCopies copies(rows, columns, sharing.spacing);
-  job.margin = copies.margin, job.ring = copies.ring, job.row = copies.row;
-  const int64_t workers = workers_for(p.channels);
-  const size_t floats = Scratch::padded(size_t(((copies.ring + 1) * copies.row + kDepthwiseRows * (p.columns.out + kMostLanes) + taps * kMostLanes) * p.arithmetic()));
+}
+
+inline void correlate_pixels(const DepthwiseProblem& p, DepthwiseGrad job, char* dweight) {
+  const int64_t taps = p.kernel * p.kernel, all = p.images * job.tile_count;
+  const int64_t parts = std::min(all, kGradParts);
+  const int64_t each = channels_of_unit(p.channels, 8, std::max<int64_t>(32, 4096 / taps / 32 * 32));
+  const int64_t chunks = units_of(p.channels, each);
+  const int64_t units = parts * chunks, workers = workers_for(units), widest = 2 * each;
+  const size_t zero_bytes = Scratch::padded(size_t(p.columns.in * p.channels * p.element()));
+  const size_t total_bytes = Scratch::padded(size_t(parts * p.channels * taps) * 8);
+  const size_t bytes = Scratch::padded(size_t((2 * widest + 2 * kMostLanes) * taps * p.arithmetic()));
+  Scratch scratch(zero_bytes + total_bytes + bytes * size_t(workers));
+  char* const zeros = scratch.take<char>(zero_bytes);
+  double* const totals = reinterpret_cast<double*>(scratch.take<char>(total_bytes));
+  std::memset(zeros, 0, zero_bytes);
+  std::memset(totals, 0, total_bytes);
+  job.zeros = zeros;
+  const auto kernel = NASDET_KERNEL(depthwise_pixels_grad);
+  over_threads(units, bytes, scratch, workers, [&](int64_t first, int64_t last, void* own) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t part = i % parts, c = i / parts, begin = c * each;
+      kernel(job, all * part / parts, all * (part + 1) / parts, begin, c + 1 == chunks ? p.channels : begin + each, own,
+             totals + (part * p.channels + begin) * taps);
+    }
+  });
+  std::vector<const double*> sums;
+  for (int64_t part = 0; part < parts; ++part) sums.push_back(totals + part * p.channels * taps);
+  NASDET_KERNEL(depthwise_unpack)(p.storage, sums.data(), parts, p.channels * taps, dweight);
+}
+
+inline void correlate_planes(const DepthwiseProblem& p, const DepthwiseCut& cut, DepthwiseGrad job, char* dweight) {
+  const DepthwiseCopies copies(cut.rows, cut.columns, cut.sharing.spacing);
+  job.margin = copies.margin;
+  job.ring = copies.ring;
+  job.row = copies.row;
+  const int64_t taps = p.kernel * p.kernel, workers = workers_for(p.channels);
+  const int64_t elements = (copies.ring + 1) * copies.row + kDepthwiseRows * (p.columns.out + kMostLanes);
+  const size_t floats = Scratch::padded(size_t((elements + taps * kMostLanes) * p.arithmetic()));
   const size_t bytes = floats + Scratch::padded(size_t(taps) * 8);
   Scratch scratch(bytes * size_t(workers));
   const auto kernel = NASDET_KERNEL(depthwise_planes_grad);
+  const auto unpack = NASDET_KERNEL(depthwise_unpack);
   over_threads(p.channels, bytes, scratch, workers, [&](int64_t first, int64_t last, char* own) {
     double* const total = reinterpret_cast<double*>(own + floats);
     for (int64_t c = first; c < last; ++c) {
       kernel(job, p.images, c, c == first, own, total);
-      unpack(p.storage, &total, 1, taps, out + c * taps * p.element());
+      unpack(p.storage, &total, 1, taps, dweight + c * taps * p.element());
     }
   });
+}
+
+// The gradient of the weights.
+inline void correlate(const DepthwiseProblem& p, const Tensor& x, const Tensor& grad, const Tensor& dweight) {
+  const DepthwiseCut cut(p, false, p.columns.in);
+  DepthwiseGrad job{};
+  job.storage = p.storage;
+  job.source = x.const_data_ptr();
+  job.grad = grad.const_data_ptr();
+  job.from = {p.channels, p.rows.in, p.columns.in};
+  job.to = {p.channels, p.rows.out, p.columns.out};
+  job.kernel = p.kernel;
+  job.columns = cut.columns.lattices.data();
+  job.tiles = cut.tiles.data();
+  job.tile_count = int64_t(cut.tiles.size());
+  char* const out = static_cast<char*>(dweight.mutable_data_ptr());
+  if (p.pixels) correlate_pixels(p, job, out);
+  else correlate_planes(p, cut, job, out);
 }
 
 }  // namespace

@@ -10,21 +10,25 @@ namespace {
 template <int L, class F> NASDET_INLINE void for_channels(int64_t begin, int64_t end, F&& f) {
   int64_t c = begin, block = 0;
   for (; c + kVectors * L <= end; c += kVectors * L) f(Int<kVectors>{}, c, block++);
-  if (kVectors > 1 && c + L < end && end - begin >= kVectors * L) f(Int<kVectors>{}, end - kVectors * L, block++), c = end;
+  if (kVectors > 1 && c + L < end && end - begin >= kVectors * L)
+    f(Int<kVectors>{}, end - kVectors * L, block++), c = end;
   for (; c < end; c += L) f(Int<1>{}, c + L <= end ? c : end - L, block++);
 }
 
-template <class S> void convolve_pixels(const DepthwisePixels& p, const DepthwiseTile& tile, int64_t image, int64_t begin, int64_t end) {
+template <class S>
+void convolve_pixels(const DepthwisePixels& p, const DepthwiseTile& tile, int64_t image, int64_t begin, int64_t end) {
   using T = arithmetic_t<S>;
   constexpr int L = kLanes<T>;
   const int64_t C = p.from.channels, K = p.kernel;
   const S* const source = static_cast<const S*>(p.source) + image * p.from.height * p.from.width * C;
   Sources<S> sources;
-  find_sources<S>(sources, tile, rows_are_shared<S>(tile), static_cast<const S*>(p.zeros), [&](int64_t i) { return source + i * p.from.width * C; });
+  find_sources<S>(sources, tile, rows_are_shared<S>(tile), static_cast<const S*>(p.zeros),
+                  [&](int64_t i) { return source + i * p.from.width * C; });
   const DepthwiseAxis rows = *tile.axis;
   S* targets[kDepthwiseRows];
   for (int64_t r = 0; r < tile.rows; ++r)
-    targets[r] = static_cast<S*>(p.target) + (image * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width * C;
+    targets[r] = static_cast<S*>(p.target) +
+                 (image * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width * C;
   const T* const weights = static_cast<const T*>(p.weights);
   const bool streaming = p.streaming;
   with_tile<S>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
@@ -40,7 +44,8 @@ template <class S> void convolve_pixels(const DepthwisePixels& p, const Depthwis
           for (int64_t m = 0; m < passes; ++m) {
             const int64_t down = kTaps > 1 ? 0 : rows.tap[m];
             for (int64_t l = first; l < last; ++l)
-              add_products<kTaps, kStep, R, V, true>(sum, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c, weights + (down * K + a.tap[l]) * C + c, K * C);
+              add_products<kTaps, kStep, R, V, true>(sum, sources.rows + m * R, (a.advance * j + a.base[l]) * C + c,
+                                                     weights + (down * K + a.tap[l]) * C + c, K * C);
           }
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r) store_row<V>(targets[r] + at + c, sum[r], streaming);
@@ -54,16 +59,20 @@ template <class S> void convolve_pixels(const DepthwisePixels& p, const Depthwis
 constexpr int64_t kColumns = 8;  // of both maps' rows that the innermost cache holds for a block of channels
 
 // Adds a tile's part of the weights' gradient for channels [begin, end) to sums[block][kernel * kernel][kVectors * L].
-template <class S> void correlate_pixels(const DepthwiseGrad& p, const DepthwiseTile& tile, int64_t image, int64_t begin, int64_t end, arithmetic_t<S>* sums) {
+template <class S>
+void correlate_pixels(const DepthwiseGrad& p, const DepthwiseTile& tile, int64_t image, int64_t begin, int64_t end,
+                      arithmetic_t<S>* sums) {
   using T = arithmetic_t<S>;
   constexpr int L = kLanes<T>;
   const int64_t C = p.from.channels, K = p.kernel;
   const S* const source = static_cast<const S*>(p.source) + image * p.from.height * p.from.width * C;
   Sources<S> sources;
-  find_sources<S>(sources, tile, rows_are_shared<S>(tile), static_cast<const S*>(p.zeros), [&](int64_t i) { return source + i * p.from.width * C; });
+  find_sources<S>(sources, tile, rows_are_shared<S>(tile), static_cast<const S*>(p.zeros),
+                  [&](int64_t i) { return source + i * p.from.width * C; });
   const DepthwiseAxis rows = *tile.axis, a = *p.columns;
   const S* grads[kDepthwiseRows];
-  for (int64_t r = 0; r < tile.rows; ++r) grads[r] = static_cast<const S*>(p.grad) + (image * p.to.height + tile.first + r * tile.spacing) * p.to.width * C;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    grads[r] = static_cast<const S*>(p.grad) + (image * p.to.height + tile.first + r * tile.spacing) * p.to.width * C;
   with_tile<S>(tile, [&](auto taps_, auto step_, auto rows_) __attribute__((always_inline)) {
     constexpr int kTaps = decltype(taps_)::value, kStep = decltype(step_)::value, R = decltype(rows_)::value;
     constexpr int kBlock = kVectors * L;
@@ -79,7 +88,8 @@ template <class S> void correlate_pixels(const DepthwiseGrad& p, const Depthwise
           const Correlated<S, S> of{grads, C, sources.rows + m * R, a.advance * C};
           for (int64_t l = 0; l < a.taps; ++l) {
             const int64_t first = a.first_of(l), last = a.last_of(l);
-            add_correlations<kTaps, kStep, R, V>(own + (down * K + a.tap[l]) * kBlock, K * kBlock, of, c, a.base[l] * C + c, first > j ? first : j, last < stop ? last : stop);
+            add_correlations<kTaps, kStep, R, V>(own + (down * K + a.tap[l]) * kBlock, K * kBlock, of, c,
+                                                 a.base[l] * C + c, first > j ? first : j, last < stop ? last : stop);
           }
         }
       });
@@ -107,7 +117,9 @@ template <class S> void flush_pixels(int64_t kernel, int64_t begin, int64_t end,
 }
 
 // The gradient of channels [begin, end) from tiles first..last of all images, numbered through.
-template <class S> void grad_pixels(const DepthwiseGrad& p, int64_t first, int64_t last, int64_t begin, int64_t end, void* scratch, double* total) {
+template <class S>
+void grad_pixels(const DepthwiseGrad& p, int64_t first, int64_t last, int64_t begin, int64_t end, void* scratch,
+                 double* total) {
   using T = arithmetic_t<S>;
   constexpr int64_t kTerms = 1024;  // of a sum in the arithmetic's type
   T* const sums = static_cast<T*>(scratch);

@@ -6,9 +6,7 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-template <class S> NASDET_INLINE arithmetic_t<S> widened(S value) {
-  return value;
-}
+template <class S> NASDET_INLINE arithmetic_t<S> widened(S value) { return value; }
 template <> NASDET_INLINE float widened<Half>(Half value) { return half_to_float(value.bits); }
 template <> NASDET_INLINE float widened<BFloat16>(BFloat16 value) {
   const uint32_t word = uint32_t(value.bits) << 16;
@@ -26,11 +24,15 @@ template <class S> NASDET_INLINE void widen_row(const S* row, int64_t count, ari
 }
 
 // values[f][i] = row[phases * i + f - margin] where the row has it; `length` values of each phase. The others stay as they are: zero.
-template <class S> NASDET_INLINE void copy_row(const S* row, int64_t width, int64_t phases, int64_t margin, int64_t length, arithmetic_t<S>* values) {
+template <class S>
+NASDET_INLINE void copy_row(const S* row, int64_t width, int64_t phases, int64_t margin, int64_t length,
+                            arithmetic_t<S>* values) {
   if (phases == 1) return widen_row(row, width < length - margin ? width : length - margin, values + margin);
   for (int64_t f = 0; f < phases; ++f) {
     arithmetic_t<S>* const own = values + f * length;
-    const int64_t first = margin > f ? (margin - f + phases - 1) / phases : 0, end = (margin + width - f + phases - 1) / phases, last = end < length ? end : length;
+    const int64_t first = margin > f ? (margin - f + phases - 1) / phases : 0;
+    const int64_t end = (margin + width - f + phases - 1) / phases;
+    const int64_t last = end < length ? end : length;
     const S* const from = row + f - margin;
     if (phases == 2)
       for (int64_t i = first; i < last; ++i) own[i] = widened(from[2 * i]);
@@ -76,7 +78,8 @@ template <class S> struct Ring {
 
 template <class S, class Job> NASDET_INLINE Ring<S> ring_of(const Job& p, const void* plane, arithmetic_t<S>* memory) {
   const int64_t phases = p.columns->advance;
-  return {static_cast<const S*>(plane), p.from.width, phases, p.margin, p.row / phases, p.ring, p.row, 0, memory, memory + p.ring * p.row};
+  return {static_cast<const S*>(plane), p.from.width, phases, p.margin, p.row / phases, p.ring, p.row, 0, memory,
+          memory + p.ring * p.row};
 }
 
 // Before the first plane: what lies around the rows of all of them, and the row of zeros.
@@ -85,7 +88,8 @@ template <class T, class Job> void clear_ring(const Job& p, void* scratch) {
 }
 
 // The sources of a tile, copied if they are not yet.
-template <class S> NASDET_INLINE void find_copies(Sources<arithmetic_t<S>>& found, Ring<S>& ring, const DepthwiseTile& tile, bool shared) {
+template <class S>
+NASDET_INLINE void find_copies(Sources<arithmetic_t<S>>& found, Ring<S>& ring, const DepthwiseTile& tile, bool shared) {
   using T = arithmetic_t<S>;
   const DepthwiseAxis& a = *tile.axis;
   if (a.taps > 0) {
@@ -94,6 +98,20 @@ template <class S> NASDET_INLINE void find_copies(Sources<arithmetic_t<S>>& foun
     ring.reach(last < a.source ? last : a.source - 1);
   }
   find_sources<T>(found, tile, shared, ring.zeros, [&](int64_t i) { return ring.at(i); });
+}
+
+// Sums of some rows, from column `from` of rows that end at `end`.
+template <class V, int kRows, int kVectors_, class T>
+NASDET_INLINE void store_sums(const V (&sum)[kRows][kVectors_], T* const (&rows)[kDepthwiseRows], int64_t from,
+                              int64_t end) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors_; ++v) {
+      const int64_t at = from + v * kLanes<T>;
+      if (end - at >= kLanes<T>) store(rows[r] + at, sum[r][v]);
+      else store_part(rows[r] + at, sum[r][v], end - at);
+    }
 }
 
 // One plane. `scratch`: the ring and a row of zeros, cleared before the first plane, and 7 target rows rounded up to whole blocks.
@@ -120,7 +138,9 @@ template <class S> void convolve_plane(const DepthwisePlanes& p, int64_t plane, 
       S* targets[kDepthwiseRows];
       T* outs[kDepthwiseRows];
       for (int64_t r = 0; r < tile.rows; ++r) {
-        targets[r] = static_cast<S*>(p.target) + (plane * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width + a.first;
+        targets[r] = static_cast<S*>(p.target) +
+                     (plane * p.to.height + rows.first + rows.step * (tile.first + r * tile.spacing)) * p.to.width +
+                     a.first;
         outs[r] = direct ? reinterpret_cast<T*>(targets[r]) : results + r * pitch;
         if (lattice == 0) fetch(targets[r] + kFetchAhead / int64_t(sizeof(S)), p.to.width);
       }
@@ -135,30 +155,26 @@ template <class S> void convolve_plane(const DepthwisePlanes& p, int64_t plane, 
             for (int64_t l = 0; l < a.taps; ++l) {
               const int64_t place = a.base[l] + p.margin;
               const int64_t offset = a.advance == 1 ? place : place % a.advance * ring.length + place / a.advance;
-              add_products<kTaps, kStep, R, V, false>(sum, sources.rows + m * R, offset + w, weights + down * K + a.tap[l], K);
+              add_products<kTaps, kStep, R, V, false>(sum, sources.rows + m * R, offset + w,
+                                                      weights + down * K + a.tap[l], K);
             }
           }
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) {
-              const int64_t left = a.count - w - v * L;
-              if (!direct || left >= L) store(outs[r] + w + v * L, sum[r][v]);
-              else store_part(outs[r] + w + v * L, sum[r][v], left);
-            }
+          store_sums(sum, outs, w, direct ? a.count : pitch);
         };
         int64_t w = 0;
         for (; w + (kVectors - 1) * L < a.count; w += kVectors * L) block(Int<kVectors>{}, w);
         if (w < a.count) block(Int<1>{}, w);
       });
-      for (int64_t r = 0; !direct && r < tile.rows; ++r) a.step == 1 ? narrow_row<S>(outs[r], a.count, targets[r]) : spread_row<S>(outs[r], a.count, a.step, targets[r]);
+      for (int64_t r = 0; !direct && r < tile.rows; ++r)
+        a.step == 1 ? narrow_row<S>(outs[r], a.count, targets[r]) : spread_row<S>(outs[r], a.count, a.step, targets[r]);
     }
   }
 }
 
 // The gradient of one channel's weights over all images, [kernel * kernel]. `scratch`: the ring, a row of zeros, 7 rows of the
 // upstream gradient rounded up to whole vectors, and a vector for each weight; cleared for the first channel.
-template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64_t channel, bool first, void* scratch, double* total) {
+template <class S>
+void grad_plane(const DepthwiseGrad& p, int64_t images, int64_t channel, bool first, void* scratch, double* total) {
   using T = arithmetic_t<S>;
   constexpr int L = kLanes<T>;
   constexpr int64_t kTerms = 256;  // of a lane's sum in the arithmetic's type, about
@@ -192,7 +208,8 @@ template <class S> void grad_plane(const DepthwiseGrad& p, int64_t images, int64
       const DepthwiseAxis rows = *tile.axis;
       find_copies<S>(sources, ring, tile, rows_are_shared<T>(tile));
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const S* const row = static_cast<const S*>(p.grad) + (plane * p.to.height + tile.first + r * tile.spacing) * p.to.width;
+        const S* const row =
+            static_cast<const S*>(p.grad) + (plane * p.to.height + tile.first + r * tile.spacing) * p.to.width;
         fetch(row + kFetchAhead / int64_t(sizeof(S)), p.to.width);
         widen_row(row, p.to.width, grads + r * pitch);
       }

@@ -73,14 +73,17 @@ template <int V, class S> NASDET_INLINE void store_row(S* row, const vec<arithme
     streaming ? store_streaming(words, (vec<float>)both) : store(words, (vec<float>)both);
   } else {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) streaming ? store_streaming(row + v * kLanes<arithmetic_t<S>>, sum[v]) : store(row + v * kLanes<arithmetic_t<S>>, sum[v]);
+    for (int v = 0; v < V; ++v)
+      streaming ? store_streaming(row + v * kLanes<arithmetic_t<S>>, sum[v])
+                : store(row + v * kLanes<arithmetic_t<S>>, sum[v]);
   }
 }
 
 // Adds the products of one column tap (all row taps when shared: kTaps > 1) to R x V vectors. `w` points at vectors (kLaneWeights) or
 // at values, a row of the kernel `w_step` apart.
 template <int kTaps, int kStep, int R, int V, bool kLaneWeights, class S>
-NASDET_INLINE void add_products(vec<arithmetic_t<S>> (&sum)[R][V], const S* const* rows, int64_t offset, const arithmetic_t<S>* w, int64_t w_step) {
+NASDET_INLINE void add_products(vec<arithmetic_t<S>> (&sum)[R][V], const S* const* rows, int64_t offset,
+                                const arithmetic_t<S>* w, int64_t w_step) {
   using T = arithmetic_t<S>;
   vec<T> weight[kTaps][V];
 #pragma GCC unroll 8
@@ -115,7 +118,8 @@ template <class S, class G> struct Correlated {
 
 // Adds <upstream rows, source rows> of one column tap, over columns [first, last), to kTaps sums in memory, `step` apart.
 template <int kTaps, int kStep, int R, int V, class S, class G>
-NASDET_INLINE void add_correlations(arithmetic_t<S>* sums, int64_t step, const Correlated<S, G>& of, int64_t grad_offset, int64_t row_offset, int64_t first, int64_t last) {
+NASDET_INLINE void add_correlations(arithmetic_t<S>* sums, int64_t step, const Correlated<S, G>& of,
+                                    int64_t grad_offset, int64_t row_offset, int64_t first, int64_t last) {
   using T = arithmetic_t<S>;
   constexpr int L = kLanes<T>;
   vec<T> sum[kTaps][V];
@@ -149,16 +153,22 @@ NASDET_INLINE void add_correlations(arithmetic_t<S>* sums, int64_t step, const C
 template <int N> struct Int { static constexpr int value = N; };
 template <int kTaps, int kStep, class F> NASDET_INLINE void with_rows(int64_t rows, F&& f) {
   switch (rows) {
-    case 7: return f(Int<kTaps>{}, Int<kStep>{}, Int<7>{});
-    case 4: return f(Int<kTaps>{}, Int<kStep>{}, Int<4>{});
-    default: return f(Int<kTaps>{}, Int<1>{}, Int<1>{});
+    case 7:
+      return f(Int<kTaps>{}, Int<kStep>{}, Int<7>{});
+    case 4:
+      return f(Int<kTaps>{}, Int<kStep>{}, Int<4>{});
+    default:
+      return f(Int<kTaps>{}, Int<1>{}, Int<1>{});
   }
 }
 template <int kStep, class F> NASDET_INLINE void with_taps(const DepthwiseTile& tile, F&& f) {
   switch (tile.axis->taps) {
-    case 3: return with_rows<3, kStep>(tile.rows, f);
-    case 5: return with_rows<5, kStep>(tile.rows, f);
-    default: return with_rows<7, kStep>(tile.rows, f);
+    case 3:
+      return with_rows<3, kStep>(tile.rows, f);
+    case 5:
+      return with_rows<5, kStep>(tile.rows, f);
+    default:
+      return with_rows<7, kStep>(tile.rows, f);
   }
 }
 // double and half have the plain form alone, and so has the baseline: the shared ones are much code.
@@ -176,15 +186,18 @@ template <class S, class F> NASDET_INLINE void with_tile(const DepthwiseTile& ti
 }
 
 // Fills in the sources; row(i) is that of the source's row i.
-template <class S, class Row> NASDET_INLINE void find_sources(Sources<S>& found, const DepthwiseTile& tile, bool shared, const S* zeros, Row&& row) {
+template <class S, class Row>
+NASDET_INLINE void find_sources(Sources<S>& found, const DepthwiseTile& tile, bool shared, const S* zeros, Row&& row) {
   const DepthwiseAxis& a = *tile.axis;
   const auto of = [&](int64_t i) { return i >= 0 && i < a.source ? row(i) : zeros; };
   if (shared) {
-    for (int64_t j = 0; j < a.taps + tile.step * (tile.rows - 1); ++j) found.rows[j] = of(tile.first * a.advance + a.base[0] + j * tile.unit);
+    for (int64_t j = 0; j < a.taps + tile.step * (tile.rows - 1); ++j)
+      found.rows[j] = of(tile.first * a.advance + a.base[0] + j * tile.unit);
     return;
   }
   for (int64_t t = 0; t < a.taps; ++t)
-    for (int64_t r = 0; r < tile.rows; ++r) found.rows[t * tile.rows + r] = of((tile.first + r * tile.spacing) * a.advance + a.base[t]);
+    for (int64_t r = 0; r < tile.rows; ++r)
+      found.rows[t * tile.rows + r] = of((tile.first + r * tile.spacing) * a.advance + a.base[t]);
 }
 
 }  // namespace

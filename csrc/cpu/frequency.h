@@ -15,43 +15,43 @@ namespace nasdet {
 // margin after its step.
 struct FrequencyTiles {
   int64_t height, width, channels;
-  int32_t rows, columns;        // tiles of one image
+  int32_t rows, columns;  // tiles of one image
   int32_t step_h, step_w;
   int32_t margin_h, margin_w;
-  bool inner;                   // only the step is read or written, not the margins
-  int64_t first_tile, tiles;    // those in hand
+  bool inner;                 // only the step is read or written, not the margins
+  int64_t first_tile, tiles;  // those in hand
 };
 
 // Planes of some channels of some tiles, by blocks of channels: [block][plane][tile][channel of the block].
 struct FrequencyPlanes {
   float* data;
-  int64_t plane;                // elements from one plane of a block to the next
-  int64_t block;                // channels, a multiple of the lanes
-  int64_t channels;             // a multiple of the lanes
-  int64_t first_channel;        // of the map
-  bool streaming;               // too large for the caches: store past them
+  int64_t plane;          // elements from one plane of a block to the next
+  int64_t block;          // channels, a multiple of the lanes
+  int64_t channels;       // a multiple of the lanes
+  int64_t first_channel;  // of the map
+  bool streaming;         // too large for the caches: store past them
 };
 
 // A convolution's outputs [first, last) and its taps at (i - 1) * dilation from the centre of a grid.
 struct FrequencyBranch {
   int64_t first, last;
   int32_t dilation_h, dilation_w;
-  const float* weight;          // [last - first][in][3][3]
-  const float* mix;             // null: 1
-  float* weight_grad;           // null: not wanted
-  float* mix_grad_part;         // [blocks of in-channels][last - first] sums over a block; null: not wanted
+  const float* weight;   // [last - first][in][3][3]
+  const float* mix;      // null: 1
+  float* weight_grad;    // null: not wanted
+  float* mix_grad_part;  // [blocks of in-channels][last - first] sums over a block; null: not wanted
 };
 
 // Taps folded about the centre of their grid: for each place (y, x >= 0) that any branch has a tap at, what is even or odd in
 // y, and in x, of the taps at (+-y, +-x). Those are terms of sums: for each parity, and row y of it, the terms of its places.
 struct FrequencyPlace {
   int32_t y, x;
-  int32_t term[4];              // even in both; odd in x; odd in y; odd in both. -1 where there is no such part
+  int32_t term[4];  // even in both; odd in x; odd in y; odd in both. -1 where there is no such part
 };
 struct FrequencyFold {
   const FrequencyPlace* places;
   int64_t place_count;
-  const int32_t* ends;          // [parity][y up to the grid's radius]: where the terms of a row end
+  const int32_t* ends;  // [parity][y up to the grid's radius]: where the terms of a row end
   int64_t terms;
 };
 
@@ -62,9 +62,9 @@ struct FrequencyWeights {
   int64_t branch_count, in_channels, out_channels;
   FrequencyFold fold;
   int64_t first_in, ins, first_out, outs;  // the chunk; firsts are multiples of the lanes
-  bool transposed;              // for the map's gradient
+  bool transposed;                         // for the map's gradient
   float* folded;
-  float* grids;                 // 2 x lanes x lanes x (grid area) elements of scratch for each call
+  float* grids;  // 2 x lanes x lanes x (grid area) elements of scratch for each call
 };
 
 // Some columns of the spectra of `depth` rows of a chunk's weights as planes: [plane of the step][depth][width], in panels of
@@ -73,8 +73,8 @@ struct FrequencyStep {
   int step;
   float* planes;
   int64_t plane;
-  int64_t first, depth;         // rows of the folded weights
-  bool add;                     // to the folded gradients
+  int64_t first, depth;  // rows of the folded weights
+  bool add;              // to the folded gradients
 };
 
 // c = a b (+ c) for some frequencies, `complex` complex ones and after them `real` real ones: maps times weights.
@@ -82,12 +82,12 @@ struct FrequencyProduct {
   const float *a, *b;
   float* c;
   int64_t a_plane, b_plane, c_plane;
-  int64_t a_row, c_row;         // elements from tile to tile
-  int64_t rows, columns, depth; // columns is a multiple of the lanes
+  int64_t a_row, c_row;          // elements from tile to tile
+  int64_t rows, columns, depth;  // columns is a multiple of the lanes
   int64_t complex, real;
   bool add;
-  bool fetch_c;                 // it is expected to lie outside the inner cache, as a does
-  float* packed;                // rows x depth elements of scratch, the latter padded to whole vectors
+  bool fetch_c;   // it is expected to lie outside the inner cache, as a does
+  float* packed;  // rows x depth elements of scratch, the latter padded to whole vectors
 };
 
 // c = transposed(a) conj(b): of a map and a gradient over the same tiles, the latter in blocks.
@@ -95,10 +95,10 @@ struct FrequencyGradientProduct {
   const float *a, *b;
   float* c;
   int64_t a_plane, b_plane, b_block, c_plane;
-  int64_t a_row, b_row;         // elements from tile to tile
+  int64_t a_row, b_row;  // elements from tile to tile
   int64_t rows, columns, tiles;
   int64_t complex, real;
-  float* packed;                // tiles x (rows + 2 columns) elements of scratch, each padded to whole vectors
+  float* packed;  // tiles x (rows + 2 columns) elements of scratch, each padded to whole vectors
 };
 
 // Tiles and tap grids that kernels exist for. A grid holds the taps' rows and columns.
@@ -117,12 +117,17 @@ constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }
 }  // namespace nasdet
 
 // Ranges count tiles x vectors of channels (the latter fastest); of weights, vectors of outs x vectors of ins.
-NASDET_DECLARE_KERNEL(void, frequency_spectra, int tile, const FrequencyTiles&, const FrequencyPlanes&, const float* map, int64_t begin, int64_t end)
-NASDET_DECLARE_KERNEL(void, frequency_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map, int64_t begin, int64_t end)
-NASDET_DECLARE_KERNEL(void, frequency_add_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map, int phase, int phases, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_spectra, int tile, const FrequencyTiles&, const FrequencyPlanes&,
+                      const float* map, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map,
+                      int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_add_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map,
+                      int phase, int phases, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, int grid, const FrequencyWeights&, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
-NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
-NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, int grid, const FrequencyWeights&, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&,
+                      const FrequencyStep&)
+NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, int grid, const FrequencyWeights&, int64_t begin,
+                      int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_multiply, const FrequencyProduct&)
 NASDET_DECLARE_KERNEL(void, frequency_multiply_gradients, const FrequencyGradientProduct&)

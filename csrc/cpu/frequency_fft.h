@@ -10,11 +10,17 @@ constexpr int kFloats = kLanes<float>;
 
 template <int... I> struct Indices {};
 template <class A, class B> struct Joined;
-template <int... A, int... B> struct Joined<Indices<A...>, Indices<B...>> { using type = Indices<A..., (int(sizeof...(A)) + B)...>; };
-template <int N> struct Counted { using type = typename Joined<typename Counted<N / 2>::type, typename Counted<N - N / 2>::type>::type; };
+template <int... A, int... B> struct Joined<Indices<A...>, Indices<B...>> {
+  using type = Indices<A..., (int(sizeof...(A)) + B)...>;
+};
+template <int N> struct Counted {
+  using type = typename Joined<typename Counted<N / 2>::type, typename Counted<N - N / 2>::type>::type;
+};
 template <> struct Counted<0> { using type = Indices<>; };
 template <> struct Counted<1> { using type = Indices<0>; };
-template <int I> struct Constant { constexpr operator int() const { return I; } };
+template <int I> struct Constant {
+  constexpr operator int() const { return I; }
+};
 
 template <class F, int... I> NASDET_INLINE void call_each(const F& f, Indices<I...>) { (f(Constant<I>{}), ...); }
 template <int N, class F> NASDET_INLINE void unroll(const F& f) { call_each(f, typename Counted<N>::type{}); }
@@ -40,7 +46,8 @@ template <int N> struct Reals { Lane at[N]; };
 // plus, minus = a +- w b where w = exp(kSign tau i K / N). The larger part of w is taken out of the product, which leaves
 // six multiply-adds.
 template <int K, int N, int kSign>
-NASDET_INLINE void butterfly(Lane a_re, Lane a_im, Lane b_re, Lane b_im, Lane& plus_re, Lane& plus_im, Lane& minus_re, Lane& minus_im) {
+NASDET_INLINE void butterfly(Lane a_re, Lane a_im, Lane b_re, Lane b_im, Lane& plus_re, Lane& plus_im, Lane& minus_re,
+                             Lane& minus_im) {
   if constexpr (K == 0) {
     plus_re = a_re + b_re, plus_im = a_im + b_im, minus_re = a_re - b_re, minus_im = a_im - b_im;
   } else if constexpr (4 * K == N && kSign > 0) {
@@ -73,7 +80,8 @@ template <int N, int kSign> NASDET_INLINE Complexes<N> fft(const Complexes<N>& x
     even = fft<kHalf, kSign>(even);
     odd = fft<kHalf, kSign>(odd);
     unroll<kHalf>([&](auto k) {
-      butterfly<decltype(k){}, N, kSign>(even.re[k], even.im[k], odd.re[k], odd.im[k], y.re[k], y.im[k], y.re[k + kHalf], y.im[k + kHalf]);
+      butterfly<decltype(k){}, N, kSign>(even.re[k], even.im[k], odd.re[k], odd.im[k], y.re[k], y.im[k],
+                                         y.re[k + kHalf], y.im[k + kHalf]);
     });
   } else {  // odd: inputs j and N - j together
     constexpr int kHalf = N / 2;

@@ -16,7 +16,9 @@ NASDET_INLINE Lane broadcast(const float* p) {
 #endif
 }
 
-constexpr int most_rows(int vectors) { return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12; }
+constexpr int most_rows(int vectors) {
+  return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12;
+}
 
 // Rows of a factor of a product: row r is at p + r * row, its terms `step` apart.
 struct Rows {
@@ -41,16 +43,22 @@ enum class Term { kAdd, kSubtract, kAddOfSum };  // the last with b_re + b_im
 template <int kRows, int kVectors> struct RegisterTile {
   Lane sums[kRows][kVectors];
 
-  template <Term kTerm> NASDET_INLINE void multiply(const Rows& rows, int64_t first, const float* b, int64_t b_step, int64_t b_im, int64_t depth, const char*& ahead, int lines) {
+  template <Term kTerm>
+  NASDET_INLINE void multiply(const Rows& rows, int64_t first, const float* b, int64_t b_step, int64_t b_im,
+                              int64_t depth, const char*& ahead, int lines) {
     const int64_t a_row = rows.row, a_step = rows.step;
     const float* a = rows.p + first * a_row;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
       Lane row[kVectors];
-      unroll<kVectors>([&](auto v) { row[v] = kTerm == Term::kAddOfSum ? load(b + v * kFloats) + load(b + b_im + v * kFloats) : load(b + v * kFloats); });
+      unroll<kVectors>([&](auto v) {
+        row[v] =
+            kTerm == Term::kAddOfSum ? load(b + v * kFloats) + load(b + b_im + v * kFloats) : load(b + v * kFloats);
+      });
       unroll<kRows>([&](auto r) {
         const Lane factor = broadcast(a + r * a_row);
-        unroll<kVectors>([&](auto v) { sums[r][v] += kTerm == Term::kSubtract ? -(factor * row[v]) : factor * row[v]; });
+        unroll<kVectors>(
+            [&](auto v) { sums[r][v] += kTerm == Term::kSubtract ? -(factor * row[v]) : factor * row[v]; });
       });
       for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       a += a_step, b += b_step;
@@ -67,7 +75,8 @@ template <int kRows, int kVectors> struct RegisterTile {
   }
 };
 
-template <int kRows, int kVectors> NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
+template <int kRows, int kVectors>
+NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
   RegisterTile<kRows, kVectors> tile{};
   float* const c = p.c + first * p.c_row;
   tile.template multiply<Term::kAdd>(p.re, first, p.b, p.b_step, 0, p.depth, ahead, lines);
@@ -90,7 +99,10 @@ NASDET_INLINE void dispatch_rows(int64_t rows, const PanelProduct& p, int64_t fi
 // What the next frequency reads or writes, in runs of consecutive lines, handed out so fast that all are asked for in time; the
 // last run is what is asked for when they are through.
 struct Ahead {
-  struct Run { const float* first; int64_t lines; };
+  struct Run {
+    const float* first;
+    int64_t lines;
+  };
   Run runs[4];
   int current = 0, lines = 0;
   // Over so many steps of a sum.
@@ -120,23 +132,31 @@ template <int kVectors> void panel(const PanelProduct& p, int64_t rows, Ahead& a
 
 inline void dispatch_panel(int64_t width, const PanelProduct& p, int64_t rows, Ahead& ahead) {
   switch (width / kFloats) {
-    case 1: return panel<1>(p, rows, ahead);
-    case 2: return panel<2>(p, rows, ahead);
+    case 1:
+      return panel<1>(p, rows, ahead);
+    case 2:
+      return panel<2>(p, rows, ahead);
 #if defined(__AVX512F__)
-    case 3: return panel<3>(p, rows, ahead);
-    case 4: return panel<4>(p, rows, ahead);
+    case 3:
+      return panel<3>(p, rows, ahead);
+    case 4:
+      return panel<4>(p, rows, ahead);
 #endif
   }
 }
 
 // Terms of all register tiles of a real product.
-NASDET_INLINE int64_t panel_steps(int64_t rows, int64_t columns, int64_t depth) { return (rows + 5) / 6 * ((columns + kPanel - 1) / kPanel) * depth; }
+NASDET_INLINE int64_t panel_steps(int64_t rows, int64_t columns, int64_t depth) {
+  return (rows + 5) / 6 * ((columns + kPanel - 1) / kPanel) * depth;
+}
 NASDET_INLINE int64_t whole_vectors(int64_t count) { return (count + kFloats - 1) / kFloats * kFloats; }
 
 // to[row][column] = a + b.
-NASDET_INLINE void pack_sum(const float* a, const float* b, int64_t from_row, int64_t rows, int64_t columns, float* to) {
+NASDET_INLINE void pack_sum(const float* a, const float* b, int64_t from_row, int64_t rows, int64_t columns,
+                            float* to) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < columns; i += kFloats) store(to + r * columns + i, load(a + r * from_row + i) + load(b + r * from_row + i));
+    for (int64_t i = 0; i < columns; i += kFloats)
+      store(to + r * columns + i, load(a + r * from_row + i) + load(b + r * from_row + i));
 }
 
 inline void multiply(const FrequencyProduct& p) {
@@ -146,13 +166,27 @@ inline void multiply(const FrequencyProduct& p) {
     const int64_t plane = complex ? 2 * f : f + p.complex, planes = complex ? 2 : 1;
     const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16}, {c + planes * p.c_plane, p.fetch_c ? planes * p.c_plane / 16 : 0}, {}, {a, 0}}};
+    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16},
+                 {c + planes * p.c_plane, p.fetch_c ? planes * p.c_plane / 16 : 0},
+                 {},
+                 {a, 0}}};
     ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (complex ? 3 : 1));
     if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
       dispatch_panel(width,
-                     {complex, {a, p.a_row, 1}, {a + p.a_plane, p.a_row, 1}, {p.packed, packed_row, 1}, b + column * p.depth, width, p.b_plane, c + column, complex ? p.c_plane : 0, p.c_row, p.depth, p.add},
+                     {complex,
+                      {a, p.a_row, 1},
+                      {a + p.a_plane, p.a_row, 1},
+                      {p.packed, packed_row, 1},
+                      b + column * p.depth,
+                      width,
+                      p.b_plane,
+                      c + column,
+                      complex ? p.c_plane : 0,
+                      p.c_row,
+                      p.depth,
+                      p.add},
                      p.rows, ahead);
     }
   }
@@ -179,14 +213,28 @@ inline void multiply_gradients(const FrequencyGradientProduct& p) {
     const int64_t plane = complex ? 2 * f : f + p.complex, planes = complex ? 2 : 1, b_lines = planes * p.b_plane / 16;
     const float *const a = p.a + plane * p.a_plane, *const b = p.b + plane * p.b_plane;
     float* const c = p.c + plane * p.c_plane;
-    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16}, {b + planes * p.b_plane, b_lines}, {b + p.b_block + planes * p.b_plane, p.columns > p.b_row ? b_lines : 0}, {a, 0}}};
+    Ahead ahead{{{a + planes * p.a_plane, planes * p.a_plane / 16},
+                 {b + planes * p.b_plane, b_lines},
+                 {b + p.b_block + planes * p.b_plane, p.columns > p.b_row ? b_lines : 0},
+                 {a, 0}}};
     ahead.spread(panel_steps(p.rows, p.columns, p.tiles) * (complex ? 3 : 1));
     pack_factors(p, b, complex, factors);
     if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.tiles, sum_row, sums);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
       dispatch_panel(width,
-                     {complex, {a, 1, p.a_row}, {a + p.a_plane, 1, p.a_row}, {sums, 1, sum_row}, factors + column, p.columns, part, c + column, complex ? p.c_plane : 0, p.columns, p.tiles, false},
+                     {complex,
+                      {a, 1, p.a_row},
+                      {a + p.a_plane, 1, p.a_row},
+                      {sums, 1, sum_row},
+                      factors + column,
+                      p.columns,
+                      part,
+                      c + column,
+                      complex ? p.c_plane : 0,
+                      p.columns,
+                      p.tiles,
+                      false},
                      p.rows, ahead);
     }
   }

@@ -21,12 +21,14 @@ struct FrequencyCosts {
   double stored_terms, added_terms;  // terms of a sum that it costs to store it, or to read and store it
   double cached_byte, byte;          // to read from the outer cache, and from memory
   double point, point_back;          // of a transform of one vector of channels, for each of T * T points
-  double tap, element;               // of a vector of weights: to gather or scatter a tap, and for each of its half and of its planes
+  double tap,
+      element;  // of a vector of weights: to gather or scatter a tap, and for each of its half and of its planes
 };
 
 inline FrequencyCosts frequency_costs() {
 #ifdef NASDET_X86
-  if (cpu_capability() >= Isa::avx512) return {16, 64, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 1.1e-8, 1.15e-8, 9e-9, 1.4e-9};
+  if (cpu_capability() >= Isa::avx512)
+    return {16, 64, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 1.1e-8, 1.15e-8, 9e-9, 1.4e-9};
 #endif
   return {8, 16, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 3e-9, 9e-10};
 }
@@ -47,8 +49,10 @@ struct FrequencyGeometry {
   int64_t rows, columns, all_rows;  // of one image, and rows of all
 
   int64_t planes() const { return frequency_planes(tile); }
-  FrequencyTiles tiles(const ConvProblem& p, int64_t channels, bool with_margin, int64_t first_row, int64_t row_count) const {
-    return {p.height, p.width, channels, int32_t(rows), int32_t(columns), step_h, step_w, radius_h, radius_w, !with_margin, first_row * columns, row_count * columns};
+  FrequencyTiles tiles(const ConvProblem& p, int64_t channels, bool with_margin, int64_t first_row,
+                       int64_t row_count) const {
+    return {p.height, p.width,  channels, int32_t(rows), int32_t(columns),    step_h,
+            step_w,   radius_h, radius_w, !with_margin,  first_row * columns, row_count * columns};
   }
 };
 
@@ -87,12 +91,18 @@ struct FrequencySizes {
 
   int64_t tiles() const { return rows * g.columns; }
   int64_t plane(int64_t block) const { return plane_stride(tiles() * block); }
-  int64_t spectra(int64_t channels, int64_t block) const { return pieces_of(channels, block) * g.planes() * plane(block); }
+  int64_t spectra(int64_t channels, int64_t block) const {
+    return pieces_of(channels, block) * g.planes() * plane(block);
+  }
   int64_t folded(int64_t ins, int64_t outs) const { return ins * outs * terms; }
   int64_t step_plane(int64_t outs) const { return plane_stride(kFrequencyBlock * outs); }
   // Planes of a step, and operands as they are multiplied.
-  int64_t step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock; }
-  int64_t gradient_step(int64_t outs) const { return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 2 * outs); }
+  int64_t step(int64_t outs) const {
+    return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock;
+  }
+  int64_t gradient_step(int64_t outs) const {
+    return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 2 * outs);
+  }
 };
 
 inline int64_t block_of(int64_t channels) { return std::min(channels, kFrequencyBlock); }
@@ -128,7 +138,12 @@ struct FrequencyBackwardPlan {
 class FrequencyPlanner {
  public:
   explicit FrequencyPlanner(const ConvProblem& p)
-      : p_(p), limit_(scratch_limit()), in_padded_(padded_to(p.in_channels, c_.lanes)), out_padded_(padded_to(p.out_channels, c_.lanes)), terms_(TapFold(p).terms()), taps_(0) {
+      : p_(p),
+        limit_(scratch_limit()),
+        in_padded_(padded_to(p.in_channels, c_.lanes)),
+        out_padded_(padded_to(p.out_channels, c_.lanes)),
+        terms_(TapFold(p).terms()),
+        taps_(0) {
     for (const ConvBranch& b : p.branches) taps_ += 9 * double(b.last - b.first) / double(p.out_channels);
   }
 
@@ -141,7 +156,9 @@ class FrequencyPlanner {
       FrequencyBackwardPlan plan{convolution(out_padded_, in_padded_, tile, true), gradient(tile, true), true, 0};
       if (plan.dx.bytes == 0 || plan.dw.bytes == 0 || std::max(plan.dx.bytes, plan.dw.bytes) > limit_) continue;
       plan.seconds = plan.dx.seconds + plan.dw.seconds - map_transforms(plan.dx.g, out_padded_, c_.point);
-      const auto worth = [&](const FrequencyBackwardPlan& b) { return worth_of(b.seconds, std::max(b.dx.bytes, b.dw.bytes)); };
+      const auto worth = [&](const FrequencyBackwardPlan& b) {
+        return worth_of(b.seconds, std::max(b.dx.bytes, b.dw.bytes));
+      };
       if (worth(plan) < worth(best)) best = plan;
     }
     return best;
@@ -158,7 +175,8 @@ class FrequencyPlanner {
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
         plan.rows = pieces_of(plan.g.all_rows, parts);
         const FrequencySizes s = plan.sizes();
-        plan.bytes = bytes({grids(plan.g), s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs), s.folded(plan.ins, plan.outs), s.step(plan.outs)});
+        plan.bytes = bytes({grids(plan.g), s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs),
+                            s.folded(plan.ins, plan.outs), s.step(plan.outs)});
         plan.seconds = seconds(plan, in, out);
         if (better(plan, best)) best = plan;
         if (plan.rows == 1) break;
@@ -200,19 +218,25 @@ class FrequencyPlanner {
     const FrequencySizes s = plan.sizes();
     // Sums over tiles in several goes: then those of all that is in hand are kept.
     const bool goes = plan.rows < plan.g.all_rows;
-    plan.bytes = bytes({grids(plan.g), s.spectra(plan.ins, block_of(plan.ins)), s.spectra(plan.outs, block_of(plan.outs)),
-                        goes ? s.folded(plan.ins, plan.outs) : s.folded(plan.part_ins, plan.part_outs), s.gradient_step(plan.part_outs)});
+    plan.bytes =
+        bytes({grids(plan.g), s.spectra(plan.ins, block_of(plan.ins)), s.spectra(plan.outs, block_of(plan.outs)),
+               goes ? s.folded(plan.ins, plan.outs) : s.folded(plan.part_ins, plan.part_outs),
+               s.gradient_step(plan.part_outs)});
     plan.seconds = seconds(plan);
     if (better(plan, best)) best = plan;
   }
 
   // Memory counts a little: of plans that are about as fast, a small one.
-  double worth_of(double seconds, int64_t bytes) const { return seconds * (1 + .06 * double(bytes) / double(64 << 20)); }
+  double worth_of(double seconds, int64_t bytes) const {
+    return seconds * (1 + .06 * double(bytes) / double(64 << 20));
+  }
   // Within the limit if any is, then the faster; else the smaller.
   template <class Plan> bool better(const Plan& a, const Plan& b) const {
     if (b.bytes == 0) return true;
     const bool fits = a.bytes <= limit_, other_fits = b.bytes <= limit_;
-    return fits != other_fits ? fits : fits ? worth_of(a.seconds, a.bytes) < worth_of(b.seconds, b.bytes) : a.bytes < b.bytes;
+    return fits != other_fits ? fits
+           : fits             ? worth_of(a.seconds, a.bytes) < worth_of(b.seconds, b.bytes)
+                              : a.bytes < b.bytes;
   }
 
   // As many as leave the folded weights in the inner cache.
@@ -230,10 +254,12 @@ class FrequencyPlanner {
   // Real products of planes.
   static double products(const FrequencyGeometry& g) { return double(3 * frequency_bins(g.tile) + 4); }
   // Of sums of `depth` terms, `piece` at a time.
-  double product(const FrequencyGeometry& g, double rows, double columns, double depth, double piece, double piece_columns) const {
+  double product(const FrequencyGeometry& g, double rows, double columns, double depth, double piece,
+                 double piece_columns) const {
     const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes;
     const double narrow = c_.lanes < 16 || vectors > 2 ? 1 : 1.5;  // tiles of 12 rows have more to address
-    return 2 * c_.flop * narrow * products(g) * std::max(rows, 5.5) * columns * depth * (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
+    return 2 * c_.flop * narrow * products(g) * std::max(rows, 5.5) * columns * depth *
+           (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
   }
   double byte_of(int64_t bytes) const { return bytes > kFrequencyCached ? c_.byte : c_.cached_byte; }
   double map_transforms(const FrequencyGeometry& g, int64_t channels, double point) const {
@@ -241,27 +267,39 @@ class FrequencyPlanner {
     return point * outgrown * g.tile * g.tile * double(g.all_rows * g.columns) * double(channels) / c_.lanes;
   }
   double weight_transforms(const FrequencyGeometry& g, double taps) const {
-    return double(in_padded_) * double(out_padded_) / c_.lanes * (c_.element * (products(g) + .3 * double(terms_ * g.tile / 2)) + c_.tap * taps);
+    return double(in_padded_) * double(out_padded_) / c_.lanes *
+           (c_.element * (products(g) + .3 * double(terms_ * g.tile / 2)) + c_.tap * taps);
   }
 
   double seconds(const FrequencyPlan& plan, int64_t in, int64_t out) const {
     const FrequencyGeometry& g = plan.g;
     const FrequencySizes s = plan.sizes();
-    const double tiles = double(g.all_rows * g.columns), goes = double(pieces_of(g.all_rows, plan.rows)), planes = 4 * double(g.planes());
+    const double tiles = double(g.all_rows * g.columns);
+    const double goes = double(pieces_of(g.all_rows, plan.rows));
+    const double planes = 4 * double(g.planes());
     const double passes = double(pieces_of(in, plan.ins)), out_byte = byte_of(4 * s.spectra(plan.outs, plan.outs));
-    return map_transforms(g, in, c_.point) + map_transforms(g, out, c_.point_back) + weight_transforms(g, taps_) * goes +
+    return map_transforms(g, in, c_.point) + map_transforms(g, out, c_.point_back) +
+           weight_transforms(g, taps_) * goes +
            product(g, tiles, double(out), double(in), double(block_of(in)), double(plan.outs)) +
-           2 * planes * tiles * double(out) * out_byte * (passes - 1) + planes * tiles * double(in) * byte_of(4 * s.spectra(in, block_of(in))) * double(pieces_of(out, plan.outs));
+           2 * planes * tiles * double(out) * out_byte * (passes - 1) +
+           planes * tiles * double(in) * byte_of(4 * s.spectra(in, block_of(in))) * double(pieces_of(out, plan.outs));
   }
   double seconds(const FrequencyGradientPlan& plan) const {
     const FrequencyGeometry& g = plan.g;
     const FrequencySizes s = plan.sizes();
-    const double tiles = double(g.all_rows * g.columns), planes = 4 * double(g.planes()), goes = double(pieces_of(g.all_rows, plan.rows));
-    const double x_times = double(pieces_of(out_padded_, plan.outs)), grad_times = plan.rows < g.all_rows ? double(pieces_of(in_padded_, plan.ins)) : 1;
-    const double x_read = double(pieces_of(out_padded_, plan.part_outs)), grad_read = double(pieces_of(in_padded_, plan.part_ins));
-    const double x_byte = byte_of(4 * s.spectra(plan.ins, block_of(plan.ins))), grad_byte = byte_of(4 * s.spectra(plan.outs, block_of(plan.outs)));
-    return map_transforms(g, in_padded_, c_.point) * x_times + map_transforms(g, out_padded_, c_.point) * grad_times + weight_transforms(g, 1.5 * taps_) + weight_transforms(g, 0) * (goes - 1) +
-           product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) + planes * tiles * (double(in_padded_) * x_read * x_byte + double(out_padded_) * grad_read * grad_byte);
+    const double tiles = double(g.all_rows * g.columns);
+    const double planes = 4 * double(g.planes());
+    const double goes = double(pieces_of(g.all_rows, plan.rows));
+    const double x_times = double(pieces_of(out_padded_, plan.outs));
+    const double grad_times = plan.rows < g.all_rows ? double(pieces_of(in_padded_, plan.ins)) : 1;
+    const double x_read = double(pieces_of(out_padded_, plan.part_outs));
+    const double grad_read = double(pieces_of(in_padded_, plan.part_ins));
+    const double x_byte = byte_of(4 * s.spectra(plan.ins, block_of(plan.ins)));
+    const double grad_byte = byte_of(4 * s.spectra(plan.outs, block_of(plan.outs)));
+    return map_transforms(g, in_padded_, c_.point) * x_times + map_transforms(g, out_padded_, c_.point) * grad_times +
+           weight_transforms(g, 1.5 * taps_) + weight_transforms(g, 0) * (goes - 1) +
+           product(g, double(in_padded_), double(out_padded_), tiles, tiles / goes, double(plan.part_outs)) +
+           planes * tiles * (double(in_padded_) * x_read * x_byte + double(out_padded_) * grad_read * grad_byte);
   }
 
   const ConvProblem& p_;

@@ -30,7 +30,8 @@ template <int T, int R> struct TapTransform {
     Factors(const FrequencyFold& fold, int column) {
       for (int64_t i = 0; i < fold.place_count; ++i)
         for (int parity = 0; parity < 4; ++parity)
-          if (const FrequencyPlace& p = fold.places[i]; p.term[parity] >= 0) of[p.term[parity]] = kCircle<T>.cosines[(p.x * column + (parity % 2 ? 3 * kQuarter : 0)) % T];
+          if (const FrequencyPlace& p = fold.places[i]; p.term[parity] >= 0)
+            of[p.term[parity]] = kCircle<T>.cosines[(p.x * column + (parity % 2 ? 3 * kQuarter : 0)) % T];
     }
   };
 
@@ -54,7 +55,9 @@ template <int T, int R> struct TapTransform {
     });
     return column;
   }
-  template <bool kAdd> static NASDET_INLINE void column_back(const FrequencyFold& fold, const Factors& factors, const Column& column, float* terms) {
+  template <bool kAdd>
+  static NASDET_INLINE void column_back(const FrequencyFold& fold, const Factors& factors, const Column& column,
+                                        float* terms) {
     for_rows(fold, [&](auto parity, auto y, int begin, int end) {
       for (int i = begin; i < end; ++i) {
         const Lane value = factors.of[i] * column.part[parity][y];
@@ -67,12 +70,15 @@ template <int T, int R> struct TapTransform {
   static NASDET_INLINE void fold_grid(const FrequencyFold& fold, const float* grid, float* terms) {
     for (int64_t i = 0; i < fold.place_count; ++i) {
       const FrequencyPlace& p = fold.places[i];
-      const float *const below = grid + ((R + p.y) * kGrid + R) * kFloats, *const above = grid + ((R - p.y) * kGrid + R) * kFloats;
+      const float* const below = grid + ((R + p.y) * kGrid + R) * kFloats;
+      const float* const above = grid + ((R - p.y) * kGrid + R) * kFloats;
       const int64_t x = p.x * kFloats;
       const Lane right = load(below + x), right_above = p.y ? load(above + x) : Lane{};
       const Lane left = p.x ? load(below - x) : Lane{}, left_above = p.x && p.y ? load(above - x) : Lane{};
-      const Lane even_right = right + right_above, even_left = left + left_above, odd_right = right - right_above, odd_left = left - left_above;
-      const Lane parts[4] = {even_right + even_left, even_right - even_left, odd_right + odd_left, odd_right - odd_left};
+      const Lane even_right = right + right_above, even_left = left + left_above, odd_right = right - right_above,
+                 odd_left = left - left_above;
+      const Lane parts[4] = {even_right + even_left, even_right - even_left, odd_right + odd_left,
+                             odd_right - odd_left};
       unroll<4>([&](auto parity) {
         if (p.term[parity] >= 0) store(terms + p.term[parity] * kFloats, parts[parity]);
       });
@@ -81,11 +87,14 @@ template <int T, int R> struct TapTransform {
   static NASDET_INLINE void unfold_grid(const FrequencyFold& fold, const float* terms, float* grid) {
     for (int64_t i = 0; i < fold.place_count; ++i) {
       const FrequencyPlace& p = fold.places[i];
-      float *const below = grid + ((R + p.y) * kGrid + R) * kFloats, *const above = grid + ((R - p.y) * kGrid + R) * kFloats;
+      float* const below = grid + ((R + p.y) * kGrid + R) * kFloats;
+      float* const above = grid + ((R - p.y) * kGrid + R) * kFloats;
       const int64_t x = p.x * kFloats;
       Lane parts[4];
-      unroll<4>([&](auto parity) { parts[parity] = p.term[parity] >= 0 ? load(terms + p.term[parity] * kFloats) : Lane{}; });
-      const Lane even_right = parts[0] + parts[1], even_left = parts[0] - parts[1], odd_right = parts[2] + parts[3], odd_left = parts[2] - parts[3];
+      unroll<4>(
+          [&](auto parity) { parts[parity] = p.term[parity] >= 0 ? load(terms + p.term[parity] * kFloats) : Lane{}; });
+      const Lane even_right = parts[0] + parts[1], even_left = parts[0] - parts[1], odd_right = parts[2] + parts[3],
+                 odd_left = parts[2] - parts[3];
       store(below + x, even_right + odd_right);
       if (p.x) store(below - x, even_left + odd_left);
       if (p.y) store(above + x, even_right - odd_right);
@@ -127,23 +136,27 @@ template <int T, int R> struct TapTransform {
     unroll<R + 1>([&](auto index) {
       constexpr int j = index;
       y[j] = Lane{};
-      unroll<kQuarter + 1 - j % 2>([&](auto k) { add<false, j * decltype(k){}>(y[j], j % 2 ? difference[k] : sum[k]); });
+      unroll<kQuarter + 1 - j % 2>([&](auto k) { add<false, j* decltype(k){}>(y[j], j % 2 ? difference[k] : sum[k]); });
     });
   }
   static NASDET_INLINE void sines_back(const Lane (&x)[kLast + 1], Lane (&y)[R + 1]) {
     Lane sum[kQuarter], difference[kQuarter - 1];  // of frequencies k + 1
-    unroll<kQuarter - 1>([&](auto i) { sum[i] = x[i + 1] + x[kLast - 1 - i], difference[i] = x[i + 1] - x[kLast - 1 - i]; });
+    unroll<kQuarter - 1>(
+        [&](auto i) { sum[i] = x[i + 1] + x[kLast - 1 - i], difference[i] = x[i + 1] - x[kLast - 1 - i]; });
     sum[kQuarter - 1] = x[kQuarter];
     y[0] = Lane{};
     unroll<R>([&](auto r) {
       constexpr int j = r + 1;
       y[j] = Lane{};
-      unroll<kQuarter - 1 + j % 2>([&](auto i) { add<true, j * (decltype(i){} + 1)>(y[j], j % 2 ? sum[i] : difference[i]); });
+      unroll<kQuarter - 1 + j % 2>(
+          [&](auto i) { add<true, j*(decltype(i){} + 1)>(y[j], j % 2 ? sum[i] : difference[i]); });
     });
   }
 
   // The frequency re - i minus_im as the factor of a map's gradient, or its conjugate as that of a map.
-  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) { store(p, re), store(p + plane, kGradient ? -minus_im : minus_im); }
+  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) {
+    store(p, re), store(p + plane, kGradient ? -minus_im : minus_im);
+  }
 
   // The planes of a step: one complex column, or the two real ones.
   template <bool kGradient> static NASDET_INLINE void complex_planes(const Column& column, float* p, int64_t plane) {
@@ -164,8 +177,10 @@ template <int T, int R> struct TapTransform {
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
   }
-  template <bool kGradient> static NASDET_APART void real_planes(const Column& column, int last, float* planes, int64_t plane) {
-    float *const p = planes + 2 * (last * (kLast - 1) - 1) * plane, *const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
+  template <bool kGradient>
+  static NASDET_APART void real_planes(const Column& column, int last, float* planes, int64_t plane) {
+    float* const p = planes + 2 * (last * (kLast - 1) - 1) * plane;
+    float* const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
     const auto bin = [&](auto k, Lane a, Lane d) {
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
@@ -190,11 +205,13 @@ template <int T, int R> struct TapTransform {
       }
     });
     Column column;
-    cosines_back(a, column.part[0]), cosines_back(b, column.part[1]), sines_back(d, column.part[2]), sines_back(e, column.part[3]);
+    cosines_back(a, column.part[0]), cosines_back(b, column.part[1]), sines_back(d, column.part[2]),
+        sines_back(e, column.part[3]);
     return column;
   }
   static NASDET_APART Column real_planes_back(const float* planes, int last, int64_t plane) {
-    const float *const p = planes + 2 * (last * (kLast - 1) - 1) * plane, *const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
+    const float* const p = planes + 2 * (last * (kLast - 1) - 1) * plane;
+    const float* const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
     Lane a[kLast + 1], d[kLast + 1];
     a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
     unroll<kLast - 1>([&](auto i) {

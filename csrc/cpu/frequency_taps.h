@@ -18,12 +18,14 @@ NASDET_INLINE void transpose(Lane (&rows)[kFloats]) {
   unroll<4>([&](auto level) {
     constexpr int kStep = 1 << level;
     vec_i32 low, high;  // lanes of row i and of row i + kStep (counted from 16)
-    for (int l = 0; l < kFloats; ++l) low[l] = l & kStep ? kFloats + l - kStep : l, high[l] = l & kStep ? kFloats + l : l + kStep;
+    for (int l = 0; l < kFloats; ++l)
+      low[l] = l & kStep ? kFloats + l - kStep : l, high[l] = l & kStep ? kFloats + l : l + kStep;
     unroll<kFloats>([&](auto index) {
       constexpr int i = index;
       if constexpr ((i & kStep) == 0) {
         const __m512 a = (__m512)rows[i], b = (__m512)rows[i + kStep];
-        rows[i] = (Lane)_mm512_permutex2var_ps(a, (__m512i)low, b), rows[i + kStep] = (Lane)_mm512_permutex2var_ps(a, (__m512i)high, b);
+        rows[i] = (Lane)_mm512_permutex2var_ps(a, (__m512i)low, b);
+        rows[i + kStep] = (Lane)_mm512_permutex2var_ps(a, (__m512i)high, b);
       }
     });
   });
@@ -36,7 +38,8 @@ NASDET_INLINE void transpose(Lane (&rows)[kFloats]) {
   unroll<2>([&](auto half) {
     unroll<2>([&](auto i) {
       const __m256 a = pairs[4 * half + i], b = pairs[4 * half + 2 + i];
-      fours[4 * half + 2 * i] = _mm256_shuffle_ps(a, b, 0x44), fours[4 * half + 2 * i + 1] = _mm256_shuffle_ps(a, b, 0xee);
+      fours[4 * half + 2 * i] = _mm256_shuffle_ps(a, b, 0x44);
+      fours[4 * half + 2 * i + 1] = _mm256_shuffle_ps(a, b, 0xee);
     });
   });
   unroll<4>([&](auto i) {
@@ -48,7 +51,10 @@ NASDET_INLINE void transpose(Lane (&rows)[kFloats]) {
 
 // The grids of one block of channels.
 template <int kGrid> struct Block {
-  static constexpr int kArea = kGrid * kGrid, kRow = kArea * kFloats, kCentre = kArea / 2;  // places, and elements, of one grid
+  // places, and elements, of one grid
+  static constexpr int kArea = kGrid * kGrid;
+  static constexpr int kRow = kArea * kFloats;
+  static constexpr int kCentre = kArea / 2;
 
   const FrequencyWeights& w;
   float scale;
@@ -62,7 +68,9 @@ template <int kGrid> struct Block {
       if (used[i]) places[place_count++] = i;
   }
 
-  int place(const FrequencyBranch& b, int tap) const { return kCentre + (tap / 3 - 1) * b.dilation_h * kGrid + (tap % 3 - 1) * b.dilation_w; }
+  int place(const FrequencyBranch& b, int tap) const {
+    return kCentre + (tap / 3 - 1) * b.dilation_h * kGrid + (tap % 3 - 1) * b.dilation_w;
+  }
 
   void clear(float* grids) const {
     for (int row = 0; row < kFloats; ++row)
@@ -72,12 +80,13 @@ template <int kGrid> struct Block {
   // What a branch has in the block: rows [first, last) of outputs, and `taps` consecutive taps of `ins` inputs in each.
   struct Part {
     int first, last;
-    int64_t taps, offset;   // of the block's corner from the branch's first weight, which need not be in the branch
+    int64_t taps, offset;     // of the block's corner from the branch's first weight, which need not be in the branch
     int at[kFloats * kTaps];  // places of the taps in grids of rows over inputs
   };
   bool part_of(const FrequencyBranch& b, int64_t out, int64_t in, Part& p) const {
     const int64_t first = b.first - out, last = b.last - out;
-    p.first = first > 0 ? int(first < kFloats ? first : kFloats) : 0, p.last = last < kFloats ? int(last > 0 ? last : 0) : kFloats;
+    p.first = first > 0 ? int(first < kFloats ? first : kFloats) : 0;
+    p.last = last < kFloats ? int(last > 0 ? last : 0) : kFloats;
     if (p.first >= p.last) return false;
     const int64_t ins = w.in_channels - in < kFloats ? w.in_channels - in : kFloats;
     p.taps = ins * kTaps, p.offset = ((out - b.first) * w.in_channels + in) * kTaps;
@@ -87,7 +96,9 @@ template <int kGrid> struct Block {
   }
   int64_t stride() const { return w.in_channels * kTaps; }
   // From the corner of a block in the chunk to that of the next.
-  int64_t to_next(int64_t in, bool more) const { return in + kFloats >= w.ins && more ? kFloats * stride() - in * kTaps : kFloats * kTaps; }
+  int64_t to_next(int64_t in, bool more) const {
+    return in + kFloats >= w.ins && more ? kFloats * stride() - in * kTaps : kFloats * kTaps;
+  }
   static int64_t at_chunk(const Part& p, int chunk) {  // elements of a chunk that are in the branch
     const int64_t left = p.taps - chunk * kFloats;
     return left < kFloats ? left > 0 ? left : 0 : kFloats;
@@ -117,7 +128,8 @@ template <int kGrid> struct Block {
             __builtin_prefetch(from + o * stride() + ahead, 0, 2);
           });
         else
-          for (int o = 0; o < kFloats; ++o) rows[o] = o >= p.first && o < p.last ? load_lanes(from + o * stride(), count) : Lane{};
+          for (int o = 0; o < kFloats; ++o)
+            rows[o] = o >= p.first && o < p.last ? load_lanes(from + o * stride(), count) : Lane{};
         transpose(rows);
         const int* const at = p.at + chunk * kFloats;
         unroll<kFloats>([&](auto e) { store(grids + at[e], load(grids + at[e]) + rows[e] * factor); });
@@ -132,7 +144,9 @@ template <int kGrid> struct Block {
       const FrequencyBranch& b = w.branches[n];
       if (!part_of(b, out, in, p)) continue;
       Lane sums[kFloats] = {};
-      const bool lines = p.taps == kFloats * kTaps && (reinterpret_cast<uintptr_t>(b.weight_grad + p.offset) | uintptr_t(stride() * 4)) % kBytes == 0;
+      const bool lines =
+          p.taps == kFloats * kTaps &&
+          (reinterpret_cast<uintptr_t>(b.weight_grad + p.offset) | uintptr_t(stride() * 4)) % kBytes == 0;
       for (int chunk = 0; chunk < kTaps; ++chunk) {
         Lane rows[kFloats];
         const int* const at = p.at + chunk * kFloats;
@@ -173,7 +187,11 @@ struct Folded {
   int64_t depth, vectors, terms;
   float* first;
 
-  explicit Folded(const FrequencyWeights& w) : depth(w.transposed ? w.outs : w.ins), vectors(((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats), terms(w.fold.terms * kFloats), first(w.folded) {}
+  explicit Folded(const FrequencyWeights& w)
+      : depth(w.transposed ? w.outs : w.ins),
+        vectors(((w.transposed ? w.ins : w.outs) + kFloats - 1) / kFloats),
+        terms(w.fold.terms * kFloats),
+        first(w.folded) {}
   float* at(int64_t row, int64_t vector) const { return first + (row * vectors + vector) * terms; }
 };
 
@@ -199,23 +217,29 @@ template <class F> NASDET_INLINE void for_vectors(const FrequencyStep& s, int64_
   constexpr int64_t kPanelVectors = kPanel / kFloats;
   for (int64_t row = 0; row < s.depth; ++row)
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t panel = v / kPanelVectors * kPanelVectors, rest = vectors - panel, wide = rest < kPanelVectors ? rest : kPanelVectors;
+      const int64_t panel = v / kPanelVectors * kPanelVectors;
+      const int64_t rest = vectors - panel;
+      const int64_t wide = rest < kPanelVectors ? rest : kPanelVectors;
       f(s.first + row, v, s.planes + (panel * s.depth + row * wide + v - panel) * kFloats);
     }
 }
 
-template <int T, int kGrid, bool kGradient> NASDET_APART void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
+template <int T, int kGrid, bool kGradient>
+NASDET_APART void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Folded folded(w);
   if (s.step < T / 2 - 1) {
     const typename Taps::Factors factors(w.fold, s.step + 1);
     for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
-      Taps::template complex_planes<kGradient>(Taps::column_of(w.fold, factors, folded.at(row, vector)), planes, s.plane);
+      Taps::template complex_planes<kGradient>(Taps::column_of(w.fold, factors, folded.at(row, vector)), planes,
+                                               s.plane);
     });
   } else {
     const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
     for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
-      for (int last = 0; last < 2; ++last) Taps::template real_planes<kGradient>(Taps::column_of(w.fold, factors[last], folded.at(row, vector)), last, planes, s.plane);
+      for (int last = 0; last < 2; ++last)
+        Taps::template real_planes<kGradient>(Taps::column_of(w.fold, factors[last], folded.at(row, vector)), last,
+                                              planes, s.plane);
     });
   }
 }
@@ -226,19 +250,23 @@ template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const 
 }
 
 // Of planes in which a row's vectors lie side by side.
-template <int T, int kGrid, bool kAdd> NASDET_APART void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
+template <int T, int kGrid, bool kAdd>
+NASDET_APART void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
   const Folded folded(w);
   float* const terms = folded.at(s.first, 0);
   if (s.step < T / 2 - 1) {
     const typename Taps::Factors factors(w.fold, s.step + 1);
     for (int64_t i = 0; i < s.depth * folded.vectors; ++i)
-      Taps::template column_back<kAdd>(w.fold, factors, Taps::complex_planes_back(s.planes + i * kFloats, s.plane), terms + i * folded.terms);
+      Taps::template column_back<kAdd>(w.fold, factors, Taps::complex_planes_back(s.planes + i * kFloats, s.plane),
+                                       terms + i * folded.terms);
   } else {
     const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
     for (int64_t i = 0; i < s.depth * folded.vectors; ++i) {
-      Taps::template column_back<kAdd>(w.fold, factors[0], Taps::real_planes_back(s.planes + i * kFloats, 0, s.plane), terms + i * folded.terms);
-      Taps::template column_back<true>(w.fold, factors[1], Taps::real_planes_back(s.planes + i * kFloats, 1, s.plane), terms + i * folded.terms);
+      Taps::template column_back<kAdd>(w.fold, factors[0], Taps::real_planes_back(s.planes + i * kFloats, 0, s.plane),
+                                       terms + i * folded.terms);
+      Taps::template column_back<true>(w.fold, factors[1], Taps::real_planes_back(s.planes + i * kFloats, 1, s.plane),
+                                       terms + i * folded.terms);
     }
   }
 }
@@ -255,7 +283,8 @@ template <int T, int kGrid> void weight_gradients(const FrequencyWeights& w, int
   for (int64_t i = begin; i < end; ++i) {
     const int64_t out = i / in_blocks * kFloats, in = i % in_blocks * kFloats;
     if (in + kFloats > w.ins) block.clear(w.grids);
-    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r) Taps::unfold_grid(w.fold, folded.at(in + r, out / kFloats), w.grids + r * Block<kGrid>::kRow);
+    for (int64_t r = 0; r < kFloats && in + r < w.ins; ++r)
+      Taps::unfold_grid(w.fold, folded.at(in + r, out / kFloats), w.grids + r * Block<kGrid>::kRow);
     block.scatter(w.grids, w.first_out + out, w.first_in + in, block.to_next(in, i + 1 < end));
   }
   streaming_fence();

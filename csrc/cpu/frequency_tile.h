@@ -9,7 +9,9 @@ namespace {
 
 #define NASDET_APART __attribute__((noinline, flatten))
 
-NASDET_INLINE Lane load_lanes(const float* p, int64_t count) { return count == kFloats ? load(p) : load_part(p, count); }
+NASDET_INLINE Lane load_lanes(const float* p, int64_t count) {
+  return count == kFloats ? load(p) : load_part(p, count);
+}
 NASDET_INLINE void store_lanes(float* p, Lane v, int64_t count) {
   if (count == kFloats) store(p, v);
   else store_part(p, v, count);
@@ -28,7 +30,9 @@ template <int T> struct Tile {
   struct alignas(64) Half { Lane re[kLast + 1][T], im[kLast + 1][T]; };  // [column of the half spectrum][row]
 
   // The first complex frequency of a column.
-  static constexpr int bin(int column) { return column == 0 ? (kLast - 1) * T : column == kLast ? (kLast - 1) * T + kLast - 1 : (column - 1) * T; }
+  static constexpr int bin(int column) {
+    return column == 0 ? (kLast - 1) * T : column == kLast ? (kLast - 1) * T + kLast - 1 : (column - 1) * T;
+  }
 
   static NASDET_INLINE void keep_row(const Complexes<kLast + 1>& y, Half& half, int row) {
     unroll<kLast + 1>([&](auto k) {
@@ -37,9 +41,13 @@ template <int T> struct Tile {
     });
   }
 
-  template <bool kInside> static NASDET_APART void map_row(const float* p, int64_t pixel, int first, int last, int64_t count, Half& half, int row) {
+  template <bool kInside>
+  static NASDET_APART void map_row(const float* p, int64_t pixel, int first, int last, int64_t count, Half& half,
+                                   int row) {
     Reals<T> x;
-    unroll<T>([&](auto j) { x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_lanes(p + j * pixel, count) : Lane{}; });
+    unroll<T>([&](auto j) {
+      x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_lanes(p + j * pixel, count) : Lane{};
+    });
     keep_row(real_fft<T>(x), half, row);
   }
 
@@ -48,14 +56,19 @@ template <int T> struct Tile {
     unroll<T>([&](auto j) { x.re[j] = half.re[column][j], x.im[j] = half.im[column][j]; });
     const Complexes<T> y = fft<T, -1>(x);
     float* const p = planes + 2 * bin(column) * plane;
-    unroll<T>([&](auto k) { store_plane(p + 2 * k * plane, y.re[k], streaming), store_plane(p + (2 * k + 1) * plane, y.im[k], streaming); });
+    unroll<T>([&](auto k) {
+      store_plane(p + 2 * k * plane, y.re[k], streaming), store_plane(p + (2 * k + 1) * plane, y.im[k], streaming);
+    });
   }
   static NASDET_APART void real_column(const Half& half, int column, float* planes, int64_t plane, bool streaming) {
     Reals<T> x;
     unroll<T>([&](auto j) { x.at[j] = half.re[column][j]; });
     const auto y = real_fft<T>(x);
     float *const p = planes + 2 * bin(column) * plane, *const real = planes + (2 * kBins + (column ? 2 : 0)) * plane;
-    unroll<kLast - 1>([&](auto k) { store_plane(p + 2 * k * plane, y.re[k + 1], streaming), store_plane(p + (2 * k + 1) * plane, y.im[k + 1], streaming); });
+    unroll<kLast - 1>([&](auto k) {
+      store_plane(p + 2 * k * plane, y.re[k + 1], streaming),
+          store_plane(p + (2 * k + 1) * plane, y.im[k + 1], streaming);
+    });
     store_plane(real, y.re[0], streaming), store_plane(real + plane, y.re[kLast], streaming);
   }
   static void columns(const Half& half, float* planes, int64_t plane, bool streaming) {
@@ -74,15 +87,20 @@ template <int T> struct Tile {
   static NASDET_APART void complex_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<T> x;
     const float* const p = planes + 2 * bin(column) * plane;
-    unroll<T>([&](auto k) { x.re[k] = load_and_fetch(p + 2 * k * plane), x.im[k] = load_and_fetch(p + (2 * k + 1) * plane); });
+    unroll<T>([&](auto k) {
+      x.re[k] = load_and_fetch(p + 2 * k * plane), x.im[k] = load_and_fetch(p + (2 * k + 1) * plane);
+    });
     const Complexes<T> y = fft<T, 1>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.re[j], half.im[column][j] = y.im[j]; });
   }
   static NASDET_APART void real_column_back(const float* planes, int64_t plane, Half& half, int column) {
     Complexes<kLast + 1> x;
-    const float *const p = planes + 2 * bin(column) * plane, *const real = planes + (2 * kBins + (column ? 2 : 0)) * plane;
+    const float* const p = planes + 2 * bin(column) * plane;
+    const float* const real = planes + (2 * kBins + (column ? 2 : 0)) * plane;
     x.re[0] = load_and_fetch(real), x.re[kLast] = load_and_fetch(real + plane);
-    unroll<kLast - 1>([&](auto k) { x.re[k + 1] = load_and_fetch(p + 2 * k * plane), x.im[k + 1] = load_and_fetch(p + (2 * k + 1) * plane); });
+    unroll<kLast - 1>([&](auto k) {
+      x.re[k + 1] = load_and_fetch(p + 2 * k * plane), x.im[k + 1] = load_and_fetch(p + (2 * k + 1) * plane);
+    });
     const auto y = real_ifft<T>(x);
     unroll<T>([&](auto j) { half.re[column][j] = y.at[j]; });
   }
@@ -92,7 +110,9 @@ template <int T> struct Tile {
     for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, half, column);
   }
 
-  template <bool kAdd> static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last, int64_t count) {
+  template <bool kAdd>
+  static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last,
+                                        int64_t count) {
     Complexes<kLast + 1> x;
     unroll<kLast + 1>([&](auto k) {
       x.re[k] = half.re[k][row];
@@ -100,7 +120,8 @@ template <int T> struct Tile {
     });
     const Reals<T> y = real_ifft<T>(x);
     unroll<T>([&](auto j) {
-      if (j >= first && j < last) store_lanes(p + j * pixel, kAdd ? y.at[j] + load_lanes(p + j * pixel, count) : y.at[j], count);
+      if (j >= first && j < last)
+        store_lanes(p + j * pixel, kAdd ? y.at[j] + load_lanes(p + j * pixel, count) : y.at[j], count);
     });
   }
 };
@@ -119,11 +140,14 @@ NASDET_INLINE Placed placed(const FrequencyTiles& t, int64_t index) {
     const int64_t most = step + (t.inner ? 1 : 2) * margin;
     return int(room < most ? room : most);
   };
-  return {((image * t.height + row) * t.width + column) * t.channels, first(row, t.margin_h), last(t.height - row, t.margin_h, t.step_h),
-          first(column, t.margin_w), last(t.width - column, t.margin_w, t.step_w)};
+  return {((image * t.height + row) * t.width + column) * t.channels, first(row, t.margin_h),
+          last(t.height - row, t.margin_h, t.step_h), first(column, t.margin_w),
+          last(t.width - column, t.margin_w, t.step_w)};
 }
 
-NASDET_INLINE int64_t lanes_used(int64_t channels, int64_t first) { return channels - first < kFloats ? channels - first : kFloats; }
+NASDET_INLINE int64_t lanes_used(int64_t channels, int64_t first) {
+  return channels - first < kFloats ? channels - first : kFloats;
+}
 
 // Where the planes of a tile's vector of channels begin, in a spectrum of T * T planes.
 template <int T> NASDET_INLINE float* planes_of(const FrequencyPlanes& planes, int64_t tile, int64_t channel) {
@@ -131,12 +155,15 @@ template <int T> NASDET_INLINE float* planes_of(const FrequencyPlanes& planes, i
   return planes.data + block * T * T * planes.plane + tile * planes.block + channel - block * planes.block;
 }
 
-template <int T> void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
+template <int T>
+void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* map, int64_t begin, int64_t end) {
   using Two = Tile<T>;
   const int64_t vectors = out.channels / kFloats;
   typename Two::Half half;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t tile = i / vectors, channel = i % vectors * kFloats, count = lanes_used(t.channels, out.first_channel + channel);
+    const int64_t tile = i / vectors;
+    const int64_t channel = i % vectors * kFloats;
+    const int64_t count = lanes_used(t.channels, out.first_channel + channel);
     const Placed at = placed(t, t.first_tile + tile);
     const float* const corner = map + at.offset + out.first_channel + channel;
     const bool inside = at.column_first == 0 && at.column_last == T && count == kFloats;
@@ -153,7 +180,9 @@ template <int T> void spectra(const FrequencyTiles& t, const FrequencyPlanes& ou
 }
 
 // One tile's vector of channels back into its map, or added to it where that is a gradient.
-template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile, int64_t channel) {
+template <int T, bool kAdd>
+NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile,
+                            int64_t channel) {
   using Two = Tile<T>;
   const Placed at = placed(t, t.first_tile + tile);
   const int64_t count = lanes_used(t.channels, in.first_channel + channel);
@@ -161,7 +190,8 @@ template <int T, bool kAdd> NASDET_INLINE void map_back(const FrequencyTiles& t,
   Two::columns_back(planes_of<T>(in, tile, channel), in.plane, half);
   float* const corner = map + at.offset + in.first_channel + channel;
   for (int row = at.row_first; row < at.row_last; ++row)
-    Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first, at.column_last, count);
+    Two::template map_row_back<kAdd>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first,
+                                     at.column_last, count);
 }
 
 template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
@@ -171,13 +201,16 @@ template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, f
 
 // No two rows of tiles that are `phases` rows apart overlap. A range counts rows of tiles of this phase x vectors of
 // channels; along a row the order is that of its columns, so that every sum has one order. Tiles in hand are whole rows.
-template <int T> void add_maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases, int64_t begin, int64_t end) {
+template <int T>
+void add_maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases, int64_t begin,
+              int64_t end) {
   const int64_t vectors = in.channels / kFloats;
   for (int64_t i = begin, next; i < end; i = next) {
     const int64_t row = phase + i / vectors * phases, first = i % vectors;
     next = end - i < vectors - first ? end : i + vectors - first;
     for (int64_t column = 0; column < t.columns; ++column)
-      for (int64_t v = first; v < first + next - i; ++v) map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
+      for (int64_t v = first; v < first + next - i; ++v)
+        map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
   }
 }
 

@@ -5,14 +5,14 @@
 namespace nasdet {
 
 struct MixArgs {
-  const void* const* xs;   // [maps] dense in one layout
-  const void* weights;     // [maps] float, or double when the maps are double
-  const void* grad;        // backward only, laid out as the maps
-  void* const* dxs;        // backward only: [maps], or null when not wanted
+  const void* const* xs;  // [maps] dense in one layout
+  const void* weights;    // [maps] float, or double when the maps are double
+  const void* grad;       // backward only, laid out as the maps
+  void* const* dxs;       // backward only: [maps], or null when not wanted
   void* out;
   int64_t maps;
-  int storage;             // storage_code()
-  bool streaming;          // results are larger than the caches and aligned: bypass them
+  int storage;     // storage_code()
+  bool streaming;  // results are larger than the caches and aligned: bypass them
 };
 
 }  // namespace nasdet
@@ -27,8 +27,7 @@ namespace {
 // bandwidth of one map after another. What the loops need of the arguments is copied first: reading it behind the
 // stores of each turn costs 7 %.
 
-template <class S, bool kStreaming>
-void forward(const MixArgs& a, int64_t begin, int64_t end) {
+template <class S, bool kStreaming> void forward(const MixArgs& a, int64_t begin, int64_t end) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>, kUnroll = sizeof(S) == 2 ? 8 : 64 / (W * int(sizeof(S)));
   const T* w = static_cast<const T*>(a.weights);
@@ -90,8 +89,7 @@ void backward_group(const MixArgs& a, int64_t first, int64_t count, int64_t begi
   for (int64_t p = 0; dweights && p < count; ++p) dweights[first + p] = horizontal_sum<T>(dot[p]);
 }
 
-template <class S, bool kStreaming>
-void backward(const MixArgs& a, int64_t begin, int64_t end, double* dweights) {
+template <class S, bool kStreaming> void backward(const MixArgs& a, int64_t begin, int64_t end, double* dweights) {
   for (int64_t first = 0; first < a.maps; first += 16)
     backward_group<S, kStreaming>(a, first, a.maps - first < 16 ? a.maps - first : 16, begin, end, dweights);
   if (kStreaming) streaming_fence();
@@ -108,19 +106,27 @@ template <class S> void backward_as(const MixArgs& a, int64_t begin, int64_t end
 
 void mix_forward(const MixArgs& a, int64_t begin, int64_t end) {
   switch (a.storage) {
-    case 0: return forward_as<float>(a, begin, end);
-    case 1: return forward_as<double>(a, begin, end);
-    case 2: return forward_as<BFloat16>(a, begin, end);
-    case 3: return forward_as<Half>(a, begin, end);
+    case 0:
+      return forward_as<float>(a, begin, end);
+    case 1:
+      return forward_as<double>(a, begin, end);
+    case 2:
+      return forward_as<BFloat16>(a, begin, end);
+    case 3:
+      return forward_as<Half>(a, begin, end);
   }
 }
 
 void mix_backward(const MixArgs& a, int64_t begin, int64_t end, double* dweights) {
   switch (a.storage) {
-    case 0: return backward_as<float>(a, begin, end, dweights);
-    case 1: return backward_as<double>(a, begin, end, dweights);
-    case 2: return backward_as<BFloat16>(a, begin, end, dweights);
-    case 3: return backward_as<Half>(a, begin, end, dweights);
+    case 0:
+      return backward_as<float>(a, begin, end, dweights);
+    case 1:
+      return backward_as<double>(a, begin, end, dweights);
+    case 2:
+      return backward_as<BFloat16>(a, begin, end, dweights);
+    case 3:
+      return backward_as<Half>(a, begin, end, dweights);
   }
 }
 
@@ -132,7 +138,7 @@ void mix_backward(const MixArgs& a, int64_t begin, int64_t end, double* dweights
 namespace nasdet {
 namespace {
 
-constexpr int64_t kChunk = 16384;                 // elements of one task: fixed, so that sums do not depend on threads
+constexpr int64_t kChunk = 16384;  // elements of one task: fixed, so that sums do not depend on threads
 
 struct Maps {
   std::vector<Tensor> tensors;
@@ -153,8 +159,10 @@ void check(const std::vector<Tensor>& xs, const Tensor& weights) {
     STD_TORCH_CHECK(x.scalar_type() == xs[0].scalar_type() && x.is_cpu(), "xs must have one dtype and be on the CPU");
   }
   const bool wide = xs[0].scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(weights.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), "weights must be float32 (float64 for float64 maps)");
-  STD_TORCH_CHECK(weights.is_cpu() && weights.dim() == 1 && weights.size(0) == int64_t(xs.size()), "weights must have shape (", xs.size(), ",) on the CPU");
+  STD_TORCH_CHECK(weights.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "weights must be float32 (float64 for float64 maps)");
+  STD_TORCH_CHECK(weights.is_cpu() && weights.dim() == 1 && weights.size(0) == int64_t(xs.size()),
+                  "weights must have shape (", xs.size(), ",) on the CPU");
 }
 
 // The maps whose weight is not zero, and those weights.
@@ -167,7 +175,8 @@ struct Terms {
     const size_t size = w.element_size();
     for (size_t p = 0; p < maps.pointers.size(); ++p) {
       const char* weight = all + p * size;
-      if (size == 8 ? *reinterpret_cast<const double*>(weight) == 0 : *reinterpret_cast<const float*>(weight) == 0) continue;
+      if (size == 8 ? *reinterpret_cast<const double*>(weight) == 0 : *reinterpret_cast<const float*>(weight) == 0)
+        continue;
       pointers.push_back(maps.pointers[p]);
       weights.insert(weights.end(), weight, weight + size);
     }
@@ -181,7 +190,13 @@ Tensor mix(std::vector<Tensor> xs, Tensor weights) {
   const Maps maps = maps_in_layout_of(xs, out);
   const int64_t count = out.numel();
   const Terms terms(maps, w);
-  MixArgs args{terms.pointers.data(), terms.weights.data(), nullptr, nullptr, out.mutable_data_ptr(), int64_t(terms.pointers.size()), storage_code(out, "xs"),
+  MixArgs args{terms.pointers.data(),
+               terms.weights.data(),
+               nullptr,
+               nullptr,
+               out.mutable_data_ptr(),
+               int64_t(terms.pointers.size()),
+               storage_code(out, "xs"),
                count * int64_t(out.element_size()) >= kStreamingBytes && aligned(out)};
   const auto kernel = NASDET_KERNEL(mix_forward);
   torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
@@ -190,9 +205,11 @@ Tensor mix(std::vector<Tensor> xs, Tensor weights) {
   return out;
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mix_backward_op(Tensor grad, std::vector<Tensor> xs, Tensor weights, bool need_xs, bool need_weights) {
+std::tuple<std::vector<Tensor>, Tensor> mix_backward_op(Tensor grad, std::vector<Tensor> xs, Tensor weights,
+                                                        bool need_xs, bool need_weights) {
   check(xs, weights);
-  STD_TORCH_CHECK(same(grad.sizes(), xs[0].sizes()) && grad.scalar_type() == xs[0].scalar_type(), "grad must have the maps' shape and dtype");
+  STD_TORCH_CHECK(same(grad.sizes(), xs[0].sizes()) && grad.scalar_type() == xs[0].scalar_type(),
+                  "grad must have the maps' shape and dtype");
   const Tensor w = torch::stable::contiguous(weights);
   const Tensor like = torch::stable::empty_like(xs[0]);
   const Maps maps = maps_in_layout_of(xs, like);
@@ -206,12 +223,20 @@ std::tuple<std::vector<Tensor>, Tensor> mix_backward_op(Tensor grad, std::vector
     dx_pointers.push_back(dxs.back().mutable_data_ptr());
     streaming &= aligned(dxs.back());
   }
-  MixArgs args{maps.pointers.data(), w.const_data_ptr(), g.const_data_ptr(), need_xs ? dx_pointers.data() : nullptr, nullptr, P, storage_code(like, "xs"), streaming};
+  MixArgs args{maps.pointers.data(),
+               w.const_data_ptr(),
+               g.const_data_ptr(),
+               need_xs ? dx_pointers.data() : nullptr,
+               nullptr,
+               P,
+               storage_code(like, "xs"),
+               streaming};
   std::vector<double> partial(need_weights ? chunks * P : 0);
   const auto kernel = NASDET_KERNEL(mix_backward);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c)
-      kernel(args, c * kChunk, c * kChunk + kChunk < count ? c * kChunk + kChunk : count, need_weights ? &partial[c * P] : nullptr);
+      kernel(args, c * kChunk, c * kChunk + kChunk < count ? c * kChunk + kChunk : count,
+             need_weights ? &partial[c * P] : nullptr);
   });
   Tensor dweights = torch::stable::new_zeros(w, {need_weights ? P : 0});
   for (int64_t p = 0; need_weights && p < P; ++p) {

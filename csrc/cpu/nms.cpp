@@ -5,23 +5,24 @@
 
 namespace nasdet {
 
-constexpr int kBins = 32;         // of the table of kept boxes, per coordinate
-constexpr int kGroupBoxes = 64;   // kept boxes of one word of the table
+constexpr int kBins = 32;        // of the table of kept boxes, per coordinate
+constexpr int kGroupBoxes = 64;  // kept boxes of one word of the table
 
 // The candidates of one class and the boxes kept of them. Boxes that can neither suppress nor be suppressed are kept without
 // entering the lists.
 template <class T> struct NmsSegment {
-  const T* boxes[4];     // x1, y1, x2, y2 of the candidates, best first
+  const T* boxes[4];  // x1, y1, x2, y2 of the candidates, best first
   int64_t count;
   double threshold;
-  int64_t limit;         // stop after so many
-  uint8_t* keep;         // [count], 1 at the start; 0 = dropped
-  int64_t taken;         // candidates kept
-  T* kept[5];            // x1, y1, x2, y2 and share; [listed], and inert boxes up to a multiple of kGroupBoxes
+  int64_t limit;  // stop after so many
+  uint8_t* keep;  // [count], 1 at the start; 0 = dropped
+  int64_t taken;  // candidates kept
+  T* kept[5];     // x1, y1, x2, y2 and share; [listed], and inert boxes up to a multiple of kGroupBoxes
   int64_t listed;
-  uint64_t* table;       // [coordinate][from, to][bin][stride]: which kept boxes have the coordinate in bins >= from, <= to; or null
-  int64_t stride;        // words of a row
-  T low[4], scale[4];    // bin = (coordinate - low) * scale
+  uint64_t*
+      table;  // [coordinate][from, to][bin][stride]: which kept boxes have the coordinate in bins >= from, <= to; or null
+  int64_t stride;      // words of a row
+  T low[4], scale[4];  // bin = (coordinate - low) * scale
 };
 
 }  // namespace nasdet
@@ -35,8 +36,12 @@ namespace nasdet::NASDET_ISA {
 namespace {
 
 template <class T> struct Limits;
-template <> struct Limits<float> { static constexpr float kMax = 3.402823466e38f, kTiny = 7.9e-31f, kInf = __builtin_inff(); };
-template <> struct Limits<double> { static constexpr double kMax = 1.7976931348623157e308, kTiny = 1e-270, kInf = __builtin_inf(); };
+template <> struct Limits<float> {
+  static constexpr float kMax = 3.402823466e38f, kTiny = 7.9e-31f, kInf = __builtin_inff();
+};
+template <> struct Limits<double> {
+  static constexpr double kMax = 1.7976931348623157e308, kTiny = 1e-270, kInf = __builtin_inf();
+};
 
 // Relative room for the roundings of either arithmetic, some 2^-21 in float32: the tests that skip pairs may err to one side only.
 constexpr double kSlack = 1.0 / (1 << 18);
@@ -45,10 +50,14 @@ constexpr double kSmallThreshold = 1.0 / (1 << 20);  // below it products with t
 template <class T> NASDET_INLINE Box<T> candidate_box(const NmsSegment<T>& s, int64_t c) {
   return {s.boxes[0][c], s.boxes[1][c], s.boxes[2][c], s.boxes[3][c]};
 }
-template <class T> NASDET_INLINE Box<T> kept_box(const NmsSegment<T>& s, int64_t k) { return {s.kept[0][k], s.kept[1][k], s.kept[2][k], s.kept[3][k]}; }
+template <class T> NASDET_INLINE Box<T> kept_box(const NmsSegment<T>& s, int64_t k) {
+  return {s.kept[0][k], s.kept[1][k], s.kept[2][k], s.kept[3][k]};
+}
 
 // At a threshold >= 0: no overlap, or an IoU of 0 or NaN, with every other box.
-template <class T> NASDET_INLINE bool inert(const Box<T>& box, T area) { return !(area > T(0) && area <= Limits<T>::kMax && box.x2 > box.x1); }
+template <class T> NASDET_INLINE bool inert(const Box<T>& box, T area) {
+  return !(area > T(0) && area <= Limits<T>::kMax && box.x2 > box.x1);
+}
 
 // IoU > t needs width * height > share(a) + share(b) of the intersection, where share = t / (1 + t) * area: no division.
 template <class T> NASDET_INLINE T share_factor(double threshold) {
@@ -61,7 +70,15 @@ template <class T> struct Candidate {
   T area, share;
   vec<T> x1, y1, x2, y2, shares;
 
-  NASDET_INLINE Candidate(const Box<T>& b, T a, T s) : box(b), area(a), share(s), x1(splat(b.x1)), y1(splat(b.y1)), x2(splat(b.x2)), y2(splat(b.y2)), shares(splat(s)) {}
+  NASDET_INLINE Candidate(const Box<T>& b, T a, T s)
+      : box(b),
+        area(a),
+        share(s),
+        x1(splat(b.x1)),
+        y1(splat(b.y1)),
+        x2(splat(b.x2)),
+        y2(splat(b.y2)),
+        shares(splat(s)) {}
 };
 
 // Whether one of the kLanes<T> kept boxes from k suppresses the candidate. Pairs that pass the test without division are decided
@@ -76,7 +93,8 @@ template <class T> NASDET_INLINE bool hit(const NmsSegment<T>& s, const Candidat
   return false;
 }
 
-template <class T> NASDET_INLINE bool hit_in_range(const NmsSegment<T>& s, const Candidate<T>& c, int64_t begin, int64_t end) {
+template <class T>
+NASDET_INLINE bool hit_in_range(const NmsSegment<T>& s, const Candidate<T>& c, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; k += kLanes<T>)
     if (hit(s, c, k)) return true;
   return false;
@@ -115,7 +133,8 @@ template <class T> struct Rows {
 };
 
 // Whether a kept box of the words [first, last) of the table suppresses the candidate.
-template <class T> NASDET_INLINE bool hit_in_words(const NmsSegment<T>& s, const Candidate<T>& c, int64_t first, int64_t last) {
+template <class T>
+NASDET_INLINE bool hit_in_words(const NmsSegment<T>& s, const Candidate<T>& c, int64_t first, int64_t last) {
   if (first >= last) return false;
   const Rows<T> rows(s, c);
   for (int64_t word = first / kWords * kWords; word < last; word += kWords) {
@@ -139,7 +158,8 @@ template <class T> void enter_group(NmsSegment<T>& s) {
   const int64_t word = s.listed / kGroupBoxes - 1, first = word * kGroupBoxes;
   for (int coordinate = 0; coordinate < 4; ++coordinate) {
     uint64_t in_bin[kBins] = {};
-    for (int k = 0; k < kGroupBoxes; ++k) in_bin[bin_of(s, coordinate, s.kept[coordinate][first + k])] |= uint64_t(1) << k;
+    for (int k = 0; k < kGroupBoxes; ++k)
+      in_bin[bin_of(s, coordinate, s.kept[coordinate][first + k])] |= uint64_t(1) << k;
     uint64_t* rows = s.table + coordinate * 2 * kBins * s.stride + word;
     uint64_t below = 0, above = 0;
     for (int bin = 0; bin < kBins; ++bin) {
@@ -171,7 +191,9 @@ template <class T> void filter(NmsSegment<T> s, int64_t words, int64_t begin, in
   for (int64_t i = begin; i < end; ++i) {
     const Box<T> box = candidate_box(s, i);
     const T area = box_area(box);
-    if (!inert(box, area) && hit_in_words(s, Candidate<T>(box, area, share_of(area, share_factor<T>(s.threshold))), 0, words)) s.keep[i] = 0;
+    if (!inert(box, area) &&
+        hit_in_words(s, Candidate<T>(box, area, share_of(area, share_factor<T>(s.threshold))), 0, words))
+      s.keep[i] = 0;
   }
 }
 

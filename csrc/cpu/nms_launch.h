@@ -8,11 +8,12 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kTableCount = 1024;   // candidates of a class from which the table of kept boxes pays
-constexpr int64_t kLeastBlock = 2048;   // candidates that are compared with earlier blocks' boxes together, on several threads
-constexpr int64_t kMostBlocks = 16;     // each waits for all threads once
+constexpr int64_t kTableCount = 1024;  // candidates of a class from which the table of kept boxes pays
+constexpr int64_t kLeastBlock =
+    2048;  // candidates that are compared with earlier blocks' boxes together, on several threads
+constexpr int64_t kMostBlocks = 16;  // each waits for all threads once
 constexpr int64_t kParallelCount = 8192;
-constexpr int64_t kMostWords = 8;       // of a vector of any instruction set
+constexpr int64_t kMostWords = 8;  // of a vector of any instruction set
 
 struct Survivors {
   Buffer<uint32_t> indices;  // [count] boxes by rank
@@ -40,7 +41,9 @@ template <class T> struct Scratch {
   }
 };
 
-template <class T> NmsSegment<T> segment_of(const T* planes, int64_t total, int64_t begin, int64_t end, double threshold, int64_t limit, uint8_t* keep) {
+template <class T>
+NmsSegment<T> segment_of(const T* planes, int64_t total, int64_t begin, int64_t end, double threshold, int64_t limit,
+                         uint8_t* keep) {
   NmsSegment<T> s{};
   for (int d = 0; d < 4; ++d) s.boxes[d] = planes + d * total + begin;
   s.count = end - begin;
@@ -65,18 +68,23 @@ template <class T> void resolve_in_blocks(NmsSegment<T>& s, Scratch<T>& scratch)
     const int64_t end = std::min(begin + block, s.count), words = s.table ? s.listed / kGroupBoxes : 0;
     if (words) {
       const auto kernel = NASDET_KERNEL(nms_filter);
-      torch::stable::parallel_for(begin, end, 128, [&](int64_t first, int64_t last) { kernel(wide, &s, words, first, last); });
+      torch::stable::parallel_for(begin, end, 128,
+                                  [&](int64_t first, int64_t last) { kernel(wide, &s, words, first, last); });
     }
     NASDET_KERNEL(nms_resolve)(wide, &s, words, begin, end);
     if (s.taken == s.limit) std::fill(s.keep + end, s.keep + s.count, uint8_t(0));
   }
 }
 
-template <class T> void resolve_all(const T* planes, int64_t count, const std::vector<int64_t>& starts, double threshold, int64_t limit, uint8_t* keep) {
+template <class T>
+void resolve_all(const T* planes, int64_t count, const std::vector<int64_t>& starts, double threshold, int64_t limit,
+                 uint8_t* keep) {
   const int64_t segments = int64_t(starts.size()) - 1;
   const bool threads = count >= kParallelCount && torch::stable::get_num_threads() > 1;
   const auto blockwise = [&](int64_t i) { return threads && starts[i + 1] - starts[i] >= kParallelCount; };
-  const auto segment = [&](int64_t i) { return segment_of(planes, count, starts[i], starts[i + 1], threshold, limit, keep); };
+  const auto segment = [&](int64_t i) {
+    return segment_of(planes, count, starts[i], starts[i + 1], threshold, limit, keep);
+  };
   const auto run = [&](int64_t first, int64_t last) {
     Scratch<T> scratch;
     for (int64_t i = first; i < last; ++i) {
@@ -130,14 +138,20 @@ Tensor nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double io
   return out;
 }
 
-std::tuple<Tensor, Tensor> nms_padded(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double iou_threshold, int64_t max_out) {
+std::tuple<Tensor, Tensor> nms_padded(Tensor boxes, Tensor scores, std::optional<Tensor> classes, double iou_threshold,
+                                      int64_t max_out) {
   check_cpu_boxes(boxes, scores, classes, iou_threshold, 1);
   STD_TORCH_CHECK(max_out >= 0, "max_out must be at least 0, got ", max_out);
   const int64_t images = boxes.size(0);
-  Tensor out = torch::stable::new_empty(boxes, {images, max_out}, ScalarType::Long), counts = torch::stable::new_empty(boxes, {images}, ScalarType::Long);
-  int64_t *index = static_cast<int64_t*>(out.mutable_data_ptr()), *count = static_cast<int64_t*>(counts.mutable_data_ptr());
+  Tensor out = torch::stable::new_empty(boxes, {images, max_out}, ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(boxes, {images}, ScalarType::Long);
+  int64_t* index = static_cast<int64_t*>(out.mutable_data_ptr());
+  int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   const BoxList all = list_of(boxes, scores, classes);
-  const int64_t size = boxes.element_size(), box_step = boxes.stride(0) * size, score_step = scores.stride(0) * size, class_step = classes ? classes->stride(0) : 0;
+  const int64_t size = boxes.element_size();
+  const int64_t box_step = boxes.stride(0) * size;
+  const int64_t score_step = scores.stride(0) * size;
+  const int64_t class_step = classes ? classes->stride(0) : 0;
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       BoxList list = all;

@@ -37,29 +37,42 @@ struct BoxList {
   const void *boxes, *scores;
   const int64_t* classes;  // or null
   int64_t count, box_stride, coordinate_stride, score_stride, class_stride;
-  int storage;             // of boxes and scores: storage_code()
+  int storage;  // of boxes and scores: storage_code()
 };
 
 // Calls f with a value of the stored type.
 template <class F> auto with_storage(int storage, F f) {
   switch (storage) {
-    case 1: return f(double{});
-    case 2: return f(BFloat16{});
-    case 3: return f(Half{});
-    default: return f(float{});
+    case 1:
+      return f(double{});
+    case 2:
+      return f(BFloat16{});
+    case 3:
+      return f(Half{});
+    default:
+      return f(float{});
   }
 }
 
-inline void check_cpu_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
+inline void check_cpu_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes,
+                            double threshold, int64_t leading) {
   STD_TORCH_CHECK(boxes.is_cpu(), "boxes must be on the CPU");
   check_boxes(boxes, scores, classes, threshold, leading);
-  STD_TORCH_CHECK(boxes.size(leading) <= std::numeric_limits<int32_t>::max(), "boxes must be at most 2147483647, got ", boxes.size(leading));
+  STD_TORCH_CHECK(boxes.size(leading) <= std::numeric_limits<int32_t>::max(), "boxes must be at most 2147483647, got ",
+                  boxes.size(leading));
 }
 
 inline BoxList list_of(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes) {
   const int64_t d = boxes.dim() - 2;
-  return {boxes.const_data_ptr(), scores.const_data_ptr(), classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr,
-          boxes.size(d), boxes.stride(d), boxes.stride(d + 1), scores.stride(d), classes ? classes->stride(d) : 0, storage_code(boxes, "boxes")};
+  return {boxes.const_data_ptr(),
+          scores.const_data_ptr(),
+          classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr,
+          boxes.size(d),
+          boxes.stride(d),
+          boxes.stride(d + 1),
+          scores.stride(d),
+          classes ? classes->stride(d) : 0,
+          storage_code(boxes, "boxes")};
 }
 
 constexpr int kDigitBits = 11;
@@ -67,13 +80,15 @@ constexpr int64_t kRadixCount = 256;  // fewer are sorted by comparison
 
 // Stable ascending sort by the bits [first_bit, last_bit) of key(entry); digits that are the same everywhere cost nothing.
 // Returns where the result lies: `entries` or `scratch`.
-template <class Entry, class Key> Entry* radix_sort(Entry* entries, Entry* scratch, int64_t count, int first_bit, int last_bit, Key key) {
+template <class Entry, class Key>
+Entry* radix_sort(Entry* entries, Entry* scratch, int64_t count, int first_bit, int last_bit, Key key) {
   constexpr int64_t kDigits = 1 << kDigitBits;
   const int passes = (last_bit - first_bit + kDigitBits - 1) / kDigitBits;
   std::vector<uint32_t> counts(size_t(passes * kDigits));
   for (int64_t i = 0; i < count; ++i) {
     uint64_t bits = uint64_t(key(entries[i])) >> first_bit;
-    for (int pass = 0; pass < passes; ++pass, bits >>= kDigitBits) ++counts[size_t(pass * kDigits + int64_t(bits % kDigits))];
+    for (int pass = 0; pass < passes; ++pass, bits >>= kDigitBits)
+      ++counts[size_t(pass * kDigits + int64_t(bits % kDigits))];
   }
   for (int pass = 0; pass < passes; ++pass) {
     uint32_t* places = &counts[size_t(pass * kDigits)];
@@ -111,7 +126,8 @@ template <class S> void rank_by_score(const BoxList& list, uint32_t* indices) {
     for (int64_t r = 0; r < n; ++r) indices[r] = result[r].index;
   } else {
     Buffer<uint64_t> entries(n), scratch(n > kRadixCount ? n : 0);
-    for (int64_t i = 0; i < n; ++i) entries[i] = uint64_t(descending_key(widened(scores[i * list.score_stride]))) << 32 | uint64_t(i);
+    for (int64_t i = 0; i < n; ++i)
+      entries[i] = uint64_t(descending_key(widened(scores[i * list.score_stride]))) << 32 | uint64_t(i);
     uint64_t* result = entries.get();
     if (n > kRadixCount) result = radix_sort(result, scratch.get(), n, 32, 64, [](uint64_t e) { return e; });
     else std::sort(result, result + n);
@@ -159,7 +175,9 @@ inline Groups group_by_class(const BoxList& list, const uint32_t* indices) {
 }
 
 // The boxes in the order of `indices` (through `ranks` unless null), one array per coordinate: planes[coordinate * count + i].
-template <class S> void gather_boxes(const BoxList& list, const uint32_t* indices, const uint32_t* ranks, NASDET_ISA::arithmetic_t<S>* planes) {
+template <class S>
+void gather_boxes(const BoxList& list, const uint32_t* indices, const uint32_t* ranks,
+                  NASDET_ISA::arithmetic_t<S>* planes) {
   const S* boxes = static_cast<const S*>(list.boxes);
   for (int64_t i = 0; i < list.count; ++i) {
     const S* box = boxes + int64_t(indices[ranks ? ranks[i] : i]) * list.box_stride;

@@ -16,12 +16,12 @@ struct NormActMixArgs {
   void* out;                  // forward
   void* const* dxs;           // backward: [maps]; may be the maps themselves
   double* sum_a;              // backward: [maps, batch, channels] sum over pixels of [z > 0] g
-  double* sum_b;              // backward: [maps, batch, channels] sum over pixels of [z > 0] g xhat (of [x > 0] g x without norm)
+  double* sum_b;  // backward: [maps, batch, channels] sum over pixels of [z > 0] g xhat (of [x > 0] g x without norm)
   int64_t maps, batch, channels, pixels, groups;
   double eps;
-  int storage;                // storage_code()
+  int storage;  // storage_code()
   bool channels_last;
-  bool streaming;             // results are larger than the caches and aligned: bypass them
+  bool streaming;  // results are larger than the caches and aligned: bypass them
 };
 
 // A running mean and sum of squared deviations of `count` values; merged pairwise, so that a large mean costs no digits.
@@ -35,7 +35,8 @@ __attribute__((always_inline)) inline void merge(Moments& into, const Moments& p
   into.count = total;
 }
 
-constexpr int64_t kPixelBlock = 512;  // pixels of one task in the NHWC form: fixed, so that sums do not depend on threads
+constexpr int64_t kPixelBlock =
+    512;  // pixels of one task in the NHWC form: fixed, so that sums do not depend on threads
 
 }  // namespace nasdet
 
@@ -54,7 +55,8 @@ NASDET_INLINE Channel<T> channel_of(const NormActMixArgs& a, int64_t map, int64_
   if (!a.normalized[map]) return {T(0), T(1), T(0), T(1)};
   const int64_t group = channel / (a.channels / a.groups), at = (map * a.batch + image) * a.groups + group;
   const T mean = static_cast<const T*>(a.mean)[at], rstd = static_cast<const T*>(a.rstd)[at];
-  const T gamma = static_cast<const T*>(a.gamma)[map * a.channels + channel], beta = static_cast<const T*>(a.beta)[map * a.channels + channel];
+  const T gamma = static_cast<const T*>(a.gamma)[map * a.channels + channel];
+  const T beta = static_cast<const T*>(a.beta)[map * a.channels + channel];
   return {mean, gamma * rstd, beta, rstd};
 }
 
@@ -78,7 +80,9 @@ NASDET_INLINE void group_gradient(const NormActMixArgs& a, int64_t map, int64_t 
   *c2 = T(factor * sum2);
 }
 
-template <class T> NASDET_INLINE void save_statistics(const NormActMixArgs& a, int64_t map, int64_t image, int64_t group, const Moments& m) {
+template <class T>
+NASDET_INLINE void save_statistics(const NormActMixArgs& a, int64_t map, int64_t image, int64_t group,
+                                   const Moments& m) {
   const int64_t at = (map * a.batch + image) * a.groups + group;
   static_cast<T*>(a.mean)[at] = T(m.mean);
   static_cast<T*>(a.rstd)[at] = T(1 / square_root(m.m2 / m.count + a.eps));

@@ -37,7 +37,9 @@ template <class T> struct Rows {
   NASDET_INLINE T* operator[](int64_t row) const { return base + row * channels; }
 };
 
-template <class S> void pixels_moments(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, Moments* per_group, void* scratch) {
+template <class S>
+void pixels_moments(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, Moments* per_group,
+                    void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>, kRows = 32;  // rows that stay in L1 between their two sweeps
   const Block at = block_of(a, image, block);
@@ -45,7 +47,8 @@ template <class S> void pixels_moments(const NormActMixArgs& a, int64_t map, int
   const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // means, squares
   for (int64_t first = 0; first < at.pixels; first += kRows) {
     const int64_t count = at.pixels - first < kRows ? at.pixels - first : kRows, total = first + count;
-    const vec<T> share = splat<T>(T(count) / T(total)), spread = splat<T>(T(first) * T(count) / T(total)), inverse = splat<T>(T(1) / T(count));
+    const vec<T> share = splat<T>(T(count) / T(total)), spread = splat<T>(T(first) * T(count) / T(total)),
+                 inverse = splat<T>(T(1) / T(count));
     over_channels<8, W>(a.channels, [&](auto columns, int64_t c, int64_t n) __attribute__((always_inline)) {
       constexpr int K = decltype(columns)::value, V = kVectors<K>;
       const S* from = x + first * a.channels + c;
@@ -73,7 +76,8 @@ template <class S> void pixels_moments(const NormActMixArgs& a, int64_t map, int
   const int64_t width = a.channels / a.groups;
   for (int64_t g = 0; g < a.groups; ++g) {
     per_group[g] = {0, 0, 0};
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) merge(per_group[g], {double(at.pixels), double(rows[0][c]), double(rows[1][c])});
+    for (int64_t c = g * width; c < (g + 1) * width; ++c)
+      merge(per_group[g], {double(at.pixels), double(rows[0][c]), double(rows[1][c])});
   }
 }
 
@@ -112,7 +116,9 @@ template <class S> void pixels_forward(const NormActMixArgs& a, int64_t image, i
   if (stream) streaming_fence();
 }
 
-template <class S> void pixels_sums(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, double* sum_a, double* sum_b, void* scratch) {
+template <class S>
+void pixels_sums(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, double* sum_a, double* sum_b,
+                 void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
   const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // mean, scale, shift, rstd
@@ -139,11 +145,13 @@ template <class S> void pixels_sums(const NormActMixArgs& a, int64_t map, int64_
         total_b[v] += g * (rstd[v] * value);
       }
     for (int v = 0; v < V; ++v)
-      for (int64_t l = 0; l < n; ++l) sum_a[c + v * W + l] = double(total_a[v][l]), sum_b[c + v * W + l] = double(total_b[v][l]);
+      for (int64_t l = 0; l < n; ++l)
+        sum_a[c + v * W + l] = double(total_a[v][l]), sum_b[c + v * W + l] = double(total_b[v][l]);
   });
 }
 
-template <class S> void pixels_backward(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, void* scratch) {
+template <class S>
+void pixels_backward(const NormActMixArgs& a, int64_t map, int64_t image, int64_t block, void* scratch) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
   const Rows<T> rows{static_cast<T*>(scratch), a.channels};  // mean, scale, shift, direct, slope, constant

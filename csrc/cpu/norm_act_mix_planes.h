@@ -31,11 +31,13 @@ template <class S> Moments moments_of_narrow(const S* x, int64_t count) {
         square[u] += d[u] * d[u];
       }
     }
-    double total = double(horizontal_sum<float>(sum[0] + sum[1])), squares = double(horizontal_sum<float>(square[0] + square[1]));
+    double total = double(horizontal_sum<float>(sum[0] + sum[1]));
+    double squares = double(horizontal_sum<float>(square[0] + square[1]));
     for (; j < length; j += W) {
       const int64_t n = length - j < W ? length - j : W;
       const vec<float> tail = load_part(x + i + j, n);
-      for (int64_t l = 0; l < n; ++l) total += double(tail[l] - center), squares += double(tail[l] - center) * double(tail[l] - center);
+      for (int64_t l = 0; l < n; ++l)
+        total += double(tail[l] - center), squares += double(tail[l] - center) * double(tail[l] - center);
     }
     const double offset = total / double(length), m2 = squares - offset * total;
     merge(all, {double(length), double(center) + offset, m2 > 0 ? m2 : 0});
@@ -90,7 +92,8 @@ template <class T> struct Terms {
 
 // One channel of kMaps maps: sum (+)= w relu(scale (x - mean) + shift); the last maps' call writes the output.
 template <class S, int kMaps, bool kStreaming>
-void add_channel(const S* const* x, arithmetic_t<S>* sum, S* out, int64_t count, const Terms<arithmetic_t<S>>& terms, bool first, bool last) {
+void add_channel(const S* const* x, arithmetic_t<S>* sum, S* out, int64_t count, const Terms<arithmetic_t<S>>& terms,
+                 bool first, bool last) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
   vec<T> mean[kMaps], scale[kMaps], shift[kMaps], weight[kMaps];
@@ -100,12 +103,14 @@ void add_channel(const S* const* x, arithmetic_t<S>* sum, S* out, int64_t count,
   }
   const auto whole = [&](int64_t i) __attribute__((always_inline)) {
     vec<T> value = first ? vec<T>{} : load(sum + i);
-    for (int k = 0; k < kMaps; ++k) value += weight[k] * maximum<T>(scale[k] * (load(x[k] + i) - mean[k]) + shift[k], vec<T>{});
+    for (int k = 0; k < kMaps; ++k)
+      value += weight[k] * maximum<T>(scale[k] * (load(x[k] + i) - mean[k]) + shift[k], vec<T>{});
     return value;
   };
   const auto part = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     vec<T> value = first ? vec<T>{} : load_part(sum + i, n);
-    for (int k = 0; k < kMaps; ++k) value += weight[k] * maximum<T>(scale[k] * (load_part(x[k] + i, n) - mean[k]) + shift[k], vec<T>{});
+    for (int k = 0; k < kMaps; ++k)
+      value += weight[k] * maximum<T>(scale[k] * (load_part(x[k] + i, n) - mean[k]) + shift[k], vec<T>{});
     if (last) store_part(out + i, value, n);
     else store_part(sum + i, value, n);
   };
@@ -121,7 +126,9 @@ void add_channel(const S* const* x, arithmetic_t<S>* sum, S* out, int64_t count,
   if (i < count) part(i, count - i);
 }
 
-template <class S, int kMaps> NASDET_INLINE void add_maps(const NormActMixArgs& a, int64_t first, int64_t image, int64_t group, arithmetic_t<S>* sum) {
+template <class S, int kMaps>
+NASDET_INLINE void add_maps(const NormActMixArgs& a, int64_t first, int64_t image, int64_t group,
+                            arithmetic_t<S>* sum) {
   using T = arithmetic_t<S>;
   const int64_t width = a.channels / a.groups;
   const bool last = first + kMaps == a.maps;
@@ -148,7 +155,8 @@ template <class S> void planes_forward(const NormActMixArgs& a, int64_t unit, vo
   for (int64_t first = 0; first < a.maps; first += kTogether) {
     const int64_t count = a.maps - first < kTogether ? a.maps - first : kTogether;
     for (int64_t p = first; p < first + count; ++p)
-      if (a.normalized[p]) save_statistics<T>(a, p, image, group, moments_of(static_cast<const S*>(a.xs[p]) + start, slice));
+      if (a.normalized[p])
+        save_statistics<T>(a, p, image, group, moments_of(static_cast<const S*>(a.xs[p]) + start, slice));
     if (count == 3) add_maps<S, 3>(a, first, image, group, sum);
     if (count == 2) add_maps<S, 2>(a, first, image, group, sum);
     if (count == 1) add_maps<S, 1>(a, first, image, group, sum);
@@ -158,10 +166,12 @@ template <class S> void planes_forward(const NormActMixArgs& a, int64_t unit, vo
 
 // Sums over one channel's pixels of kept g and kept g xhat.
 template <class S>
-void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithmetic_t<S>>& ch, double* sum_a, double* sum_b) {
+void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithmetic_t<S>>& ch, double* sum_a,
+                  double* sum_b) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), rstd = splat<T>(ch.rstd), zero = {};
+  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift),
+               rstd = splat<T>(ch.rstd), zero = {};
   double total_a = 0, total_b = 0;
   for (int64_t begin = 0; begin < count; begin += 1024 * W) {
     const int64_t end = begin + 1024 * W < count ? begin + 1024 * W : count;
@@ -193,10 +203,12 @@ void channel_sums(const S* x, const S* grad, int64_t count, const Channel<arithm
 }
 
 template <class S, bool kStreaming>
-void channel_gradient(const S* x, const S* grad, S* dx, int64_t count, const Channel<arithmetic_t<S>>& ch, const Gradient<arithmetic_t<S>>& k) {
+void channel_gradient(const S* x, const S* grad, S* dx, int64_t count, const Channel<arithmetic_t<S>>& ch,
+                      const Gradient<arithmetic_t<S>>& k) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift), direct = splat<T>(k.direct), zero = {};
+  const vec<T> mean = splat<T>(ch.mean), scale = splat<T>(ch.scale), shift = splat<T>(ch.shift),
+               direct = splat<T>(k.direct), zero = {};
   const vec<T> slope = splat<T>(k.c2 * ch.rstd), constant = splat<T>(k.c1);
   const auto part = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const vec<T> value = load_part(x + i, n) - mean;
@@ -222,7 +234,8 @@ template <class S> void planes_backward(const NormActMixArgs& a, int64_t unit) {
     const S* x = static_cast<const S*>(a.xs[p]) + start;
     const int64_t row = (p * a.batch + image) * a.channels + group * width;
     for (int64_t c = 0; c < width; ++c)
-      channel_sums(x + c * a.pixels, grad + c * a.pixels, a.pixels, channel_of<T>(a, p, image, group * width + c), a.sum_a + row + c, a.sum_b + row + c);
+      channel_sums(x + c * a.pixels, grad + c * a.pixels, a.pixels, channel_of<T>(a, p, image, group * width + c),
+                   a.sum_a + row + c, a.sum_b + row + c);
     T c1, c2;
     group_gradient<T>(a, p, image, group, &c1, &c2);
     const T w = static_cast<const T*>(a.weights)[p];

@@ -58,7 +58,8 @@ NASDET_INLINE void roi_pixel(const RoiWork& w, int row, int column, const S* in,
 }
 
 template <class S, class Out>
-NASDET_INLINE void roi_pixel_part(const RoiWork& w, int row, int column, const S* in, int64_t c, int64_t count, const Out& out) {
+NASDET_INLINE void roi_pixel_part(const RoiWork& w, int row, int column, const S* in, int64_t c, int64_t count,
+                                  const Out& out) {
   using T = arithmetic_t<S>;
   vec<T> sum = {};
   for (int32_t i = w.y.first[row]; i < w.y.first[row + 1]; ++i)
@@ -69,7 +70,8 @@ NASDET_INLINE void roi_pixel_part(const RoiWork& w, int row, int column, const S
   out.put_part(c, sum, count);
 }
 
-template <class S, bool kGradient, bool kStreaming> void roi_pixels(const RoiJob& job, const RoiWork* work, int64_t count) {
+template <class S, bool kGradient, bool kStreaming>
+void roi_pixels(const RoiJob& job, const RoiWork* work, int64_t count) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
   const int64_t channels = job.last - job.first;
@@ -78,8 +80,10 @@ template <class S, bool kGradient, bool kStreaming> void roi_pixels(const RoiJob
     const S* in = static_cast<const S*>(w.in) + job.first;
     for (int32_t row = 0; row < w.y.count; ++row)
       for (int32_t column = 0; column < w.x.count; ++column) {
-        const int64_t at = w.out + w.y.out[row] * w.out_row + w.x.out[column] * w.out_column + (job.first - job.out_first) * w.out_channel;
-        const RoiPixelOut<S, kGradient, kStreaming> out{static_cast<char*>(job.out) + at * int64_t(kGradient ? sizeof(T) : sizeof(S)), w.out_channel};
+        const int64_t at = w.out + w.y.out[row] * w.out_row + w.x.out[column] * w.out_column +
+                           (job.first - job.out_first) * w.out_channel;
+        const RoiPixelOut<S, kGradient, kStreaming> out{
+            static_cast<char*>(job.out) + at * int64_t(kGradient ? sizeof(T) : sizeof(S)), w.out_channel};
         int64_t c = 0;
         for (; c + 8 * W <= channels; c += 8 * W) roi_pixel<8>(w, row, column, in, c, out);
         for (; c + 2 * W <= channels; c += 2 * W) roi_pixel<2>(w, row, column, in, c, out);

@@ -12,7 +12,7 @@ struct RoiSums {
   const int32_t* in;
   const void* weight;  // float, or double when the features are double
   int32_t count;
-  int32_t in_end;      // all in positions are below
+  int32_t in_end;  // all in positions are below
 };
 
 // The sums along x for planes, W neighbouring out positions in the lanes of one vector: each window loads W (or 2W, if
@@ -31,29 +31,29 @@ struct RoiLanes {
   const void* keep;  // [steps][W] the same type: all ones, or 0 where the step gives nothing to a lane
   const void* weight;
   int32_t count;
-  int32_t in_end;    // no window reads this position or a later one
-  bool shared;       // all windows are one, narrow and from position 0
+  int32_t in_end;  // no window reads this position or a later one
+  bool shared;     // all windows are one, narrow and from position 0
 };
 
 struct RoiWork {
-  const void* in;         // channel 0
-  const void* in_end;     // nothing can be read from here on
-  int64_t out;            // offset from RoiJob::out
+  const void* in;                                                           // channel 0
+  const void* in_end;                                                       // nothing can be read from here on
+  int64_t out;                                                              // offset from RoiJob::out
   int64_t in_row, in_column, in_channel, out_row, out_column, out_channel;  // strides
-  int64_t out_end;        // gradients of planes: elements of a plane
+  int64_t out_end;                                                          // gradients of planes: elements of a plane
   RoiSums y, x;
-  RoiLanes lanes;         // planes only
+  RoiLanes lanes;  // planes only
 };
 
 // Channels [first, last) of some RoIs; channel c of RoiWork::in goes to channel c - out_first of RoiJob::out.
 struct RoiJob {
   void* out;
-  void* scratch;          // pooling planes: [last - first, bins] and 2 vectors, in the type of the arithmetic
+  void* scratch;  // pooling planes: [last - first, bins] and 2 vectors, in the type of the arithmetic
   int64_t first, last, out_first;
   int64_t bins;
-  int storage;            // storage_code() of what is read; gradients are accumulated in the type of the arithmetic
+  int storage;  // storage_code() of what is read; gradients are accumulated in the type of the arithmetic
   bool gradient;
-  bool streaming;         // results are larger than the caches: bypass them
+  bool streaming;  // results are larger than the caches: bypass them
 };
 
 }  // namespace nasdet
@@ -123,7 +123,9 @@ template <class T> class RoiPlanner {
     for (int32_t i = 0; i < sums.count; ++i)
       for (int32_t j = sums.first[i]; j < sums.first[i + 1]; ++j)
         entries_.push_back({sums.in[j], sums.out[i], static_cast<const T*>(sums.weight)[j]});
-    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.pixel < b.pixel || (a.pixel == b.pixel && a.bin < b.bin); });
+    std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
+      return a.pixel < b.pixel || (a.pixel == b.pixel && a.bin < b.bin);
+    });
     clear();
     for (const Entry& e : entries_) {
       if (out_.empty() || out_.back() != e.pixel) begin(e.pixel);
@@ -148,13 +150,21 @@ template <class T> class RoiPlanner {
       for (; end < sums.count && sums.out[end] - sums.out[i] < width; ++end)
         for (int32_t j = sums.first[end]; j < sums.first[end + 1]; ++j)
           entries_.push_back({sums.in[j], sums.out[end] - sums.out[i], static_cast<const T*>(sums.weight)[j]});
-      std::stable_sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return a.pixel < b.pixel; });
+      std::stable_sort(entries_.begin(), entries_.end(),
+                       [](const Entry& a, const Entry& b) { return a.pixel < b.pixel; });
       const int32_t first_window = int32_t(windows_.size());
       for (size_t e = 0; e < entries_.size();) e = window(e, width, shared, &in_end);
       groups_.push_back({sums.out[i], first_window, int32_t(windows_.size())});
       i = end;
     }
-    return {arena_.keep(groups_), arena_.keep(windows_), arena_.keep(pick_), arena_.keep(keep_), arena_.keep(lane_weight_), int32_t(groups_.size()), in_end, shared};
+    return {arena_.keep(groups_),
+            arena_.keep(windows_),
+            arena_.keep(pick_),
+            arena_.keep(keep_),
+            arena_.keep(lane_weight_),
+            int32_t(groups_.size()),
+            in_end,
+            shared};
   }
 
  private:
@@ -186,7 +196,8 @@ template <class T> class RoiPlanner {
   RoiSums kept() {
     first_.push_back(int32_t(in_.size()));
     const int32_t in_end = in_.empty() ? 0 : *std::max_element(in_.begin(), in_.end()) + 1;
-    return {arena_.keep(out_), arena_.keep(first_), arena_.keep(in_), arena_.keep(weight_), int32_t(out_.size()), in_end};
+    return {arena_.keep(out_),    arena_.keep(first_),  arena_.keep(in_),
+            arena_.keep(weight_), int32_t(out_.size()), in_end};
   }
 
   // The window that begins at entry `e`; returns the entry after it.

@@ -39,10 +39,12 @@ template <class S> struct RoiRow {  // of one channel: the rows that out row `ro
   const RoiWork& w;
   const S* in;
   int32_t first, last;
-  RoiRow(const RoiWork& work, const S* plane, int row) : w(work), in(plane), first(w.y.first[row]), last(w.y.first[row + 1]) {}
+  RoiRow(const RoiWork& work, const S* plane, int row)
+      : w(work), in(plane), first(w.y.first[row]), last(w.y.first[row + 1]) {}
 
   // kVectors vectors of their sum from column `column` on. kSafe: whole vectors can be read anywhere.
-  template <bool kSafe, bool kAhead, int kVectors> NASDET_INLINE void sum(int32_t column, vec<arithmetic_t<S>>* sums) const {
+  template <bool kSafe, bool kAhead, int kVectors>
+  NASDET_INLINE void sum(int32_t column, vec<arithmetic_t<S>>* sums) const {
     using T = arithmetic_t<S>;
     constexpr int W = kWidth<S>;
     const T* wy = static_cast<const T*>(w.y.weight);
@@ -51,7 +53,8 @@ template <class S> struct RoiRow {  // of one channel: the rows that out row `ro
     for (int32_t i = first; i < last; ++i) {
       const S* p = in + w.y.in[i] * w.in_row + column;
       if (kAhead) prefetch(p + kPlanesAhead * w.in_channel, kVectors * W);
-      for (int v = 0; v < kVectors; ++v) sum[v] += splat<T>(wy[i]) * (kSafe ? load(p + v * W) : load_until(p + v * W, end));
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] += splat<T>(wy[i]) * (kSafe ? load(p + v * W) : load_until(p + v * W, end));
     }
     for (int v = 0; v < kVectors; ++v) sums[v] = sum[v];
   }
@@ -62,7 +65,9 @@ template <class T> struct RoiSteps {
   const lanes_t<T>* keep;
   const vec<T>* weight;
   explicit RoiSteps(const RoiLanes& l)
-      : pick(static_cast<const lanes_t<T>*>(l.pick)), keep(static_cast<const lanes_t<T>*>(l.keep)), weight(static_cast<const vec<T>*>(l.weight)) {}
+      : pick(static_cast<const lanes_t<T>*>(l.pick)),
+        keep(static_cast<const lanes_t<T>*>(l.keep)),
+        weight(static_cast<const vec<T>*>(l.weight)) {}
   NASDET_INLINE vec<T> moved(const RoiWindow& window, vec<T> a) const {
     vec<T> sum = {};
     for (int32_t s = window.first; s < window.last; ++s) sum += picked<T>(a, pick[s], keep[s]) * weight[s];
@@ -95,7 +100,8 @@ NASDET_INLINE vec<arithmetic_t<S>> roi_lanes(const RoiRow<S>& row, const RoiLane
   return total;
 }
 
-template <class S, bool kSafe> NASDET_INLINE void roi_plane_gradient(const RoiWork& w, const S* in, arithmetic_t<S>* out) {
+template <class S, bool kSafe>
+NASDET_INLINE void roi_plane_gradient(const RoiWork& w, const S* in, arithmetic_t<S>* out) {
   using T = arithmetic_t<S>;
   const T* end = out + w.out_end;
   const RoiSteps<T> steps(w.lanes);
@@ -107,7 +113,8 @@ template <class S, bool kSafe> NASDET_INLINE void roi_plane_gradient(const RoiWo
       const RoiLanes::Group group = w.lanes.groups[g];
       T* p = out + w.y.out[r] * w.out_row + group.out;
       prefetch(p + kPlanesAhead * w.out_channel, kLanes<T>);
-      const vec<T> sum = w.lanes.shared ? steps.moved(w.lanes.windows[group.first], shared[0]) : roi_lanes<S, kSafe, false>(row, group);
+      const vec<T> sum = w.lanes.shared ? steps.moved(w.lanes.windows[group.first], shared[0])
+                                        : roi_lanes<S, kSafe, false>(row, group);
       if (end - p >= kLanes<T>) store<T>(p, load<T>(p) + sum);
       else store_part<T>(p, load_part<T>(p, end - p) + sum, end - p);
     }
@@ -115,7 +122,8 @@ template <class S, bool kSafe> NASDET_INLINE void roi_plane_gradient(const RoiWo
 }
 
 // Into scratch [rows, out_row]: lanes beyond the last out column fall on what is written next, or behind the end.
-template <class S, bool kSafe> NASDET_INLINE void roi_plane_pooling(const RoiWork& w, const S* in, arithmetic_t<S>* out) {
+template <class S, bool kSafe>
+NASDET_INLINE void roi_plane_pooling(const RoiWork& w, const S* in, arithmetic_t<S>* out) {
   using T = arithmetic_t<S>;
   for (int32_t r = 0; r < w.y.count; ++r) {
     const RoiRow<S> row(w, in, r);

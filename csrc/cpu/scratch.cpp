@@ -19,7 +19,10 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20;
 
-struct Piece { char* data; size_t size; };
+struct Piece {
+  char* data;
+  size_t size;
+};
 
 struct Pool {
   std::mutex mutex;

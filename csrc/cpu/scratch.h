@@ -33,7 +33,9 @@ class Scratch {
   size_t used() const { return used_; }
   void rewind(size_t used) { used_ = used; }
 
-  static constexpr size_t padded(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }  // what a piece takes of `bytes`
+  static constexpr size_t padded(size_t bytes) {
+    return (bytes + 4095) / 4096 * 4096;
+  }  // what a piece takes of `bytes`
 
  private:
   char* data_;

@@ -6,17 +6,17 @@
 namespace nasdet {
 
 struct FocalArgs {
-  const void* logits;     // [count] dense; all arrays are laid out as the logits
-  const void* targets;    // [count]
-  const void* grad;       // backward: [count], or null where the loss was summed
-  void* out;              // forward: [count], or null where only the sum is wanted
-  void* dlogits;          // backward: [count], or null when not wanted
+  const void* logits;   // [count] dense; all arrays are laid out as the logits
+  const void* targets;  // [count]
+  const void* grad;     // backward: [count], or null where the loss was summed
+  void* out;            // forward: [count], or null where only the sum is wanted
+  void* dlogits;        // backward: [count], or null when not wanted
   void* dtargets;
-  double alpha[2];        // weight of targets 0 and 1
+  double alpha[2];  // weight of targets 0 and 1
   double gamma;
-  double scale;           // backward: the gradient of the sum
-  int storage;            // storage_code()
-  bool streaming;         // results are larger than the caches and aligned: bypass them
+  double scale;    // backward: the gradient of the sum
+  int storage;     // storage_code()
+  bool streaming;  // results are larger than the caches and aligned: bypass them
 };
 
 }  // namespace nasdet
@@ -120,7 +120,8 @@ template <class S, bool kSquare> double sum_loss(const FocalArgs& a, int64_t beg
 template <class S, bool kSquare, bool kStreaming> void gradient(const FocalArgs& a, int64_t begin, int64_t end) {
   using T = arithmetic_t<S>;
   constexpr int W = kWidth<S>;
-  const S *logits = static_cast<const S*>(a.logits), *targets = static_cast<const S*>(a.targets), *grad = static_cast<const S*>(a.grad);
+  const S *logits = static_cast<const S*>(a.logits), *targets = static_cast<const S*>(a.targets),
+          *grad = static_cast<const S*>(a.grad);
   S *dlogits = static_cast<S*>(a.dlogits), *dtargets = static_cast<S*>(a.dtargets);
   const T gamma = T(a.gamma), alpha0 = T(a.alpha[0]), slope = T(a.alpha[1] - a.alpha[0]), scale = T(a.scale);
   int64_t i = begin;
@@ -159,19 +160,27 @@ template <class S> void backward_of(const FocalArgs& a, int64_t begin, int64_t e
 
 void focal_forward(const FocalArgs& a, int64_t begin, int64_t end, double* sum) {
   switch (a.storage) {
-    case 0: return forward_of<float>(a, begin, end, sum);
-    case 1: return forward_of<double>(a, begin, end, sum);
-    case 2: return forward_of<BFloat16>(a, begin, end, sum);
-    case 3: return forward_of<Half>(a, begin, end, sum);
+    case 0:
+      return forward_of<float>(a, begin, end, sum);
+    case 1:
+      return forward_of<double>(a, begin, end, sum);
+    case 2:
+      return forward_of<BFloat16>(a, begin, end, sum);
+    case 3:
+      return forward_of<Half>(a, begin, end, sum);
   }
 }
 
 void focal_backward(const FocalArgs& a, int64_t begin, int64_t end) {
   switch (a.storage) {
-    case 0: return backward_of<float>(a, begin, end);
-    case 1: return backward_of<double>(a, begin, end);
-    case 2: return backward_of<BFloat16>(a, begin, end);
-    case 3: return backward_of<Half>(a, begin, end);
+    case 0:
+      return backward_of<float>(a, begin, end);
+    case 1:
+      return backward_of<double>(a, begin, end);
+    case 2:
+      return backward_of<BFloat16>(a, begin, end);
+    case 3:
+      return backward_of<Half>(a, begin, end);
   }
 }
 
@@ -204,7 +213,9 @@ FocalArgs arguments(const Tensor& logits, const Tensor& targets, double alpha, d
   return args;
 }
 
-bool bypass_caches(const Tensor& result) { return result.numel() * int64_t(result.element_size()) >= kStreamingBytes && aligned(result); }
+bool bypass_caches(const Tensor& result) {
+  return result.numel() * int64_t(result.element_size()) >= kStreamingBytes && aligned(result);
+}
 
 // Whether the elements fill one block of memory, in any order of the dimensions.
 bool dense(const Tensor& t) {
@@ -219,7 +230,8 @@ bool dense(const Tensor& t) {
 
 Tensor scalar_like(const Tensor& logits, double value) {
   const bool wide = logits.scalar_type() == ScalarType::Double;
-  Tensor out = torch::stable::new_zeros(logits, torch::headeronly::IntHeaderOnlyArrayRef(), wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::new_zeros(logits, torch::headeronly::IntHeaderOnlyArrayRef(),
+                                        wide ? ScalarType::Double : ScalarType::Float);
   if (wide) *static_cast<double*>(out.mutable_data_ptr()) = value;
   else *static_cast<float*>(out.mutable_data_ptr()) = float(value);
   return out;
@@ -239,7 +251,8 @@ Tensor sigmoid_focal_loss(Tensor logits, Tensor targets, double alpha, double ga
   const auto kernel = NASDET_KERNEL(focal_forward);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c)
-      kernel(args, c * kChunk, c * kChunk + kChunk < count ? c * kChunk + kChunk : count, reduce_sum ? &partial[c] : nullptr);
+      kernel(args, c * kChunk, c * kChunk + kChunk < count ? c * kChunk + kChunk : count,
+             reduce_sum ? &partial[c] : nullptr);
   });
   if (!reduce_sum) return like;
   double total = 0;
@@ -247,23 +260,30 @@ Tensor sigmoid_focal_loss(Tensor logits, Tensor targets, double alpha, double ga
   return scalar_like(logits, total);
 }
 
-std::tuple<Tensor, Tensor> sigmoid_focal_loss_backward(Tensor grad, Tensor logits, Tensor targets, double alpha, double gamma, bool reduce_sum,
-                                                       bool need_logits, bool need_targets) {
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_backward(Tensor grad, Tensor logits, Tensor targets, double alpha,
+                                                       double gamma, bool reduce_sum, bool need_logits,
+                                                       bool need_targets) {
   check(logits, targets, alpha, gamma);
   const bool wide = logits.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(grad.is_cpu(), "grad must be on the CPU");
   if (reduce_sum) {
-    STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), "grad must be one float32 (float64 for float64 logits)");
+    STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                    "grad must be one float32 (float64 for float64 logits)");
   } else {
-    STD_TORCH_CHECK(same(grad.sizes(), logits.sizes()) && grad.scalar_type() == logits.scalar_type(), "grad must have the logits' shape and dtype");
+    STD_TORCH_CHECK(same(grad.sizes(), logits.sizes()) && grad.scalar_type() == logits.scalar_type(),
+                    "grad must have the logits' shape and dtype");
   }
   const Tensor nothing = torch::stable::new_zeros(logits, {0});
   if (!need_logits && !need_targets) return {nothing, nothing};
   Tensor first = torch::stable::empty_like(logits);
   Tensor second = need_logits && need_targets ? torch::stable::empty_like(first) : first;
-  const Tensor x = in_layout_of(logits, first), t = in_layout_of(targets, first), g = reduce_sum ? grad : in_layout_of(grad, first);
+  const Tensor x = in_layout_of(logits, first);
+  const Tensor t = in_layout_of(targets, first);
+  const Tensor g = reduce_sum ? grad : in_layout_of(grad, first);
   FocalArgs args = arguments(x, t, alpha, gamma);
-  if (reduce_sum) args.scale = wide ? *static_cast<const double*>(g.const_data_ptr()) : *static_cast<const float*>(g.const_data_ptr());
+  if (reduce_sum)
+    args.scale =
+        wide ? *static_cast<const double*>(g.const_data_ptr()) : *static_cast<const float*>(g.const_data_ptr());
   else args.grad = g.const_data_ptr();
   args.dlogits = need_logits ? first.mutable_data_ptr() : nullptr;
   args.dtargets = need_targets ? second.mutable_data_ptr() : nullptr;

@@ -10,15 +10,15 @@ constexpr int64_t kSoftRoom = 16;  // places behind the last candidate: lanes of
 
 // The candidates of one class. A NaN score marks a box that is out: selected, or below the least score.
 template <class T> struct SoftSegment {
-  T* boxes[4];         // [count + kSoftRoom] x1, y1, x2, y2
+  T* boxes[4];  // [count + kSoftRoom] x1, y1, x2, y2
   T* areas;
   T* scores;
-  uint32_t* indices;   // ascending, after the leading ones
+  uint32_t* indices;  // ascending, after the leading ones
   int64_t count;
-  int64_t leading;     // boxes whose score was NaN from the start: they come first, in this order
+  int64_t leading;  // boxes whose score was NaN from the start: they come first, in this order
   int method;
   double threshold, sigma, min_score;
-  uint32_t* order;     // [count] results
+  uint32_t* order;  // [count] results
   T* final_scores;
   int64_t selected;
 };
@@ -102,7 +102,8 @@ template <class T> NASDET_INLINE int64_t first_with(const SoftSegment<T>& s, T s
   return s.count;
 }
 
-template <class T> void end_with_nothing(SoftSegment<T>& s) {  // the lanes behind the last candidate are out, and overlap nothing
+template <class T>
+void end_with_nothing(SoftSegment<T>& s) {  // the lanes behind the last candidate are out, and overlap nothing
   for (int64_t i = s.count; i < s.count + kSoftRoom; ++i) {
     for (int d = 0; d < 4; ++d) s.boxes[d][i] = T(0);
     s.areas[i] = T(0);
@@ -174,7 +175,9 @@ template <class T> struct Selections {
   Buffer<T> scores;
 };
 
-template <class S, class T> void select_class(const BoxList& list, const uint32_t* members, int64_t count, const Settings& settings, Selections<T>& out, size_t place) {
+template <class S, class T>
+void select_class(const BoxList& list, const uint32_t* members, int64_t count, const Settings& settings,
+                  Selections<T>& out, size_t place) {
   const int64_t room = count + kSoftRoom;
   Buffer<T> memory(6 * room);
   Buffer<uint32_t> indices(room);
@@ -191,11 +194,14 @@ template <class S, class T> void select_class(const BoxList& list, const uint32_
     s.scores[s.count] = score;
     s.indices[s.count++] = index;
   };
-  const auto score_of = [&](int64_t i) { return T(widened(static_cast<const S*>(list.scores)[int64_t(members ? members[i] : i) * list.score_stride])); };
+  const auto score_of = [&](int64_t i) {
+    return T(widened(static_cast<const S*>(list.scores)[int64_t(members ? members[i] : i) * list.score_stride]));
+  };
   for (const bool leading : {true, false}) {
     for (int64_t i = 0; i < count; ++i) {
       const T score = score_of(i);
-      if ((score != score) == leading && !(score < T(settings.min_score))) add(members ? members[i] : uint32_t(i), score);
+      if ((score != score) == leading && !(score < T(settings.min_score)))
+        add(members ? members[i] : uint32_t(i), score);
     }
     if (leading) s.leading = s.count;
   }
@@ -214,7 +220,8 @@ template <class T, class F> void merge(const Selections<T>& all, F f) {
   using Head = std::tuple<uint64_t, uint32_t, size_t, int64_t>;  // key, index, class, position
   std::priority_queue<Head, std::vector<Head>, std::greater<Head>> heads;
   const auto push = [&](size_t c, int64_t i) {
-    if (i < all.counts[c]) heads.emplace(descending_key(all.scores[all.starts[c] + i]), all.order[all.starts[c] + i], c, i);
+    if (i < all.counts[c])
+      heads.emplace(descending_key(all.scores[all.starts[c] + i]), all.order[all.starts[c] + i], c, i);
   };
   for (size_t c = 0; c < all.counts.size(); ++c) push(c, 0);
   while (!heads.empty()) {
@@ -227,10 +234,17 @@ template <class T, class F> void merge(const Selections<T>& all, F f) {
 
 void store_score(void* scores, int storage, int64_t i, double value) {
   switch (storage) {
-    case 1: static_cast<double*>(scores)[i] = value; return;
-    case 2: NASDET_ISA::store_part(static_cast<BFloat16*>(scores) + i, NASDET_ISA::splat(float(value)), 1); return;
-    case 3: static_cast<Half*>(scores)[i].bits = NASDET_ISA::float_to_half(float(value)); return;
-    default: static_cast<float*>(scores)[i] = float(value);
+    case 1:
+      static_cast<double*>(scores)[i] = value;
+      return;
+    case 2:
+      NASDET_ISA::store_part(static_cast<BFloat16*>(scores) + i, NASDET_ISA::splat(float(value)), 1);
+      return;
+    case 3:
+      static_cast<Half*>(scores)[i].bits = NASDET_ISA::float_to_half(float(value));
+      return;
+    default:
+      static_cast<float*>(scores)[i] = float(value);
   }
 }
 
@@ -250,13 +264,15 @@ template <class S> std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Box
   const int64_t classes = int64_t(all.counts.size());
   const auto select_classes = [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c)
-      select_class<S, T>(list, members.get() ? members.get() + all.starts[c] : nullptr, all.starts[c + 1] - all.starts[c], settings, all, size_t(c));
+      select_class<S, T>(list, members.get() ? members.get() + all.starts[c] : nullptr,
+                         all.starts[c + 1] - all.starts[c], settings, all, size_t(c));
   };
   if (classes > 1 && n * n / classes >= kParallelPairs) torch::stable::parallel_for(0, classes, 1, select_classes);
   else select_classes(0, classes);
   int64_t selected = 0;
   for (const int64_t count : all.counts) selected += count;
-  Tensor keep = torch::stable::new_empty(boxes, {selected}, ScalarType::Long), scores = torch::stable::new_empty(boxes, {selected});
+  Tensor keep = torch::stable::new_empty(boxes, {selected}, ScalarType::Long);
+  Tensor scores = torch::stable::new_empty(boxes, {selected});
   int64_t* index = static_cast<int64_t*>(keep.mutable_data_ptr());
   void* score = scores.mutable_data_ptr();
   int64_t i = 0;
@@ -267,7 +283,8 @@ template <class S> std::tuple<Tensor, Tensor> run(const Tensor& boxes, const Box
   return {keep, scores};
 }
 
-std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, int64_t method, double iou_threshold, double sigma, double min_score) {
+std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, int64_t method,
+                                    double iou_threshold, double sigma, double min_score) {
   check_cpu_boxes(boxes, scores, classes, iou_threshold, 0);
   STD_TORCH_CHECK(method >= kLinear && method <= kNaive, "method must be 0, 1 or 2, got ", method);
   STD_TORCH_CHECK(sigma > 0, "sigma must be positive, got ", sigma);
@@ -280,7 +297,5 @@ std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<T
 }  // namespace
 }  // namespace nasdet
 
-STABLE_TORCH_LIBRARY_IMPL(nasdet, CPU, m) {
-  m.impl("soft_nms", TORCH_BOX(&nasdet::soft_nms));
-}
+STABLE_TORCH_LIBRARY_IMPL(nasdet, CPU, m) { m.impl("soft_nms", TORCH_BOX(&nasdet::soft_nms)); }
 #endif

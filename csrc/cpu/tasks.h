@@ -25,7 +25,8 @@ template <class Body> void for_tasks(int64_t tasks, int64_t workers, const Body&
 template <class Body> void for_ranges(int64_t count, int64_t workers, const Body& body) {
   constexpr int64_t kRanges = 8;  // for each worker
   const int64_t ranges = std::min(count, workers > 1 ? kRanges * workers : 1);
-  for_tasks(ranges, workers, [&](int64_t worker, int64_t i) { body(worker, count * i / ranges, count * (i + 1) / ranges); });
+  for_tasks(ranges, workers,
+            [&](int64_t worker, int64_t i) { body(worker, count * i / ranges, count * (i + 1) / ranges); });
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ NASDET_INLINE void split_row(const float* from, int64_t terms, char* to, int64_t
   for (int64_t b = 0; b < blocks; ++b, to += block_bytes)
     for (int64_t k = 0; k < kAmxSide; k += W) {
       const int64_t low = b * kAmxTerms + k, high = low + kAmxSide;
-      store_pairs(low < terms ? load(from + low) : Vector{}, high < terms ? load(from + high) : Vector{}, to + k * 4, kAmxTileBytes);
+      store_pairs(low < terms ? load(from + low) : Vector{}, high < terms ? load(from + high) : Vector{}, to + k * 4,
+                  kAmxTileBytes);
     }
 }
 
@@ -41,9 +42,11 @@ void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char
       }
       for (int64_t k = 0; k < W; ++k) {
         for (int half = 0; half < 2; ++half)
-          transform_kernel(terms[half].taps + k * terms[half].term, terms[half].step, [&](int plane, Vector value) { values[half][plane] = value; });
+          transform_kernel(terms[half].taps + k * terms[half].term, terms[half].step,
+                           [&](int plane, Vector value) { values[half][plane] = value; });
         char* row = to + (first + k) * kAmxRowBytes + lane * 4;
-        for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes) store_pairs(values[0][plane], values[1][plane], row, 2 * kAmxTileBytes);
+        for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes)
+          store_pairs(values[0][plane], values[1][plane], row, 2 * kAmxTileBytes);
       }
     }
   }
@@ -59,8 +62,9 @@ struct AmxOperands {
   int64_t ahead_bytes;
 };
 
-template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks, float* sums, int64_t row, bool accumulate,
-                                                                          const char* ahead, int64_t lines) {
+template <int kRows, int kColumns>
+NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks,
+                                  float* sums, int64_t row, bool accumulate, const char* ahead, int64_t lines) {
   const int64_t stride = row * 4;
   float* const below = sums + kAmxSide * row;
   if (accumulate) {
@@ -72,9 +76,11 @@ template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& t
     tiles.zero<0>(), tiles.zero<1>(), tiles.zero<2>(), tiles.zero<3>();
   }
   for (int64_t block = 0; block < blocks; ++block, a += kAmxRowBlock, b += kAmxColumnBlock)
-    add_float_products<kRows, kColumns>(tiles, {a, kAmxRowBytes, kAmxTileBytes, a_tile}, {b, kAmxRowBytes, 2 * kAmxTileBytes, kAmxTileBytes}, [&] {
-      for (int64_t i = 0; i < lines; ++i, ahead += kAmxRowBytes) __builtin_prefetch(ahead, 0, 2);
-    });
+    add_float_products<kRows, kColumns>(tiles, {a, kAmxRowBytes, kAmxTileBytes, a_tile},
+                                        {b, kAmxRowBytes, 2 * kAmxTileBytes, kAmxTileBytes}, [&] {
+                                          for (int64_t i = 0; i < lines; ++i, ahead += kAmxRowBytes)
+                                            __builtin_prefetch(ahead, 0, 2);
+                                        });
   tiles.store<0>(sums, stride);
   if constexpr (kColumns == 2) tiles.store<1>(sums + kAmxSide, stride);
   if constexpr (kRows == 2) tiles.store<2>(below, stride);
@@ -82,18 +88,22 @@ template <int kRows, int kColumns> NASDET_INLINE void multiply_block(AmxTiles& t
 }
 
 // Sums over `blocks` of terms for some tiles of rows and of columns.
-NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t rows, int64_t columns, int64_t blocks, bool accumulate) {
+NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t rows, int64_t columns, int64_t blocks,
+                                  bool accumulate) {
   constexpr int64_t kProducts = 6;
-  const int64_t parts = (rows + 1) / 2 * ((columns + 1) / 2) * blocks * kProducts, lines = (o.ahead_bytes / kAmxRowBytes + parts - 1) / parts;
+  const int64_t parts = (rows + 1) / 2 * ((columns + 1) / 2) * blocks * kProducts;
+  const int64_t lines = (o.ahead_bytes / kAmxRowBytes + parts - 1) / parts;
   const char* ahead = o.ahead;
   for (int64_t column = 0; column < columns; column += 2)
     for (int64_t row = 0; row < rows; row += 2, ahead += lines * kProducts * blocks * kAmxRowBytes) {
       const char *const a = o.a + row * o.a_tile, *const b = o.b + column / 2 * o.b_panel;
       float* const sums = o.sums + row * kAmxSide * o.sum_row + column / 2 * o.sum_panel;
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
-      if (two_rows && two_columns) multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      if (two_rows && two_columns)
+        multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
       else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
-      else if (two_columns) multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else if (two_columns)
+        multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
       else multiply_block<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
     }
 }
@@ -108,10 +118,13 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
   AmxTiles tiles;
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     float* const values = domain + plane * p.deep_plane;
-    for (int64_t i = 0; i < count; ++i) split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks, kAmxRowBlock);
+    for (int64_t i = 0; i < count; ++i)
+      split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks,
+                kAmxRowBlock);
     const char* const weights = job.weights + plane * job.weight_plane;
     const int64_t panel = job.blocks * kAmxColumnBlock;
-    const AmxOperands operands{parts, weights, values, a_tile, panel, wide, 2 * kAmxSide, weights + panel, (job.columns + 1) / 2 * panel};
+    const AmxOperands operands{
+        parts, weights, values, a_tile, panel, wide, 2 * kAmxSide, weights + panel, (job.columns + 1) / 2 * panel};
     multiply_tiles(tiles, operands, amx_tiles(count), job.columns, job.blocks, false);
   }
   for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
@@ -121,12 +134,16 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
 void amx_split_inputs(const WinogradAmx& job, int64_t index, char* scratch) {
   const WinogradProduct& p = job.product;
   float* const domain = reinterpret_cast<float*>(scratch);
-  const int64_t deep = p.deep.count * W, first = index * kAmxSide, count = job.tiles - first < kAmxSide ? job.tiles - first : kAmxSide;
+  const int64_t deep = p.deep.count * W;
+  const int64_t first = index * kAmxSide;
+  const int64_t count = job.tiles - first < kAmxSide ? job.tiles - first : kAmxSide;
   const int64_t plane_bytes = amx_tiles(job.tiles) * kAmxRowBlock;
   for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
     for (int64_t i = 0; i < count; ++i)
-      split_row(domain + plane * p.deep_plane + i * deep, deep, job.inputs + plane * plane_bytes + index * kAmxRowBlock + i * kAmxRowBytes, job.blocks, kWinogradPlanes * plane_bytes);
+      split_row(domain + plane * p.deep_plane + i * deep, deep,
+                job.inputs + plane * plane_bytes + index * kAmxRowBlock + i * kAmxRowBytes, job.blocks,
+                kWinogradPlanes * plane_bytes);
 }
 
 // `count` columns of 16 from `first` on, for all map tiles: a block's weights are made for one use.
@@ -137,14 +154,25 @@ void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scr
   const char* inputs = job.inputs;
   AmxTiles tiles;
   for (int64_t block = 0; block < job.blocks; ++block) {
-    for (int64_t column = 0; column < count; ++column) split_weights(p, first + column, block, scratch + column / 2 * kAmxColumnBlock + column % 2 * kAmxTileBytes, job.weight_plane);
+    for (int64_t column = 0; column < count; ++column)
+      split_weights(p, first + column, block, scratch + column / 2 * kAmxColumnBlock + column % 2 * kAmxTileBytes,
+                    job.weight_plane);
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane, inputs += plane_bytes) {
-      const AmxOperands operands{inputs, scratch + plane * job.weight_plane, sums + plane * p.wide_plane, kAmxRowBlock, kAmxColumnBlock, row, 2 * kAmxSide, inputs + plane_bytes, plane_bytes};
+      const AmxOperands operands{inputs,
+                                 scratch + plane * job.weight_plane,
+                                 sums + plane * p.wide_plane,
+                                 kAmxRowBlock,
+                                 kAmxColumnBlock,
+                                 row,
+                                 2 * kAmxSide,
+                                 inputs + plane_bytes,
+                                 plane_bytes};
       multiply_tiles(tiles, operands, rows, count, 1, block > 0);
     }
   }
   const int64_t vector = first * (kAmxSide / W), rest = p.wide.count - vector, most = count * (kAmxSide / W);
-  for (int64_t i = 0; i < job.tiles; ++i) write_tile(p, {vector, rest < most ? rest : most}, p.tiles[i], sums + i * row);
+  for (int64_t i = 0; i < job.tiles; ++i)
+    write_tile(p, {vector, rest < most ? rest : most}, p.tiles[i], sums + i * row);
 }
 
 }  // namespace

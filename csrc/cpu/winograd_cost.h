@@ -22,18 +22,27 @@ struct WinogradRates {
   double rate;
   int64_t rows, terms;
 };
-inline constexpr WinogradRates kWinogradAvx2{{90e-9, 45e-9, 85e-9}, {130e-9, 40e-9, 135e-9}, 100e9, 1, 1}, kWinogradAvx512{{125e-9, 60e-9, 110e-9}, {200e-9, 75e-9, 190e-9}, 100e9, 1, 1},
+inline constexpr WinogradRates kWinogradAvx2{{90e-9, 45e-9, 85e-9}, {130e-9, 40e-9, 135e-9}, 100e9, 1, 1},
+    kWinogradAvx512{{125e-9, 60e-9, 110e-9}, {200e-9, 75e-9, 190e-9}, 100e9, 1, 1},
     kWinogradAmx{{200e-9, 130e-9, 200e-9}, {280e-9, 280e-9, 450e-9}, 300e9, kAmxSide, kAmxTerms};
 
 // Seconds of one thread for the slices of one dilation that fill `vectors` vectors of channels.
-inline double winograd_dilation_seconds(const ConvProblem& p, const WinogradRates& rates, int64_t tiles, int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
+inline double winograd_dilation_seconds(const ConvProblem& p, const WinogradRates& rates, int64_t tiles,
+                                        int64_t vectors, int64_t lanes, bool backward, bool weight_wanted) {
   constexpr double kAdding = 40e-9, kOverhead = 5e-6;
-  const double t = double(tiles), in = double((p.in_channels + lanes - 1) / lanes), out = double(vectors), kernels = double(p.in_channels) * out;
-  const auto product = [&](int64_t unit) { return double((tiles + unit - 1) / unit * unit) * 72 * kernels * double(lanes) / rates.rate + kOverhead; };
+  const double t = double(tiles);
+  const double in = double((p.in_channels + lanes - 1) / lanes);
+  const double out = double(vectors);
+  const double kernels = double(p.in_channels) * out;
+  const auto product = [&](int64_t unit) {
+    return double((tiles + unit - 1) / unit * unit) * 72 * kernels * double(lanes) / rates.rate + kOverhead;
+  };
   const WinogradCost &one = rates.product, &gradient = rates.gradient;
   if (!backward) return product(rates.rows) + t * (one.into * in + one.out_of * out) + one.kernel * kernels;
   const double of_x = product(rates.rows) + t * (one.into * out + (one.out_of + kAdding) * in) + one.kernel * kernels;
-  return weight_wanted ? of_x + product(rates.terms) + t * (gradient.into * in + gradient.out_of * out) + gradient.kernel * kernels : of_x;
+  return weight_wanted ? of_x + product(rates.terms) + t * (gradient.into * in + gradient.out_of * out) +
+                             gradient.kernel * kernels
+                       : of_x;
 }
 
 }  // namespace nasdet

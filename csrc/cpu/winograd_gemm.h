@@ -25,8 +25,9 @@ NASDET_INLINE vec<float> spread(const float* p) {
 // Sums run over k in order from zero, or from C: an element's bits depend neither on its row nor on its panel. Each k
 // also asks for one line at `ahead`.
 template <int kRows, int kVectors>
-__attribute__((noinline)) void multiply_block(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t depth,
-                                              bool accumulate, const float* ahead) {
+__attribute__((noinline)) void multiply_block(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
+                                              float* c, int64_t c_row, int64_t depth, bool accumulate,
+                                              const float* ahead) {
   constexpr int W = kLanes<float>;
   vec<float> sum[kRows][kVectors];
   if (accumulate) {
@@ -61,29 +62,45 @@ __attribute__((noinline)) void multiply_block(const float* a, int64_t a_row, int
     for (int v = 0; v < kVectors; ++v) store(c + r * c_row + v * W, sum[r][v]);
 }
 
-using MultiplyBlock = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool, const float*);
+using MultiplyBlock = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool,
+                               const float*);
 
 template <int kVectors> MultiplyBlock block_of(int64_t rows) {
-  static constexpr MultiplyBlock kBlocks[] = {
-      multiply_block<1, kVectors>, multiply_block<2, kVectors>, multiply_block<3, kVectors>, multiply_block<4, kVectors>, multiply_block<5, kVectors>, multiply_block<6, kVectors>,
-      multiply_block<most_rows(kVectors) < 7 ? 1 : 7, kVectors>, multiply_block<most_rows(kVectors) < 8 ? 1 : 8, kVectors>, multiply_block<most_rows(kVectors) < 9 ? 1 : 9, kVectors>,
-      multiply_block<most_rows(kVectors) < 10 ? 1 : 10, kVectors>, multiply_block<most_rows(kVectors) < 11 ? 1 : 11, kVectors>, multiply_block<most_rows(kVectors) < 12 ? 1 : 12, kVectors>};
+  static constexpr MultiplyBlock kBlocks[] = {multiply_block<1, kVectors>,
+                                              multiply_block<2, kVectors>,
+                                              multiply_block<3, kVectors>,
+                                              multiply_block<4, kVectors>,
+                                              multiply_block<5, kVectors>,
+                                              multiply_block<6, kVectors>,
+                                              multiply_block < most_rows(kVectors) < 7 ? 1 : 7,
+                                              kVectors >,
+                                              multiply_block < most_rows(kVectors) < 8 ? 1 : 8,
+                                              kVectors >,
+                                              multiply_block < most_rows(kVectors) < 9 ? 1 : 9,
+                                              kVectors >,
+                                              multiply_block < most_rows(kVectors) < 10 ? 1 : 10,
+                                              kVectors >,
+                                              multiply_block < most_rows(kVectors) < 11 ? 1 : 11,
+                                              kVectors >
+                                              , multiply_block < most_rows(kVectors) < 12 ? 1 : 12, kVectors > };
   return kBlocks[rows - 1];
 }
 
 // Any number of rows, in blocks of about equal size. `ahead` is what comes next: of the first block; `ahead_row` further per row.
 template <int kVectors>
-void multiply_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t rows, int64_t depth, bool accumulate, const float* ahead,
-                   int64_t ahead_row) {
+void multiply_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
+                   int64_t rows, int64_t depth, bool accumulate, const float* ahead, int64_t ahead_row) {
   const int64_t blocks = (rows + most_rows(kVectors) - 1) / most_rows(kVectors);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-    block_of<kVectors>(count)(a + first * a_row, a_row, a_k, b, b_k, c + first * c_row, c_row, depth, accumulate, ahead + first * ahead_row);
+    block_of<kVectors>(count)(a + first * a_row, a_row, a_k, b, b_k, c + first * c_row, c_row, depth, accumulate,
+                              ahead + first * ahead_row);
   }
 }
 
-NASDET_INLINE void multiply(int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row, int64_t rows, int64_t depth, bool accumulate,
-                            const float* ahead, int64_t ahead_row) {
+NASDET_INLINE void multiply(int64_t vectors, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
+                            float* c, int64_t c_row, int64_t rows, int64_t depth, bool accumulate, const float* ahead,
+                            int64_t ahead_row) {
   if (vectors == 1) return multiply_rows<1>(a, a_row, a_k, b, b_k, c, c_row, rows, depth, accumulate, ahead, ahead_row);
 #if defined(__AVX512F__)
   if (vectors == 3) return multiply_rows<3>(a, a_row, a_k, b, b_k, c, c_row, rows, depth, accumulate, ahead, ahead_row);

@@ -20,7 +20,11 @@ NASDET_INLINE int64_t panel_of(const WinogradPanel* panels, int64_t v) {
 
 void transform_weights(const WinogradProduct& p, int64_t task) {
   constexpr int64_t kRowsAhead = 4;  // the weights have left the caches since the last call
-  const int64_t v = task / p.deep.count, d = task % p.deep.count, panel = panel_of(p.panels, v), ahead = kRowsAhead * p.panels[panel].count * W, rows = p.depth - d * W < W ? p.depth - d * W : W;
+  const int64_t v = task / p.deep.count;
+  const int64_t d = task % p.deep.count;
+  const int64_t panel = panel_of(p.panels, v);
+  const int64_t ahead = kRowsAhead * p.panels[panel].count * W;
+  const int64_t rows = p.depth - d * W < W ? p.depth - d * W : W;
   TermTaps terms;
   terms.load(p, v, d);
   for (int64_t k = 0; k < rows; ++k) {
@@ -42,8 +46,9 @@ void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
     const float* const weights = p.weights + panel.first * p.depth * W;
     const int64_t wide = panel.count * W;
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-      multiply(panel.count, inputs + plane * p.deep_plane, deep, 1, weights + plane * p.weight_plane, wide, outputs + plane * p.wide_plane, wide, count, p.depth, false,
-               weights + (plane + 1) * p.weight_plane, p.depth * wide / count);
+      multiply(panel.count, inputs + plane * p.deep_plane, deep, 1, weights + plane * p.weight_plane, wide,
+               outputs + plane * p.wide_plane, wide, count, p.depth, false, weights + (plane + 1) * p.weight_plane,
+               p.depth * wide / count);
     for (int64_t i = 0; i < count; ++i) write_tile(p, panel, p.tiles[first + i], outputs + i * wide);
   }
 }
@@ -52,7 +57,9 @@ void gradient_tiles(const WinogradGradient& g, int64_t i) {
   const WinogradTile& tile = g.tiles[i];
   transform_inputs(g, g.x, tile, g.x_tiles + i * g.x_row, g.x_plane);
   transform_tile<4>(g, g.y, tile.image, tile.row, tile.column, g.y_tiles + i * g.y_row, g.y_plane,
-                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) { transform_gradient(p, down, right, to, step); });
+                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
+                      transform_gradient(p, down, right, to, step);
+                    });
 }
 
 void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
@@ -60,8 +67,8 @@ void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
   const WinogradPanel& panel = g.panels[task % g.panel_count];
   const int64_t row = panel.count * W;
   float* const sums = g.sums + plane * g.sum_plane + panel.first * g.sum_rows * W;
-  multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W, g.y_row, sums, row, g.ins, tiles, g.accumulate,
-           sums + most_rows(int(panel.count)) * row, row);
+  multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W,
+           g.y_row, sums, row, g.ins, tiles, g.accumulate, sums + most_rows(int(panel.count)) * row, row);
 }
 
 // The gradients of the kernels and of the mixture for a vector of y's channels, from the sums over all tiles.
@@ -87,7 +94,8 @@ void collect_gradient(const WinogradGradient& g, int64_t v) {
       Vector* const rows = taps + q * W;
       for (int i = 0; i < W; ++i) rows[i] *= factor;
       transpose(rows);
-      for (int64_t o = 0; o < y.count; ++o) store_some(y.weight_grad + (o * g.in_channels + in) * 9 + q * W, rows[o], length - q * W);
+      for (int64_t o = 0; o < y.count; ++o)
+        store_some(y.weight_grad + (o * g.in_channels + in) * 9 + q * W, rows[o], length - q * W);
     }
   }
   if (y.mix_grad) store_some(y.mix_grad, dot, y.count);

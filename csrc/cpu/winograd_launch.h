@@ -7,7 +7,8 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kGradientBytes = 4 << 20;  // of the tiles in the domain between two barriers, for the gradient of the weights
+constexpr int64_t kGradientBytes =
+    4 << 20;  // of the tiles in the domain between two barriers, for the gradient of the weights
 
 // A product and what it points to.
 struct Piece {
@@ -23,17 +24,38 @@ std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, boo
   std::vector<Piece> pieces;
   for (const Dilated& d : work.dilations) {
     if (d.on_tiles) continue;
-    const std::vector<WinogradChannels>&deep = transposed ? d.channels : work.inputs, &wide = transposed ? work.inputs : d.channels;
-    const int64_t depth = rows_of(deep, lanes), step = piece_vectors(work.kernels, depth, bytes), vectors = int64_t(wide.size()), tiles = int64_t(d.tiles.size());
-    const int64_t widest = std::min({work.kernels.most_vectors, step, vectors}), chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
+    const std::vector<WinogradChannels>& deep = transposed ? d.channels : work.inputs;
+    const std::vector<WinogradChannels>& wide = transposed ? work.inputs : d.channels;
+    const int64_t depth = rows_of(deep, lanes);
+    const int64_t step = piece_vectors(work.kernels, depth, bytes);
+    const int64_t vectors = int64_t(wide.size());
+    const int64_t tiles = int64_t(d.tiles.size());
+    const int64_t widest = std::min({work.kernels.most_vectors, step, vectors});
+    const int64_t chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
     for (int64_t first = 0; first < vectors; first += step) {
       const int64_t count = std::min(step, vectors - first);
       const WinogradSide in{from, transposed ? p.out_channels : p.in_channels, deep.data(), int64_t(deep.size())};
       const WinogradSide out{nullptr, transposed ? p.in_channels : p.out_channels, wide.data() + first, count};
-      const WinogradProduct product{p.height, p.width, d.h, d.w, d.tiles.data(), in, out, to, p.in_channels, depth, transposed,
-                                    transposed && &d != work.dilations.data(), nullptr, 0, nullptr,
-                                    plane_floats(depth * count * lanes), plane_floats(chunk * int64_t(deep.size()) * lanes), plane_floats(chunk * widest * lanes)};
-      pieces.push_back({product, panels_of(count, work.kernels.most_vectors), tiles, chunks_of(tiles, chunk), kWinogradPlanes * (product.deep_plane + product.wide_plane)});
+      const WinogradProduct product{p.height,
+                                    p.width,
+                                    d.h,
+                                    d.w,
+                                    d.tiles.data(),
+                                    in,
+                                    out,
+                                    to,
+                                    p.in_channels,
+                                    depth,
+                                    transposed,
+                                    transposed && &d != work.dilations.data(),
+                                    nullptr,
+                                    0,
+                                    nullptr,
+                                    plane_floats(depth * count * lanes),
+                                    plane_floats(chunk * int64_t(deep.size()) * lanes),
+                                    plane_floats(chunk * widest * lanes)};
+      pieces.push_back({product, panels_of(count, work.kernels.most_vectors), tiles, chunks_of(tiles, chunk),
+                        kWinogradPlanes * (product.deep_plane + product.wide_plane)});
     }
   }
   return pieces;
@@ -41,7 +63,8 @@ std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, boo
 
 // Pieces [first, last) share a round: their weights are transformed together, and then all of their tiles; one after the
 // other where they add to the same map.
-void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const WinogradKernels& kernels, float* weights, float* chunks, int64_t chunk_floats, int64_t workers) {
+void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const WinogradKernels& kernels, float* weights,
+               float* chunks, int64_t chunk_floats, int64_t workers) {
   std::vector<int64_t> weight_tasks{0}, chunk_tasks{0};
   for (size_t i = first; i < last; ++i) {
     WinogradProduct& p = pieces[i].product;
@@ -50,10 +73,13 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
     weight_tasks.push_back(weight_tasks.back() + p.wide.count * p.deep.count);
     chunk_tasks.push_back(chunk_tasks.back() + pieces[i].chunks);
   }
-  const auto at = [](const std::vector<int64_t>& ends, int64_t task) { return std::upper_bound(ends.begin(), ends.end(), task) - ends.begin() - 1; };
+  const auto at = [](const std::vector<int64_t>& ends, int64_t task) {
+    return std::upper_bound(ends.begin(), ends.end(), task) - ends.begin() - 1;
+  };
   constexpr int64_t kWeightTasks = 16;
   for_tasks((weight_tasks.back() + kWeightTasks - 1) / kWeightTasks, workers, [&](int64_t, int64_t block) {
-    for (int64_t task = block * kWeightTasks; task < std::min(weight_tasks.back(), (block + 1) * kWeightTasks); ++task) {
+    for (int64_t task = block * kWeightTasks; task < std::min(weight_tasks.back(), (block + 1) * kWeightTasks);
+         ++task) {
       const size_t i = at(weight_tasks, task);
       kernels.weights(pieces[first + i].product, task - weight_tasks[i], task - weight_tasks[i] + 1);
     }
@@ -61,7 +87,9 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
   const auto convolve = [&](int64_t worker, int64_t task) {
     const size_t i = at(chunk_tasks, task);
     const Piece& piece = pieces[first + i];
-    const int64_t chunk = task - chunk_tasks[i], begin = piece.tiles * chunk / piece.chunks, end = piece.tiles * (chunk + 1) / piece.chunks;
+    const int64_t chunk = task - chunk_tasks[i];
+    const int64_t begin = piece.tiles * chunk / piece.chunks;
+    const int64_t end = piece.tiles * (chunk + 1) / piece.chunks;
     kernels.tiles(piece.product, begin, end - begin, chunks + worker * chunk_floats);
   };
   for (size_t i = 0; i + first < last;) {
@@ -83,19 +111,21 @@ void run_products(const Work& work, const float* from, float* to, bool transpose
     const int64_t more = kWinogradPlanes * pieces[i].product.weight_plane;
     if (i > 0 && (floats + more) * 4 > std::min(kWeightBytes, scratch_limit() / 2)) rounds.push_back(i), floats = 0;
     floats += more;
-    most_floats = std::max(most_floats, floats), chunk_floats = std::max(chunk_floats, int64_t(Scratch::padded(size_t(pieces[i].chunk_floats) * 4) / 4));
+    most_floats = std::max(most_floats, floats);
+    chunk_floats = std::max(chunk_floats, int64_t(Scratch::padded(size_t(pieces[i].chunk_floats) * 4) / 4));
   }
   rounds.push_back(pieces.size());
-  const int64_t fit = (scratch_limit() - most_floats * 4) / (chunk_floats * 4), workers = std::max<int64_t>(1, std::min(fit, threads()));
+  const int64_t fit = (scratch_limit() - most_floats * 4) / (chunk_floats * 4);
+  const int64_t workers = std::max<int64_t>(1, std::min(fit, threads()));
   Scratch scratch(Scratch::padded(size_t(most_floats) * 4) + Scratch::padded(size_t(workers * chunk_floats) * 4));
-  float *const weights = scratch.take<float>(size_t(most_floats)), *const chunks = scratch.take<float>(size_t(workers * chunk_floats));
-  for (size_t r = 0; r + 1 < rounds.size(); ++r) run_round(pieces, rounds[r], rounds[r + 1], work.kernels, weights, chunks, chunk_floats, workers);
+  float* const weights = scratch.take<float>(size_t(most_floats));
+  float* const chunks = scratch.take<float>(size_t(workers * chunk_floats));
+  for (size_t r = 0; r + 1 < rounds.size(); ++r)
+    run_round(pieces, rounds[r], rounds[r + 1], work.kernels, weights, chunks, chunk_floats, workers);
 }
 
 // A part of the gradient of the weights: vectors of inputs and of outputs.
-struct GradientPart {
-  int64_t first_in, ins, first_out, outs;
-};
+struct GradientPart { int64_t first_in, ins, first_out, outs; };
 
 // Parts for the threads. A part transforms all tiles of its channels on its own, for tiles in the domain that another core has
 // written take longer to fetch than to make. Outputs alone are divided where sums go over all inputs.
@@ -118,16 +148,43 @@ std::vector<GradientPart> gradient_parts(int64_t inputs, int64_t first, int64_t 
 // The largest pieces of scratch of any part, in floats.
 struct GradientScratch {
   size_t x = 0, y = 0, sums = 0, parts = 0;  // parts: bytes
-  size_t bytes() const { return Scratch::padded(x * 4) + Scratch::padded(y * 4) + Scratch::padded(sums * 4) + Scratch::padded(parts); }
+  size_t bytes() const {
+    return Scratch::padded(x * 4) + Scratch::padded(y * 4) + Scratch::padded(sums * 4) + Scratch::padded(parts);
+  }
 };
 
-WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientPart& part, int64_t step, const float* x, const float* grad, const std::vector<WinogradPanel>& panels) {
+WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientPart& part, int64_t step, const float* x,
+                             const float* grad, const std::vector<WinogradPanel>& panels) {
   const ConvProblem& p = work.p;
-  const int64_t lanes = work.kernels.lanes, first = part.first_in * lanes, ins = std::min(p.in_channels - first, part.ins * lanes);
+  const int64_t lanes = work.kernels.lanes;
+  const int64_t first = part.first_in * lanes;
+  const int64_t ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
-  const int64_t rows = d.on_tiles ? amx_tiles(ins) * kAmxSide : ins, columns = d.on_tiles ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
-  return {p.height, p.width, d.h, d.w, nullptr, {x, p.in_channels, work.inputs.data() + part.first_in, part.ins}, {grad, p.out_channels, d.channels.data() + part.first_out, part.outs}, p.in_channels, first, ins, rows, false,
-          panels.data(), int64_t(panels.size()), nullptr, nullptr, x_row, y_row, nullptr, plane_floats(step * x_row), plane_floats(step * y_row), plane_floats(rows * columns)};
+  const int64_t rows = d.on_tiles ? amx_tiles(ins) * kAmxSide : ins;
+  const int64_t columns =
+      d.on_tiles ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
+  return {p.height,
+          p.width,
+          d.h,
+          d.w,
+          nullptr,
+          {x, p.in_channels, work.inputs.data() + part.first_in, part.ins},
+          {grad, p.out_channels, d.channels.data() + part.first_out, part.outs},
+          p.in_channels,
+          first,
+          ins,
+          rows,
+          false,
+          panels.data(),
+          int64_t(panels.size()),
+          nullptr,
+          nullptr,
+          x_row,
+          y_row,
+          nullptr,
+          plane_floats(step * x_row),
+          plane_floats(step * y_row),
+          plane_floats(rows * columns)};
 }
 
 // Sums on matrix tiles are in panels of two tiles, the last one too.
@@ -142,24 +199,33 @@ std::vector<WinogradPanel> gradient_panels(const Work& work, bool on_tiles, int6
 // How many tiles are summed up at a time, of which each takes `tile_bytes`: whole blocks for matrix tiles, whose sums are then the same
 // for any number. Few where sums as small as these stay in a core's cache, for the tiles then stay there too.
 int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t sum_bytes, int64_t limit) {
-  const int64_t unit = on_tiles ? kAmxTerms : 1, least = on_tiles ? kAmxTerms : 8, most = !on_tiles && sum_bytes <= core_cache() / 3 ? core_cache() * 3 / 8 : kGradientBytes;
+  const int64_t unit = on_tiles ? kAmxTerms : 1;
+  const int64_t least = on_tiles ? kAmxTerms : 8;
+  const int64_t most = !on_tiles && sum_bytes <= core_cache() / 3 ? core_cache() * 3 / 8 : kGradientBytes;
   const int64_t fit = std::max(std::min(most, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
 
 // The gradient of the weights of some of the channels of one dilation, `step` tiles at a time.
-void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x, const float* grad) {
-  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
+void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x,
+                  const float* grad) {
+  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(),
+                                 [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
   const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixed);
   const int64_t tiles = int64_t(d.tiles.size()), part_count = int64_t(parts.size());
   GradientScratch most;
   for (const GradientPart& part : parts) {
     const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
-    most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane)), most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
+    most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane));
+    most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
     most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
-    if (d.on_tiles) most.parts = std::max(most.parts, size_t((step + kAmxTerms - 1) / kAmxTerms * (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
+    if (d.on_tiles)
+      most.parts = std::max(most.parts,
+                            size_t((step + kAmxTerms - 1) / kAmxTerms *
+                                   (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
-  const int64_t workers = std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
+  const int64_t workers =
+      std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));
   char* const memory = scratch.take<char>(most.bytes() * size_t(workers));
   for_tasks(part_count, workers, [&](int64_t worker, int64_t i) {
@@ -176,7 +242,8 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
       work.kernels.gradient_tiles(g, 0, now);
       if (!d.on_tiles) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
       else
-        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) winograd_amx_kernels().gradient(g, plane, now, pieces);
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+          winograd_amx_kernels().gradient(g, plane, now, pieces);
     }
     work.kernels.gradient_collect(g, 0, part.outs);
   });
@@ -186,10 +253,14 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
   const int64_t limit = scratch_limit(), lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size());
   for (const Dilated& d : work.dilations) {
     if (!weights_wanted(d)) continue;
-    const int64_t vectors = int64_t(d.channels.size()), bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
+    const int64_t vectors = int64_t(d.channels.size());
+    const int64_t bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
     const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
-    const int64_t plane = 4 * kWinogradPlanes * lanes, step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), plane * (inputs + piece), plane * work.p.in_channels * piece, limit / 2);
-    for (int64_t first = 0; first < vectors; first += piece) run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
+    const int64_t plane = 4 * kWinogradPlanes * lanes;
+    const int64_t step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), plane * (inputs + piece),
+                                       plane * work.p.in_channels * piece, limit / 2);
+    for (int64_t first = 0; first < vectors; first += piece)
+      run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
   }
 }
 
@@ -216,12 +287,15 @@ double winograd_seconds(const ConvProblem& p, bool backward) {
   for (const Dilated& d : dilations_of(p, lanes)) {
     const WinogradRates& rates = d.on_tiles ? kWinogradAmx : lanes == 16 ? kWinogradAvx512 : kWinogradAvx2;
     const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
-    seconds += winograd_dilation_seconds(p, rates, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
+    seconds +=
+        winograd_dilation_seconds(p, rates, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
   }
   return seconds;
 }
 
-void winograd_forward(const ConvProblem& p, const void* x, void* y) { run_products(work_of(p), static_cast<const float*>(x), static_cast<float*>(y), false); }
+void winograd_forward(const ConvProblem& p, const void* x, void* y) {
+  run_products(work_of(p), static_cast<const float*>(x), static_cast<float*>(y), false);
+}
 
 void winograd_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
   const Work work = work_of(p);
@@ -231,6 +305,7 @@ void winograd_backward(const ConvProblem& p, const void* x, const void* grad, vo
 
 }  // namespace
 
-const ConvAlgorithm kWinogradConv = {"winograd", winograd_why_not, winograd_seconds, winograd_forward, winograd_backward};
+const ConvAlgorithm kWinogradConv = {"winograd", winograd_why_not, winograd_seconds, winograd_forward,
+                                     winograd_backward};
 
 }  // namespace nasdet

@@ -7,7 +7,9 @@ namespace {
 
 constexpr int W = kLanes<float>;
 
-NASDET_INLINE Vector load_some(const float* p, int64_t count) { return count >= W ? load(p) : count > 0 ? load_part(p, count) : Vector{}; }
+NASDET_INLINE Vector load_some(const float* p, int64_t count) {
+  return count >= W ? load(p) : count > 0 ? load_part(p, count) : Vector{};
+}
 NASDET_INLINE void store_some(float* p, Vector v, int64_t count) {
   if (count >= W) store(p, v);
   else if (count > 0) store_part(p, v, count);
@@ -19,7 +21,8 @@ NASDET_INLINE void load_taps(const WinogradChannels& y, int64_t in_channels, int
   const int64_t length = (in_channels - c < W ? in_channels - c : W) * 9;
   for (int q = 0; q < 9; ++q) {
     Vector* const rows = taps + q * W;
-    for (int64_t o = 0; o < W; ++o) rows[o] = o < y.count ? load_some(y.weight + (o * in_channels + c) * 9 + q * W, length - q * W) : Vector{};
+    for (int64_t o = 0; o < W; ++o)
+      rows[o] = o < y.count ? load_some(y.weight + (o * in_channels + c) * 9 + q * W, length - q * W) : Vector{};
     transpose(rows);
   }
   if (!mixed || y.mix == nullptr) return;
@@ -57,9 +60,11 @@ NASDET_INLINE Span inside(int64_t start, int64_t dilation, int64_t size, int64_t
 
 // A tile's kSize x kSize pixels from (row, column) on, transformed by `transform`, for all vectors of the side.
 template <int kSize, class Job, class Transform>
-NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int64_t image, int64_t row, int64_t column, float* out, int64_t plane, Transform transform) {
+NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int64_t image, int64_t row, int64_t column,
+                                  float* out, int64_t plane, Transform transform) {
   const int64_t pixel = side.pixel, down = job.dilation_h * job.width * pixel, right = job.dilation_w * pixel;
-  const Span rows = inside(row, job.dilation_h, job.height, kSize), columns = inside(column, job.dilation_w, job.width, kSize);
+  const Span rows = inside(row, job.dilation_h, job.height, kSize),
+             columns = inside(column, job.dilation_w, job.width, kSize);
   const float* const start = side.map + ((image * job.height + row) * job.width + column) * pixel;
   const bool whole = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
   Vector local[kSize * kSize] = {};
@@ -70,20 +75,27 @@ NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int6
       continue;
     }
     for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t c = columns.begin; c < columns.end; ++c) local[r * kSize + c] = load_some(start + r * down + c * right + channels.first, channels.count);
+      for (int64_t c = columns.begin; c < columns.end; ++c)
+        local[r * kSize + c] = load_some(start + r * down + c * right + channels.first, channels.count);
     transform(reinterpret_cast<const float*>(local), int64_t(kSize * W), int64_t(W), out + v * W, plane);
   }
 }
 
-template <class Job> NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile, float* out, int64_t plane) {
+template <class Job>
+NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile, float* out,
+                                    int64_t plane) {
   transform_tile<6>(job, side, tile.image, tile.row - job.dilation_h, tile.column - job.dilation_w, out, plane,
-                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) { transform_input(p, down, right, to, step); });
+                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
+                      transform_input(p, down, right, to, step);
+                    });
 }
 
 // A tile's outputs, for the vectors of one panel.
-NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile, const float* from) {
+NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile,
+                              const float* from) {
   const int64_t pixel = p.wide.pixel, down = p.dilation_h * p.width * pixel, right = p.dilation_w * pixel;
-  const int64_t rows = inside(tile.row, p.dilation_h, p.height, 4).end, columns = inside(tile.column, p.dilation_w, p.width, 4).end;
+  const int64_t rows = inside(tile.row, p.dilation_h, p.height, 4).end;
+  const int64_t columns = inside(tile.column, p.dilation_w, p.width, 4).end;
   float* const start = p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel;
   for (int64_t v = 0; v < panel.count; ++v) {
     const WinogradChannels& channels = p.wide.vectors[panel.first + v];

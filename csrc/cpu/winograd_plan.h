@@ -1,7 +1,7 @@
 // What the launcher of Winograd's convolution hands its kernels. F(4x4, 3x3): an output tile of 4 x 4 pixels, each a
 // dilation apart, comes from 6 x 6 input pixels; in the domain of 6 x 6 = 36 planes the convolution is a product of matrices.
 #pragma once
-#include <cstdint>
+#include "nasdet/amx.h"
 
 namespace nasdet {
 
@@ -35,14 +35,14 @@ struct WinogradProduct {
   int64_t height, width, dilation_h, dilation_w;
   const WinogradTile* tiles;
   WinogradSide deep, wide;
-  float* out;               // the map of `wide`
-  int64_t in_channels;      // of the convolution
-  int64_t depth;            // rows of the weights: all vectors of `deep` but for the end of the last one
-  bool transposed;          // the gradient of x: `deep` are y's channels, and the kernel is flipped
-  bool accumulate;          // adds to `out`
+  float* out;           // the map of `wide`
+  int64_t in_channels;  // of the convolution
+  int64_t depth;        // rows of the weights: all vectors of `deep` but for the end of the last one
+  bool transposed;      // the gradient of x: `deep` are y's channels, and the kernel is flipped
+  bool accumulate;      // adds to `out`
   const WinogradPanel* panels;
   int64_t panel_count;
-  float* weights;           // [planes][panel][depth][vectors of the panel]
+  float* weights;                                // [planes][panel][depth][vectors of the panel]
   int64_t weight_plane, deep_plane, wide_plane;  // floats from plane to plane: of the weights, and of a chunk's scratch
 };
 
@@ -51,21 +51,22 @@ struct WinogradGradient {
   int64_t height, width, dilation_h, dilation_w;
   const WinogradTile* tiles;  // of the piece at hand
   WinogradSide x, y;
-  int64_t in_channels;        // of the convolution
-  int64_t first_in, ins;      // those of x's vectors
-  int64_t sum_rows;           // of a panel: ins, or more
-  bool accumulate;            // not the first piece
+  int64_t in_channels;    // of the convolution
+  int64_t first_in, ins;  // those of x's vectors
+  int64_t sum_rows;       // of a panel: ins, or more
+  bool accumulate;        // not the first piece
   const WinogradPanel* panels;
   int64_t panel_count;
-  float *x_tiles, *y_tiles;   // [planes][tiles][row of vectors]
+  float *x_tiles, *y_tiles;  // [planes][tiles][row of vectors]
   int64_t x_row, y_row;
-  float* sums;                // [planes][panel][sum_rows][vectors of the panel]
+  float* sums;  // [planes][panel][sum_rows][vectors of the panel]
   int64_t x_plane, y_plane, sum_plane;
 };
 
-// Matrix tiles hold 16 rows, or 16 columns, of a block of 32 terms; three of them have the parts of floats.
-constexpr int64_t kAmxSide = 16, kAmxTerms = 32, kAmxRowBytes = 64, kAmxTileBytes = 1024;
-constexpr int64_t kAmxRowBlock = 3 * kAmxTileBytes, kAmxColumnBlock = 6 * kAmxTileBytes;  // a block of 16 rows, and of 32 columns
+// Three matrix tiles have the parts of floats.
+// a block of 16 rows, and of 32 columns
+constexpr int64_t kAmxRowBlock = 3 * kAmxTileBytes;
+constexpr int64_t kAmxColumnBlock = 6 * kAmxTileBytes;
 constexpr int64_t amx_tiles(int64_t sides) { return (sides + kAmxSide - 1) / kAmxSide; }
 
 // A product on matrix tiles: chunks of map tiles by all weights, or all map tiles by weights that are made for them alone.

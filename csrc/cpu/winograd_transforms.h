@@ -72,7 +72,8 @@ NASDET_INLINE void transform_input(const float* p, int64_t row, int64_t column, 
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
     const float* d = p + j * column;
-    const Vector even = load(d + 4 * row) - 2 * load(d + 2 * row), odd = kA * load(d + 3 * row) - (2 * kA) * load(d + row);
+    const Vector even = load(d + 4 * row) - 2 * load(d + 2 * row),
+                 odd = kA * load(d + 3 * row) - (2 * kA) * load(d + row);
     first[j] = even + odd, second[j] = even - odd;
   }
   interpolate(first, out + 6 * plane, plane);
@@ -80,7 +81,8 @@ NASDET_INLINE void transform_input(const float* p, int64_t row, int64_t column, 
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
     const float* d = p + j * column;
-    const Vector even = load(d + 4 * row) - 0.5f * load(d + 2 * row), odd = kB * load(d + 3 * row) - (0.5f * kB) * load(d + row);
+    const Vector even = load(d + 4 * row) - 0.5f * load(d + 2 * row),
+                 odd = kB * load(d + 3 * row) - (0.5f * kB) * load(d + row);
     first[j] = even + odd, second[j] = even - odd;
   }
   interpolate(first, out + 18 * plane, plane);
@@ -98,7 +100,8 @@ NASDET_INLINE void transform_gradient(const float* p, int64_t row, int64_t colum
   Vector lines[4][6];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const Vector d[4] = {load(p + j * column), load(p + row + j * column), load(p + 2 * row + j * column), load(p + 3 * row + j * column)};
+    const Vector d[4] = {load(p + j * column), load(p + row + j * column), load(p + 2 * row + j * column),
+                         load(p + 3 * row + j * column)};
     evaluate4(d, lines[j]);
   }
 #pragma GCC unroll 6

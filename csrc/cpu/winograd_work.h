@@ -11,8 +11,9 @@
 namespace nasdet {
 namespace {
 
-constexpr int64_t kWeightBytes = 10 << 20;    // of a piece's weights in the domain: read for each chunk of tiles
-constexpr int64_t kTilesPerMiB = 12;         // of a core's cache: a chunk of tiles in the domain, which a panel's outputs and weights pass by
+constexpr int64_t kWeightBytes = 10 << 20;  // of a piece's weights in the domain: read for each chunk of tiles
+constexpr int64_t kTilesPerMiB =
+    12;  // of a core's cache: a chunk of tiles in the domain, which a panel's outputs and weights pass by
 
 struct WinogradKernels {
   decltype(&avx2::winograd_weights) weights;
@@ -33,7 +34,11 @@ struct WinogradAmxKernels {
 };
 
 const WinogradKernels* winograd_kernels() {
-#define NASDET_WINOGRAD(isa, ...) {isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, isa::winograd_gradient_collect, __VA_ARGS__}
+#define NASDET_WINOGRAD(isa, ...)                                                                            \
+  {                                                                                                          \
+    isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, \
+        isa::winograd_gradient_collect, __VA_ARGS__                                                          \
+  }
   static constexpr WinogradKernels kBaseline = NASDET_WINOGRAD(baseline, 4, 2);
   if (tiles() == Tiles::emulated) return &kBaseline;
 #ifdef NASDET_X86
@@ -61,7 +66,8 @@ struct Work {
 };
 
 void add_channels(std::vector<WinogradChannels>& to, int64_t first, int64_t last, int64_t lanes) {
-  for (int64_t c = first; c < last; c += lanes) to.push_back({c, std::min(lanes, last - c), nullptr, nullptr, nullptr, nullptr});
+  for (int64_t c = first; c < last; c += lanes)
+    to.push_back({c, std::min(lanes, last - c), nullptr, nullptr, nullptr, nullptr});
 }
 
 void add_branch(std::vector<WinogradChannels>& to, const ConvBranch& b, int64_t row, int64_t lanes) {
@@ -82,20 +88,24 @@ void add_tiles(Dilated& d, const ConvProblem& p) {
     for (int64_t phase_h = 0; phase_h < d.h; ++phase_h)
       for (int64_t row = phase_h; row < p.height; row += 4 * d.h)
         for (int64_t phase_w = 0; phase_w < d.w; ++phase_w)
-          for (int64_t column = phase_w; column < p.width; column += 4 * d.w) d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column)});
+          for (int64_t column = phase_w; column < p.width; column += 4 * d.w)
+            d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column)});
 }
 
 // Whether to multiply a dilation's slices on matrix tiles: splitting floats pays where each of their parts meets many channels.
 // Emulated tiles are for tests, and take any number.
 bool tiles_pay(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   constexpr int64_t kLeast = 96;
-  return tiles() == Tiles::hardware ? std::min(p.in_channels, int64_t(d.channels.size()) * lanes) >= kLeast : tiles() == Tiles::emulated;
+  return tiles() == Tiles::hardware ? std::min(p.in_channels, int64_t(d.channels.size()) * lanes) >= kLeast
+                                    : tiles() == Tiles::emulated;
 }
 
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
   std::vector<Dilated> dilations;
   for (const ConvBranch& b : p.branches) {
-    const int64_t h = std::min<int64_t>(b.dilation_h, p.height), w = std::min<int64_t>(b.dilation_w, p.width);  // beyond the map all are alike
+    // beyond the map all are alike
+    const int64_t h = std::min<int64_t>(b.dilation_h, p.height);
+    const int64_t w = std::min<int64_t>(b.dilation_w, p.width);
     auto at = std::find_if(dilations.begin(), dilations.end(), [&](const Dilated& d) { return d.h == h && d.w == w; });
     if (at == dilations.end()) at = dilations.insert(at, {h, w, false, {}, {}});
     add_branch(at->channels, b, p.in_channels * 9, lanes);
@@ -106,12 +116,15 @@ std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
 }
 
 bool weights_wanted(const Dilated& d) {
-  return std::any_of(d.channels.begin(), d.channels.end(), [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
+  return std::any_of(d.channels.begin(), d.channels.end(),
+                     [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
 }
 
 const WinogradAmxKernels& winograd_amx_kernels() {
-  static const WinogradAmxKernels kernels = {NASDET_TILE_KERNEL(winograd_amx_weights), NASDET_TILE_KERNEL(winograd_amx_chunk), NASDET_TILE_KERNEL(winograd_amx_inputs),
-                                             NASDET_TILE_KERNEL(winograd_amx_columns), NASDET_TILE_KERNEL(winograd_amx_gradient)};
+  static const WinogradAmxKernels kernels = {
+      NASDET_TILE_KERNEL(winograd_amx_weights), NASDET_TILE_KERNEL(winograd_amx_chunk),
+      NASDET_TILE_KERNEL(winograd_amx_inputs), NASDET_TILE_KERNEL(winograd_amx_columns),
+      NASDET_TILE_KERNEL(winograd_amx_gradient)};
   return kernels;
 }
 
@@ -123,18 +136,23 @@ Work work_of(const ConvProblem& p) {
   return work;
 }
 
-int64_t plane_floats(int64_t floats) { return (floats + 1023) / 1024 * 1024 + 16; }  // planes a power of 2 apart share cache sets
+int64_t plane_floats(int64_t floats) {
+  return (floats + 1023) / 1024 * 1024 + 16;
+}  // planes a power of 2 apart share cache sets
 
 // Floats of a row that is read down its columns: an odd number of cache lines.
 int64_t row_floats(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
 
-int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) { return int64_t(channels.size() - 1) * lanes + channels.back().count; }
+int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) {
+  return int64_t(channels.size() - 1) * lanes + channels.back().count;
+}
 
 // `vectors` in panels of about equal width.
 std::vector<WinogradPanel> panels_of(int64_t vectors, int64_t most) {
   std::vector<WinogradPanel> panels;
   const int64_t count = (vectors + most - 1) / most;
-  for (int64_t i = 0; i < count; ++i) panels.push_back({vectors * i / count, vectors * (i + 1) / count - vectors * i / count});
+  for (int64_t i = 0; i < count; ++i)
+    panels.push_back({vectors * i / count, vectors * (i + 1) / count - vectors * i / count});
   return panels;
 }
 

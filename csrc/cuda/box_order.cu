@@ -6,7 +6,8 @@
 namespace nasdet::cuda {
 namespace {
 
-template <class T> void sort(const BoxSource& source, const Sorted<T>& sorted, const RunPair<T>& pair, cudaStream_t stream) {
+template <class T>
+void sort(const BoxSource& source, const Sorted<T>& sorted, const RunPair<T>& pair, cudaStream_t stream) {
   const unsigned blocks = unsigned(source.images * ((source.count + kPiece - 1) / kPiece));
   const uint32_t count = uint32_t(source.count);
   uint32_t run = one_run(source) ? count : kRun;
@@ -14,7 +15,8 @@ template <class T> void sort(const BoxSource& source, const Sorted<T>& sorted, c
   check_launch("order_runs_kernel");
   for (int from = 0; run < count; from = 1 - from) {
     const uint32_t fan = std::min(kMaxFan, (count - 1) / run + 1);
-    merge_runs_kernel<T><<<dim3(blocks, source.classes ? 2 : 1), kSortThreads, 0, stream>>>(source, sorted, pair.runs[from], pair.runs[1 - from], run, fan);
+    merge_runs_kernel<T><<<dim3(blocks, source.classes ? 2 : 1), kSortThreads, 0, stream>>>(
+        source, sorted, pair.runs[from], pair.runs[1 - from], run, fan);
     check_launch("merge_runs_kernel");
     run = run * uint64_t(fan) < count ? run * fan : count;
   }
@@ -22,8 +24,13 @@ template <class T> void sort(const BoxSource& source, const Sorted<T>& sorted, c
 
 }  // namespace
 
-void sort_boxes(const BoxSource& source, const Sorted<float>& sorted, const RunPair<float>& pair, cudaStream_t stream) { sort(source, sorted, pair, stream); }
-void sort_boxes(const BoxSource& source, const Sorted<double>& sorted, const RunPair<double>& pair, cudaStream_t stream) { sort(source, sorted, pair, stream); }
+void sort_boxes(const BoxSource& source, const Sorted<float>& sorted, const RunPair<float>& pair, cudaStream_t stream) {
+  sort(source, sorted, pair, stream);
+}
+void sort_boxes(const BoxSource& source, const Sorted<double>& sorted, const RunPair<double>& pair,
+                cudaStream_t stream) {
+  sort(source, sorted, pair, stream);
+}
 
 int64_t read_count(const unsigned long long* count, cudaStream_t stream) {
   unsigned long long value = 0;

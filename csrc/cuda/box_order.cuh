@@ -14,11 +14,11 @@
 
 namespace nasdet::cuda {
 
-constexpr int kSortThreads = 512;               // of a block, at most; at least 64
-constexpr int kPiece = 32;                      // elements that a block places
-constexpr uint32_t kRun = 512, kMaxFan = 64;    // elements of a first run; runs that a launch merges
-constexpr int64_t kOneRunPairs = 1 << 24;       // up to so many comparisons a batch is sorted by counting alone
-constexpr int kTile = 128, kWords = kTile / 32; // boxes that one block of the suppression decides
+constexpr int kSortThreads = 512;                // of a block, at most; at least 64
+constexpr int kPiece = 32;                       // elements that a block places
+constexpr uint32_t kRun = 512, kMaxFan = 64;     // elements of a first run; runs that a launch merges
+constexpr int64_t kOneRunPairs = 1 << 24;        // up to so many comparisons a batch is sorted by counting alone
+constexpr int kTile = 128, kWords = kTile / 32;  // boxes that one block of the suppression decides
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int bits_in(uint32_t word) {
@@ -39,11 +39,13 @@ __device__ __forceinline__ uint32_t bits_below(int bit) { return bit >= 32 ? ~0u
 
 // The first place in sorted[low, high) that is not below `wanted` (kAfter: that is above it), else high. All lanes of a warp take
 // part: one probe per lane and step.
-template <bool kAfter> __device__ __forceinline__ int64_t class_bound(const int64_t* sorted, int64_t low, int64_t high, int64_t wanted) {
+template <bool kAfter>
+__device__ __forceinline__ int64_t class_bound(const int64_t* sorted, int64_t low, int64_t high, int64_t wanted) {
   const int lane = int(threadIdx.x) % 32;
   while (low < high) {
     const int64_t step = (high - low + 31) / 32, at = low + lane * step;
-    const int below = bits_in(__ballot_sync(kAllLanes, at < high && (kAfter ? sorted[at] <= wanted : sorted[at] < wanted)));
+    const int below =
+        bits_in(__ballot_sync(kAllLanes, at < high && (kAfter ? sorted[at] <= wanted : sorted[at] < wanted)));
     if (below == 0) break;
     const int64_t next = low + below * step;
     low = next - step + 1;
@@ -56,10 +58,10 @@ template <bool kAfter> __device__ __forceinline__ int64_t class_bound(const int6
 struct BoxSource {
   const void* boxes;
   const void* scores;
-  const int64_t* classes;  // null: one class
+  const int64_t* classes;                                                                  // null: one class
   int64_t box_image, box_row, box_column, score_image, score_row, class_image, class_row;  // strides in elements
-  int64_t images, count;   // count: boxes of one image, 1 <= images * count < 2^31
-  int32_t storage;         // of boxes and scores
+  int64_t images, count;  // count: boxes of one image, 1 <= images * count < 2^31
+  int32_t storage;        // of boxes and scores
 };
 
 template <class T> struct alignas(16) BoxCell { Box<T> box; };
@@ -67,24 +69,28 @@ template <class T> struct alignas(16) BoxCell { Box<T> box; };
 // What the sort makes, all arrays [images, count] unless said otherwise. Without classes positions are ranks, and
 // rank_of, index_of and classes are null.
 template <class T> struct Sorted {
-  uint32_t* order;      // [rank] -> index
-  uint32_t* rank_of;    // [index] -> rank
-  uint32_t* index_of;   // [position], in order of class and score -> index
-  int64_t* classes;     // [position]
-  BoxCell<T>* boxes;    // [position]; null: only the order is wanted
-  unsigned long long* words;  // [images, tiles, kWords]: what of a tile is kept, once it is known
-  uint32_t* kept;       // [images, tiles, kWords]: bits by rank
+  uint32_t* order;             // [rank] -> index
+  uint32_t* rank_of;           // [index] -> rank
+  uint32_t* index_of;          // [position], in order of class and score -> index
+  int64_t* classes;            // [position]
+  BoxCell<T>* boxes;           // [position]; null: only the order is wanted
+  unsigned long long* words;   // [images, tiles, kWords]: what of a tile is kept, once it is known
+  uint32_t* kept;              // [images, tiles, kWords]: bits by rank
   unsigned long long* counts;  // [images]
-  unsigned* ticket;     // [1]
+  unsigned* ticket;            // [1]
   int64_t tiles;
 };
 
 template <class T> __device__ __forceinline__ T load_as(const void* data, int32_t storage, int64_t at) {
   switch (storage) {
-    case 0: return T(static_cast<const float*>(data)[at]);
-    case 1: return T(static_cast<const double*>(data)[at]);
-    case 2: return T(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]));
-    default: return T(__half2float(static_cast<const __half*>(data)[at]));
+    case 0:
+      return T(static_cast<const float*>(data)[at]);
+    case 1:
+      return T(static_cast<const double*>(data)[at]);
+    case 2:
+      return T(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]));
+    default:
+      return T(__half2float(static_cast<const __half*>(data)[at]));
   }
 }
 
@@ -92,7 +98,9 @@ template <class T> __device__ __forceinline__ T load_as(const void* data, int32_
 template <class T> struct ScoreKey;
 template <> struct ScoreKey<float> {
   uint64_t bits;
-  __device__ __forceinline__ static ScoreKey of(uint32_t score, uint32_t index) { return {uint64_t(score) << 32 | index}; }
+  __device__ __forceinline__ static ScoreKey of(uint32_t score, uint32_t index) {
+    return {uint64_t(score) << 32 | index};
+  }
   __device__ __forceinline__ uint32_t index() const { return uint32_t(bits); }
 };
 template <> struct ScoreKey<double> {
@@ -121,12 +129,15 @@ template <class T> struct Runs {
   ClassKey<T>* by_class;
 };
 
-template <class T> __device__ __forceinline__ ScoreKey<T> key_of(const BoxSource& source, int64_t image, int64_t index) {
+template <class T>
+__device__ __forceinline__ ScoreKey<T> key_of(const BoxSource& source, int64_t image, int64_t index) {
   const T score = load_as<T>(source.scores, source.storage, image * source.score_image + index * source.score_row);
   return ScoreKey<T>::of(descending_key(score), uint32_t(index));
 }
 
-template <class T> __device__ __forceinline__ void place_box(const BoxSource& source, const Sorted<T>& sorted, int64_t image, int64_t position, int64_t index) {
+template <class T>
+__device__ __forceinline__ void place_box(const BoxSource& source, const Sorted<T>& sorted, int64_t image,
+                                          int64_t position, int64_t index) {
   if (!sorted.boxes) return;
   const int64_t at = image * source.box_image + index * source.box_row;
   BoxCell<T> cell;
@@ -138,13 +149,17 @@ template <class T> __device__ __forceinline__ void place_box(const BoxSource& so
 }
 
 // An element has found its last place.
-template <class T> __device__ __forceinline__ void place(const BoxSource& source, const Sorted<T>& sorted, int64_t image, int64_t rank, const ScoreKey<T>& key) {
+template <class T>
+__device__ __forceinline__ void place(const BoxSource& source, const Sorted<T>& sorted, int64_t image, int64_t rank,
+                                      const ScoreKey<T>& key) {
   const int64_t first = image * source.count, index = key.index();
   sorted.order[first + rank] = uint32_t(index);
   if (sorted.rank_of) sorted.rank_of[first + index] = uint32_t(rank);
   else place_box(source, sorted, image, rank, index);
 }
-template <class T> __device__ __forceinline__ void place(const BoxSource& source, const Sorted<T>& sorted, int64_t image, int64_t position, const ClassKey<T>& key) {
+template <class T>
+__device__ __forceinline__ void place(const BoxSource& source, const Sorted<T>& sorted, int64_t image, int64_t position,
+                                      const ClassKey<T>& key) {
   const int64_t first = image * source.count, index = key.index();
   sorted.index_of[first + position] = uint32_t(index);
   sorted.classes[first + position] = key.of_class;
@@ -163,8 +178,9 @@ template <class T> __device__ __forceinline__ void clear(const BoxSource& source
 
 // run: elements of a run, a multiple of kPiece, or all of an image; then this kernel places them itself.
 template <class T>
-__global__ void __launch_bounds__(kSortThreads, 2) order_runs_kernel(const __grid_constant__ BoxSource source, const __grid_constant__ Sorted<T> sorted,
-                                                                  const __grid_constant__ Runs<T> out, uint32_t run) {
+__global__ void __launch_bounds__(kSortThreads, 2)
+    order_runs_kernel(const __grid_constant__ BoxSource source, const __grid_constant__ Sorted<T> sorted,
+                      const __grid_constant__ Runs<T> out, uint32_t run) {
   __shared__ ScoreKey<T> keys[kSortThreads];
   __shared__ int64_t classes[kSortThreads];
   __shared__ uint32_t places[2][kPiece];
@@ -225,7 +241,8 @@ template <class K> __device__ __forceinline__ uint32_t count_before(const K* run
 }
 
 template <class T, class K>
-__device__ __forceinline__ void merge_runs(const BoxSource& source, const Sorted<T>& sorted, const K* in, K* out, uint32_t run, uint32_t fan, uint32_t* places) {
+__device__ __forceinline__ void merge_runs(const BoxSource& source, const Sorted<T>& sorted, const K* in, K* out,
+                                           uint32_t run, uint32_t fan, uint32_t* places) {
   const uint32_t count = uint32_t(source.count), pieces = (count + kPiece - 1) / kPiece, span = run * fan;
   const int64_t image = blockIdx.x / pieces;
   const uint32_t first = blockIdx.x % pieces * kPiece, begin = first / span * span;
@@ -253,8 +270,10 @@ __device__ __forceinline__ void merge_runs(const BoxSource& source, const Sorted
 // Block row 0 merges by score, row 1 by class. run: elements of each sorted run, a multiple of kPiece; fan: at most as many as
 // there are, so that run * fan < 2^32.
 template <class T>
-__global__ void __launch_bounds__(kSortThreads, 2) merge_runs_kernel(const __grid_constant__ BoxSource source, const __grid_constant__ Sorted<T> sorted,
-                                                                  const __grid_constant__ Runs<T> in, const __grid_constant__ Runs<T> out, uint32_t run, uint32_t fan) {
+__global__ void __launch_bounds__(kSortThreads, 2)
+    merge_runs_kernel(const __grid_constant__ BoxSource source, const __grid_constant__ Sorted<T> sorted,
+                      const __grid_constant__ Runs<T> in, const __grid_constant__ Runs<T> out, uint32_t run,
+                      uint32_t fan) {
   __shared__ uint32_t places[kPiece];
   if (blockIdx.y == 0) merge_runs(source, sorted, in.by_score, out.by_score, run, fan, places);
   else merge_runs(source, sorted, in.by_class, out.by_class, run, fan, places);

@@ -10,7 +10,8 @@
 namespace nasdet::cuda {
 
 // Checks what the ops of the family share, and says where the boxes lie; `leading` is 1 with a batch dimension, else 0.
-inline BoxSource checked_source(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
+inline BoxSource checked_source(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes,
+                                double threshold, int64_t leading) {
   STD_TORCH_CHECK(boxes.is_cuda(), "boxes must be on a CUDA device");
   check_boxes(boxes, scores, classes, threshold, leading);
   BoxSource source{};
@@ -19,14 +20,17 @@ inline BoxSource checked_source(const Tensor& boxes, const Tensor& scores, const
   source.images = leading ? boxes.size(0) : 1;
   source.count = boxes.size(leading);
   source.box_image = leading ? boxes.stride(0) : 0, source.score_image = leading ? scores.stride(0) : 0;
-  source.box_row = boxes.stride(leading), source.box_column = boxes.stride(leading + 1), source.score_row = scores.stride(leading);
+  source.box_row = boxes.stride(leading);
+  source.box_column = boxes.stride(leading + 1);
+  source.score_row = scores.stride(leading);
   if (classes) {
     source.classes = static_cast<const int64_t*>(classes->const_data_ptr());
     source.class_image = leading ? classes->stride(0) : 0, source.class_row = classes->stride(leading);
   }
   source.storage = storage_code(boxes, "boxes");
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(source.count == 0 || source.images <= most / source.count, "boxes must be at most ", most, " in all images together, got ", source.images, " x ", source.count);
+  STD_TORCH_CHECK(source.count == 0 || source.images <= most / source.count, "boxes must be at most ", most,
+                  " in all images together, got ", source.images, " x ", source.count);
   return source;
 }
 
@@ -52,7 +56,9 @@ class Workspace {
   size_t used_ = 0;
 };
 
-inline bool one_run(const BoxSource& source) { return source.count <= int64_t(kRun) || source.images * source.count <= kOneRunPairs / source.count; }
+inline bool one_run(const BoxSource& source) {
+  return source.count <= int64_t(kRun) || source.images * source.count <= kOneRunPairs / source.count;
+}
 
 template <class T> struct RunPair { Runs<T> runs[2]; };
 
@@ -78,7 +84,8 @@ template <class T> void take_sorted(Workspace& workspace, const BoxSource& sourc
 
 // Starts the kernels that fill `sorted`, which is taken; source.count > 0.
 void sort_boxes(const BoxSource& source, const Sorted<float>& sorted, const RunPair<float>& pair, cudaStream_t stream);
-void sort_boxes(const BoxSource& source, const Sorted<double>& sorted, const RunPair<double>& pair, cudaStream_t stream);
+void sort_boxes(const BoxSource& source, const Sorted<double>& sorted, const RunPair<double>& pair,
+                cudaStream_t stream);
 
 // Waits for the stream and returns a count that lies on the device: 8 bytes, the only thing that is ever read back.
 int64_t read_count(const unsigned long long* count, cudaStream_t stream);

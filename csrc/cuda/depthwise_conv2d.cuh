@@ -25,8 +25,12 @@ struct DepthwiseMaps {
 };
 
 // Targets of an axis in runs of kRun, `spacing` apart.
-inline int32_t runs_of(int32_t targets, int32_t spacing) { return (targets + kRun * spacing - 1) / (kRun * spacing) * spacing; }
-__device__ __forceinline__ int32_t first_of_run(int32_t run, int32_t spacing) { return run / spacing * (kRun * spacing) + run % spacing; }
+inline int32_t runs_of(int32_t targets, int32_t spacing) {
+  return (targets + kRun * spacing - 1) / (kRun * spacing) * spacing;
+}
+__device__ __forceinline__ int32_t first_of_run(int32_t run, int32_t spacing) {
+  return run / spacing * (kRun * spacing) + run % spacing;
+}
 
 // value = quotient * by + rest; by 32-bit division where that is enough.
 __device__ __forceinline__ int64_t quotient_of(int64_t value, int64_t by, int64_t& rest) {
@@ -42,7 +46,8 @@ __device__ __forceinline__ int64_t quotient_of(int64_t value, int64_t by, int64_
 
 // The source of a target by a tap, or -1.
 __device__ __forceinline__ int32_t source_of(const DepthwiseLine& line, int32_t target, int32_t tap, bool adjoint) {
-  int32_t at = adjoint ? target + line.padding - tap * line.dilation : target * line.stride - line.padding + tap * line.dilation;
+  int32_t at =
+      adjoint ? target + line.padding - tap * line.dilation : target * line.stride - line.padding + tap * line.dilation;
   if (at < 0) return -1;
   if (adjoint) {
     if (at % line.stride) return -1;
@@ -67,22 +72,29 @@ __device__ __forceinline__ DepthwisePlace place_in_rows(const DepthwiseMaps& m, 
   return {image, int32_t(row), first_of_run(int32_t(run), m.spacing)};
 }
 
-template <class S, int kWidth> __device__ __forceinline__ Pack<S, kWidth> pack_at(const S* line, int32_t column, int32_t columns, int32_t channels) {
-  if (uint32_t(column) < uint32_t(columns)) return *reinterpret_cast<const Pack<S, kWidth>*>(line + int64_t(column) * channels);
+template <class S, int kWidth>
+__device__ __forceinline__ Pack<S, kWidth> pack_at(const S* line, int32_t column, int32_t columns, int32_t channels) {
+  if (uint32_t(column) < uint32_t(columns))
+    return *reinterpret_cast<const Pack<S, kWidth>*>(line + int64_t(column) * channels);
   return Pack<S, kWidth>{};
 }
 
 // Block (x, y): chunk y of the channels, every gridDim.x-th share of the runs. Neighbours in a run are kStep taps apart.
 template <class S, int kWidth, int kKernel, int kStep>
 __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<kWidth, kKernel>)
-    depthwise_pixels_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ weight, S* __restrict__ target) {
+    depthwise_pixels_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                            const S* __restrict__ weight, S* __restrict__ target) {
   using T = arithmetic_t<S>;
-  constexpr int kLanes = kChannelLanes<kWidth>, kTaps = kKernel * kKernel, kPitch = kChunk<kWidth> + (kWidth < 4 ? 4 : kWidth), kGroups = kDepthwiseThreads / kLanes;
+  constexpr int kLanes = kChannelLanes<kWidth>;
+  constexpr int kTaps = kKernel * kKernel;
+  constexpr int kPitch = kChunk<kWidth> + (kWidth < 4 ? 4 : kWidth);
+  constexpr int kGroups = kDepthwiseThreads / kLanes;
   alignas(32) __shared__ T weights[kTaps * kPitch];
   const int32_t first = int32_t(blockIdx.y) * kChunk<kWidth>, C = m.channels;
   for (int t = int(threadIdx.x); t < kChunk<kWidth> * kTaps; t += kDepthwiseThreads) {
     const int c = t / kTaps, tap = t % kTaps;
-    if (first + c < C) weights[(m.turned ? kTaps - 1 - tap : tap) * kPitch + c] = widen<T>(weight[int64_t(first) * kTaps + t]);
+    if (first + c < C)
+      weights[(m.turned ? kTaps - 1 - tap : tap) * kPitch + c] = widen<T>(weight[int64_t(first) * kTaps + t]);
   }
   __syncthreads();
   const int lane = int(threadIdx.x) % kLanes, group = int(threadIdx.x) / kLanes;
@@ -102,7 +114,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kDepthwiseBlocks<kWidth, kK
       const S* const line = source + (place.image * m.rows.source + row) * m.columns.source * C + channel;
       Pack<T, kWidth> w[kKernel];
 #pragma unroll
-      for (int v = 0; v < kKernel; ++v) w[v] = *reinterpret_cast<const Pack<T, kWidth>*>(own + (u * kKernel + v) * kPitch);
+      for (int v = 0; v < kKernel; ++v)
+        w[v] = *reinterpret_cast<const Pack<T, kWidth>*>(own + (u * kKernel + v) * kPitch);
 #pragma unroll
       for (int q = 0; q < kKernel + kStep * (kRun - 1); ++q) {
         const Pack<S, kWidth> x = pack_at<S, kWidth>(line, begin + q * m.columns.dilation, m.columns.source, C);
@@ -146,12 +159,15 @@ template <int kRows> __device__ __forceinline__ uint32_t rows_there(const Depthw
 
 template <class S, int kKernel, int kStep>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
-    depthwise_planes_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ weight, S* __restrict__ target) {
+    depthwise_planes_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                            const S* __restrict__ weight, S* __restrict__ target) {
   using T = arithmetic_t<S>;
   constexpr int kTaps = kKernel * kKernel, kRows = kKernel + kStep * (kRun - 1);
-  const int64_t items = m.images * m.channels * m.runs * m.columns.target, step = int64_t(m.rows.dilation) * m.columns.source;
+  const int64_t items = m.images * m.channels * m.runs * m.columns.target;
+  const int64_t step = int64_t(m.rows.dilation) * m.columns.source;
 #pragma unroll 1
-  for (int64_t item = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; item < items; item += int64_t(gridDim.x) * kDepthwiseThreads) {
+  for (int64_t item = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; item < items;
+       item += int64_t(gridDim.x) * kDepthwiseThreads) {
     const DepthwisePlace place = place_in_columns(m, item, m.columns.target);
     int64_t channel;
     quotient_of(place.image, m.channels, channel);
@@ -190,14 +206,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 // stride apart; runs of columns in both layouts, kWidth channels to a thread (1 in NCHW).
 template <class S, int kWidth, bool kNhwc>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
-    depthwise_gather_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ weight, S* __restrict__ target) {
+    depthwise_gather_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                            const S* __restrict__ weight, S* __restrict__ target) {
   using T = arithmetic_t<S>;
   static_assert(kNhwc || kWidth == 1, "a plane has one channel");
   const int64_t packs = kNhwc ? m.channels / kWidth : 1, lines = kNhwc ? m.images : m.images * m.channels;
   const int64_t items = lines * m.rows.target * m.runs * packs, taps = int64_t(m.kernel) * m.kernel;
   const int64_t pitch = kNhwc ? m.channels : 1;  // from column to column
 #pragma unroll 1
-  for (int64_t item = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; item < items; item += int64_t(gridDim.x) * kDepthwiseThreads) {
+  for (int64_t item = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; item < items;
+       item += int64_t(gridDim.x) * kDepthwiseThreads) {
     int64_t pack, channel;
     const DepthwisePlace place = place_in_rows(m, quotient_of(item, packs, pack), m.rows.target);
     if (kNhwc) channel = pack * kWidth;

@@ -7,20 +7,28 @@
 namespace nasdet::cuda {
 
 constexpr int kPlaneGradThreads = 128;
-constexpr int64_t kRunsPerThread = 128;  // of one part, at most: its sums are short, those over parts are kept in double
+constexpr int64_t kRunsPerThread =
+    128;  // of one part, at most: its sums are short, those over parts are kept in double
 
 // A thread of the NHWC kernel has a row of the kernel, kWidth channels and every kSlots-th run.
-template <int kWidth, int kKernel> constexpr int kSlots = kDepthwiseThreads / (kChannelLanes<kWidth> * kKernel) > 1 ? kDepthwiseThreads / (kChannelLanes<kWidth> * kKernel) : 1;
-template <int kWidth, int kKernel> constexpr int kPixelGradThreads = kChannelLanes<kWidth> * kKernel * kSlots<kWidth, kKernel>;
+template <int kWidth, int kKernel>
+constexpr int kSlots =
+    kDepthwiseThreads / (kChannelLanes<kWidth> * kKernel) > 1 ? kDepthwiseThreads / (kChannelLanes<kWidth> * kKernel)
+                                                              : 1;
+template <int kWidth, int kKernel>
+constexpr int kPixelGradThreads = kChannelLanes<kWidth> * kKernel * kSlots<kWidth, kKernel>;
 
 // Block (x, y): part x, chunk y of the channels.
 template <class S, int kWidth, int kKernel, int kStep>
 __global__ void __launch_bounds__(kPixelGradThreads<kWidth, kKernel>, kDepthwiseBlocks<kWidth, kKernel>)
-    depthwise_pixels_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ grad, arithmetic_t<S>* partial) {
+    depthwise_pixels_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                                    const S* __restrict__ grad, arithmetic_t<S>* partial) {
   using T = arithmetic_t<S>;
   constexpr int kLanes = kChannelLanes<kWidth>, kTaps = kKernel * kKernel, kAll = kPixelGradThreads<kWidth, kKernel>;
   __shared__ T sums[kChunk<kWidth> * kTaps];
-  const int lane = int(threadIdx.x) % kLanes, u = int(threadIdx.x) / kLanes % kKernel, slot = int(threadIdx.x) / (kLanes * kKernel);
+  const int lane = int(threadIdx.x) % kLanes;
+  const int u = int(threadIdx.x) / kLanes % kKernel;
+  const int slot = int(threadIdx.x) / (kLanes * kKernel);
   const int32_t first = int32_t(blockIdx.y) * kChunk<kWidth>, channel = first + lane * kWidth, C = m.channels;
   const int64_t items = m.images * m.rows.target * m.runs;
   const int64_t begin = items * blockIdx.x / gridDim.x, end = channel < C ? items * (blockIdx.x + 1) / gridDim.x : 0;
@@ -35,7 +43,8 @@ __global__ void __launch_bounds__(kPixelGradThreads<kWidth, kKernel>, kDepthwise
     const int32_t left = place.column * m.columns.stride - m.columns.padding;
     Pack<S, kWidth> g[kRun];
 #pragma unroll
-    for (int r = 0; r < kRun; ++r) g[r] = pack_at<S, kWidth>(upstream, place.column + r * m.spacing, m.columns.target, C);
+    for (int r = 0; r < kRun; ++r)
+      g[r] = pack_at<S, kWidth>(upstream, place.column + r * m.spacing, m.columns.target, C);
 #pragma unroll
     for (int q = 0; q < kKernel + kStep * (kRun - 1); ++q) {
       const Pack<S, kWidth> x = pack_at<S, kWidth>(line, left + q * m.columns.dilation, m.columns.source, C);
@@ -44,12 +53,14 @@ __global__ void __launch_bounds__(kPixelGradThreads<kWidth, kKernel>, kDepthwise
         const int v = q - kStep * r;
         if (v < 0 || v >= kKernel) continue;
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) sum[v < 0 || v >= kKernel ? 0 : v][e] += widen<T>(g[r].v[e]) * widen<T>(x.v[e]);
+        for (int e = 0; e < kWidth; ++e)
+          sum[v < 0 || v >= kKernel ? 0 : v][e] += widen<T>(g[r].v[e]) * widen<T>(x.v[e]);
       }
     }
   }
 #pragma unroll 1
-  for (int turn = 0; turn < kSlots<kWidth, kKernel>; ++turn) {  // one slot after the other: the order is always the same
+  for (int turn = 0; turn < kSlots<kWidth, kKernel>;
+       ++turn) {  // one slot after the other: the order is always the same
     if (slot == turn) {
 #pragma unroll
       for (int v = 0; v < kKernel; ++v)
@@ -80,11 +91,14 @@ template <int kThreads, class T> __device__ __forceinline__ T block_sum(T value,
 // NCHW. Block (x, y): channels x, x + gridDim.x, ..., part y.
 template <class S, int kKernel, int kStep>
 __global__ void __launch_bounds__(kPlaneGradThreads, kKernel == 7 ? 2 : 3)
-    depthwise_planes_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ grad, arithmetic_t<S>* partial) {
+    depthwise_planes_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                                    const S* __restrict__ grad, arithmetic_t<S>* partial) {
   using T = arithmetic_t<S>;
   constexpr int kTaps = kKernel * kKernel, kRows = kKernel + kStep * (kRun - 1), kWarps = kPlaneGradThreads / 32;
   __shared__ T warps[kTaps][kWarps];
-  const int64_t of_image = int64_t(m.runs) * m.columns.target, items = m.images * of_image, step = int64_t(m.rows.dilation) * m.columns.source;
+  const int64_t of_image = int64_t(m.runs) * m.columns.target;
+  const int64_t items = m.images * of_image;
+  const int64_t step = int64_t(m.rows.dilation) * m.columns.source;
   const int64_t begin = items * blockIdx.y / gridDim.y, end = items * (blockIdx.y + 1) / gridDim.y;
 #pragma unroll 1
   for (int64_t channel = blockIdx.x; channel < m.channels; channel += gridDim.x) {
@@ -95,7 +109,8 @@ __global__ void __launch_bounds__(kPlaneGradThreads, kKernel == 7 ? 2 : 3)
       const int64_t plane = place.image * m.channels + channel;
       const int32_t top = place.row * m.rows.stride - m.rows.padding;
       const uint32_t there = rows_there<kRows>(m.rows, top);
-      const int64_t corner = (plane * m.rows.source + top) * m.columns.source, upstream = plane * m.rows.target * m.columns.target + place.column;
+      const int64_t corner = (plane * m.rows.source + top) * m.columns.source;
+      const int64_t upstream = plane * m.rows.target * m.columns.target + place.column;
       T g[kRun];
 #pragma unroll
       for (int r = 0; r < kRun; ++r) {
@@ -107,7 +122,8 @@ __global__ void __launch_bounds__(kPlaneGradThreads, kKernel == 7 ? 2 : 3)
         const int32_t at = source_of(m.columns, place.column, v, false);
         T x[kRows];
 #pragma unroll
-        for (int q = 0; q < kRows; ++q) x[q] = at >= 0 && (there >> q & 1) ? widen<T>(source[corner + q * step + at]) : T(0);
+        for (int q = 0; q < kRows; ++q)
+          x[q] = at >= 0 && (there >> q & 1) ? widen<T>(source[corner + q * step + at]) : T(0);
 #pragma unroll
         for (int u = 0; u < kKernel; ++u)
 #pragma unroll
@@ -136,11 +152,13 @@ __global__ void __launch_bounds__(kPlaneGradThreads, kKernel == 7 ? 2 : 3)
 // Everything else: any kernel and stride, either layout. Block x takes weights x, x + gridDim.x, ... whole, in double.
 template <class S, bool kNhwc>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
-    depthwise_any_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source, const S* __restrict__ grad, S* out) {
+    depthwise_any_weights_kernel(const __grid_constant__ DepthwiseMaps m, const S* __restrict__ source,
+                                 const S* __restrict__ grad, S* out) {
   using T = arithmetic_t<S>;
   __shared__ double warps[kDepthwiseThreads / 32];
   const int64_t taps = int64_t(m.kernel) * m.kernel, weights = taps * m.channels, C = m.channels;
-  const int64_t targets = int64_t(m.rows.target) * m.columns.target, sources = int64_t(m.rows.source) * m.columns.source;
+  const int64_t targets = int64_t(m.rows.target) * m.columns.target;
+  const int64_t sources = int64_t(m.rows.source) * m.columns.source;
 #pragma unroll 1
   for (int64_t index = blockIdx.x; index < weights; index += gridDim.x) {
     const int64_t channel = index / taps, tap = index % taps;
@@ -149,11 +167,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 #pragma unroll 1
     for (int64_t item = threadIdx.x; item < m.images * targets; item += kDepthwiseThreads) {
       int64_t pixel, column;
-      const int64_t image = quotient_of(item, targets, pixel), target_row = quotient_of(pixel, m.columns.target, column);
-      const int32_t row = source_of(m.rows, int32_t(target_row), u, false), at = source_of(m.columns, int32_t(column), v, false);
+      const int64_t image = quotient_of(item, targets, pixel);
+      const int64_t target_row = quotient_of(pixel, m.columns.target, column);
+      const int32_t row = source_of(m.rows, int32_t(target_row), u, false);
+      const int32_t at = source_of(m.columns, int32_t(column), v, false);
       if (row < 0 || at < 0) continue;
       const int64_t from = int64_t(row) * m.columns.source + at;
-      const T x = widen<T>(source[kNhwc ? (image * sources + from) * C + channel : (image * C + channel) * sources + from]);
+      const T x =
+          widen<T>(source[kNhwc ? (image * sources + from) * C + channel : (image * C + channel) * sources + from]);
       const T g = widen<T>(grad[kNhwc ? item * C + channel : (image * C + channel) * targets + pixel]);
       sum += double(g) * double(x);
     }
@@ -165,10 +186,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
 
 // out[i] = the sum of partial[part][i] over the parts, in their order.
 template <class S>
-__global__ void __launch_bounds__(kDepthwiseThreads, 2) depthwise_sum_parts_kernel(const arithmetic_t<S>* partial, int64_t parts, int64_t count, S* out) {
+__global__ void __launch_bounds__(kDepthwiseThreads, 2)
+    depthwise_sum_parts_kernel(const arithmetic_t<S>* partial, int64_t parts, int64_t count, S* out) {
   using T = arithmetic_t<S>;
 #pragma unroll 1
-  for (int64_t i = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kDepthwiseThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kDepthwiseThreads + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * kDepthwiseThreads) {
     double sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += double(partial[part * count + i]);
     out[i] = narrow<S>(T(sum));

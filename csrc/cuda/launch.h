@@ -8,7 +8,8 @@
 #include "nasdet/checks.h"
 
 // Weak: the library also loads beside a PyTorch without CUDA, which does not have it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace nasdet::cuda {
 

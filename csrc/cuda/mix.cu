@@ -15,22 +15,28 @@ void check(const std::vector<Tensor>& xs, const Tensor& weights) {
   const Tensor& first = xs[0];
   for (const Tensor& x : xs) {
     STD_TORCH_CHECK(same(x.sizes(), first.sizes()), "xs must have one shape");
-    STD_TORCH_CHECK(x.scalar_type() == first.scalar_type() && x.is_cuda() && x.get_device_index() == first.get_device_index(),
-                    "xs must have one dtype and be on one CUDA device");
+    STD_TORCH_CHECK(
+        x.scalar_type() == first.scalar_type() && x.is_cuda() && x.get_device_index() == first.get_device_index(),
+        "xs must have one dtype and be on one CUDA device");
   }
   const ScalarType arithmetic = first.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(weights.scalar_type() == arithmetic, "weights must be float32 (float64 for float64 maps)");
-  STD_TORCH_CHECK(weights.is_cuda() && weights.get_device_index() == first.get_device_index() && weights.dim() == 1 && weights.size(0) == int64_t(xs.size()),
+  STD_TORCH_CHECK(weights.is_cuda() && weights.get_device_index() == first.get_device_index() && weights.dim() == 1 &&
+                      weights.size(0) == int64_t(xs.size()),
                   "weights must have shape (", xs.size(), ",) and be on the maps' device");
 }
 
 // Calls f(S{}) with the type of t's elements.
 template <class F> void with_storage(const Tensor& t, F f) {
   switch (storage_code(t, "xs")) {
-    case 0: return f(float{});
-    case 1: return f(double{});
-    case 2: return f(__nv_bfloat16{});
-    case 3: return f(__half{});
+    case 0:
+      return f(float{});
+    case 1:
+      return f(double{});
+    case 2:
+      return f(__nv_bfloat16{});
+    case 3:
+      return f(__half{});
   }
 }
 
@@ -41,7 +47,8 @@ std::vector<Tensor> all_in_layout_of(const std::vector<Tensor>& xs, const Tensor
 }
 
 template <class S, int kWidth>
-void launch_forward(const std::vector<Tensor>& maps, const Tensor& weights, const Tensor& carry, Tensor& out, cudaStream_t stream) {
+void launch_forward(const std::vector<Tensor>& maps, const Tensor& weights, const Tensor& carry, Tensor& out,
+                    cudaStream_t stream) {
   using T = arithmetic_t<S>;
   const int64_t count = out.numel(), total = maps.size();
   const unsigned blocks = unsigned(blocks_for(count / kWidth, kForwardPacks, kMostForwardBlocks));
@@ -51,8 +58,9 @@ void launch_forward(const std::vector<Tensor>& maps, const Tensor& weights, cons
     for (int p = 0; p < group.maps; ++p) group.x[p] = maps[first + p].const_data_ptr();
     T* sum = total > kMaxMaps ? static_cast<T*>(carry.mutable_data_ptr()) : nullptr;
     const bool last = first + kMaxMaps >= total;
-    mix_forward_kernel<S, kWidth><<<blocks, kThreads, 0, stream>>>(group, static_cast<const T*>(weights.const_data_ptr()) + first,
-                                                                  static_cast<S*>(out.mutable_data_ptr()), first ? sum : nullptr, last ? nullptr : sum, count);
+    mix_forward_kernel<S, kWidth><<<blocks, kThreads, 0, stream>>>(
+        group, static_cast<const T*>(weights.const_data_ptr()) + first, static_cast<S*>(out.mutable_data_ptr()),
+        first ? sum : nullptr, last ? nullptr : sum, count);
     check_launch("mix_forward_kernel");
   }
 }
@@ -70,13 +78,15 @@ Tensor mix(std::vector<Tensor> xs, Tensor weights) {
   const cudaStream_t stream = current_stream(out);
   with_storage(out, [&](auto zero) {
     using S = decltype(zero);
-    aligned ? launch_forward<S, kWide<S>>(maps, w, carry, out, stream) : launch_forward<S, 1>(maps, w, carry, out, stream);
+    aligned ? launch_forward<S, kWide<S>>(maps, w, carry, out, stream)
+            : launch_forward<S, 1>(maps, w, carry, out, stream);
   });
   return out;
 }
 
 template <class S, int kWidth>
-void launch_backward(const Tensor& grad, const std::vector<Tensor>& maps, const Tensor& weights, const std::vector<Tensor>& dxs, Tensor& dweights, cudaStream_t stream) {
+void launch_backward(const Tensor& grad, const std::vector<Tensor>& maps, const Tensor& weights,
+                     const std::vector<Tensor>& dxs, Tensor& dweights, cudaStream_t stream) {
   using T = arithmetic_t<S>;
   const int64_t count = grad.numel(), total = maps.size();
   const int64_t blocks = blocks_for(count / kWidth, kBackwardPacks, kMostBackwardBlocks);
@@ -91,18 +101,22 @@ void launch_backward(const Tensor& grad, const std::vector<Tensor>& maps, const 
       group.dx[p] = dxs.empty() ? nullptr : dxs[first + p].mutable_data_ptr();
     }
     const dim3 grid(unsigned(blocks), unsigned((group.maps + kGroup - 1) / kGroup));
-    mix_backward_kernel<S, kWidth><<<grid, kThreads, 0, stream>>>(group, static_cast<const T*>(weights.const_data_ptr()) + first,
-                                                                 static_cast<const S*>(grad.const_data_ptr()), rows ? rows + first * blocks : nullptr, !dxs.empty(), count);
+    mix_backward_kernel<S, kWidth><<<grid, kThreads, 0, stream>>>(
+        group, static_cast<const T*>(weights.const_data_ptr()) + first, static_cast<const S*>(grad.const_data_ptr()),
+        rows ? rows + first * blocks : nullptr, !dxs.empty(), count);
     check_launch("mix_backward_kernel");
   }
   if (!need_weights) return;
-  mix_reduce_kernel<T><<<unsigned(total), kThreads, 0, stream>>>(rows, static_cast<T*>(dweights.mutable_data_ptr()), blocks);
+  mix_reduce_kernel<T>
+      <<<unsigned(total), kThreads, 0, stream>>>(rows, static_cast<T*>(dweights.mutable_data_ptr()), blocks);
   check_launch("mix_reduce_kernel");
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mix_backward(Tensor grad, std::vector<Tensor> xs, Tensor weights, bool need_xs, bool need_weights) {
+std::tuple<std::vector<Tensor>, Tensor> mix_backward(Tensor grad, std::vector<Tensor> xs, Tensor weights, bool need_xs,
+                                                     bool need_weights) {
   check(xs, weights);
-  STD_TORCH_CHECK(same(grad.sizes(), xs[0].sizes()) && grad.scalar_type() == xs[0].scalar_type() && grad.is_cuda() && grad.get_device_index() == xs[0].get_device_index(),
+  STD_TORCH_CHECK(same(grad.sizes(), xs[0].sizes()) && grad.scalar_type() == xs[0].scalar_type() && grad.is_cuda() &&
+                      grad.get_device_index() == xs[0].get_device_index(),
                   "grad must have the maps' shape and dtype and be on their device");
   const DeviceGuard guard(grad.get_device_index());
   const Tensor like = torch::stable::empty_like(xs[0]);
@@ -112,7 +126,8 @@ std::tuple<std::vector<Tensor>, Tensor> mix_backward(Tensor grad, std::vector<Te
   Tensor dweights = torch::stable::new_empty(w, {need_weights ? int64_t(xs.size()) : 0});
   if (like.numel() == 0) return {dxs, torch::stable::zero_(dweights)};
   if (!need_xs && !need_weights) return {dxs, dweights};
-  const std::vector<Tensor> maps = need_weights ? all_in_layout_of(xs, like) : dxs;  // without need_weights they are not read
+  const std::vector<Tensor> maps =
+      need_weights ? all_in_layout_of(xs, like) : dxs;  // without need_weights they are not read
   const Tensor g = in_layout_of(grad, like);
   bool aligned = aligned16(g.const_data_ptr());
   for (const Tensor& map : maps) aligned &= aligned16(map.const_data_ptr());
@@ -120,7 +135,8 @@ std::tuple<std::vector<Tensor>, Tensor> mix_backward(Tensor grad, std::vector<Te
   const cudaStream_t stream = current_stream(g);
   with_storage(g, [&](auto zero) {
     using S = decltype(zero);
-    aligned ? launch_backward<S, kWide<S>>(g, maps, w, dxs, dweights, stream) : launch_backward<S, 1>(g, maps, w, dxs, dweights, stream);
+    aligned ? launch_backward<S, kWide<S>>(g, maps, w, dxs, dweights, stream)
+            : launch_backward<S, 1>(g, maps, w, dxs, dweights, stream);
   });
   return {dxs, dweights};
 }

@@ -7,10 +7,10 @@
 
 namespace nasdet::cuda {
 
-constexpr int kMaxMaps = 64;    // maps of one launch; longer lists take several
+constexpr int kMaxMaps = 64;  // maps of one launch; longer lists take several
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;    // forward: maps that a thread loads together
-constexpr int kGroup = 8;       // backward: maps whose dot products a thread keeps
+constexpr int kInFlight = 4;  // forward: maps that a thread loads together
+constexpr int kGroup = 8;     // backward: maps whose dot products a thread keeps
 
 // Passed by value as __grid_constant__: it lies in constant memory, where a run-time index costs no stack frame.
 struct MixMaps {
@@ -20,7 +20,9 @@ struct MixMaps {
 };
 
 // The grid of a launch over `packs` packs. Sizes alone decide: sums do not depend on the device.
-constexpr int64_t kForwardPacks = 1, kMostForwardBlocks = 1 << 20;  // packs of one thread, unless that takes more blocks
+// packs of one thread, unless that takes more blocks
+constexpr int64_t kForwardPacks = 1;
+constexpr int64_t kMostForwardBlocks = 1 << 20;
 constexpr int64_t kBackwardPacks = 4, kMostBackwardBlocks = 1 << 14;
 
 inline int64_t blocks_for(int64_t packs, int64_t packs_per_thread, int64_t most) {
@@ -33,7 +35,8 @@ __device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) *
 __device__ __forceinline__ int64_t thread_count() { return int64_t(gridDim.x) * kThreads; }
 
 template <class S, int kWidth, class T>
-__device__ __forceinline__ void sum_pack(const MixMaps& maps, const T* weights, S* out, const T* carry_in, T* carry_out, int64_t at) {
+__device__ __forceinline__ void sum_pack(const MixMaps& maps, const T* weights, S* out, const T* carry_in, T* carry_out,
+                                         int64_t at) {
   using P = Pack<S, kWidth>;
   T sum[kWidth];
 #pragma unroll
@@ -65,8 +68,9 @@ __device__ __forceinline__ void sum_pack(const MixMaps& maps, const T* weights, 
 
 // carry_in / carry_out: the sum over the maps of earlier launches, and for later ones; null in the first and the last.
 template <class S, int kWidth>
-__global__ void __launch_bounds__(kThreads) mix_forward_kernel(const __grid_constant__ MixMaps maps, const arithmetic_t<S>* weights, S* out,
-                                                               const arithmetic_t<S>* carry_in, arithmetic_t<S>* carry_out, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    mix_forward_kernel(const __grid_constant__ MixMaps maps, const arithmetic_t<S>* weights, S* out,
+                       const arithmetic_t<S>* carry_in, arithmetic_t<S>* carry_out, int64_t count) {
   const int64_t packs = count / kWidth;
   for (int64_t i = thread_index(); i < packs; i += thread_count())
     sum_pack<S, kWidth>(maps, weights, out, carry_in, carry_out, i * kWidth);
@@ -76,15 +80,16 @@ __global__ void __launch_bounds__(kThreads) mix_forward_kernel(const __grid_cons
 
 // dx_p = w_p g, and this thread's share of <g, x_p>, for the kGroup maps from `first`.
 template <class S, int kWidth, class T>
-__device__ __forceinline__ void gradient_pack(const MixMaps& maps, int first, const T (&w)[kGroup], const S* grad, bool need_xs, bool need_weights,
-                                              T (&dot)[kGroup], int64_t at) {
+__device__ __forceinline__ void gradient_pack(const MixMaps& maps, int first, const T (&w)[kGroup], const S* grad,
+                                              bool need_xs, bool need_weights, T (&dot)[kGroup], int64_t at) {
   using P = Pack<S, kWidth>;
   const P g = *reinterpret_cast<const P*>(grad + at);
   P x[kGroup];
 #pragma unroll
   for (int u = 0; u < kGroup; ++u) {  // every load before the first store, which the compiler could not move it over
     x[u] = P{};
-    if (need_weights && first + u < maps.maps) x[u] = *reinterpret_cast<const P*>(static_cast<const S*>(maps.x[first + u]) + at);
+    if (need_weights && first + u < maps.maps)
+      x[u] = *reinterpret_cast<const P*>(static_cast<const S*>(maps.x[first + u]) + at);
   }
 #pragma unroll
   for (int u = 0; u < kGroup; ++u) {
@@ -109,8 +114,9 @@ template <class T> __device__ __forceinline__ T warp_sum(T v) {
 
 // blockIdx.y: the group of kGroup maps. partial [maps, gridDim.x], null when gradients of the weights are not wanted.
 template <class S, int kWidth>
-__global__ void __launch_bounds__(kThreads, 2) mix_backward_kernel(const __grid_constant__ MixMaps maps, const arithmetic_t<S>* weights, const S* grad,
-                                                                arithmetic_t<S>* partial, bool need_xs, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2)
+    mix_backward_kernel(const __grid_constant__ MixMaps maps, const arithmetic_t<S>* weights, const S* grad,
+                        arithmetic_t<S>* partial, bool need_xs, int64_t count) {
   using T = arithmetic_t<S>;
   const int first = int(blockIdx.y) * kGroup;
   T w[kGroup], dot[kGroup];

@@ -13,7 +13,8 @@ constexpr int kNmsThreads = 256, kNmsWarps = kNmsThreads / 32;
 constexpr unsigned long long kKnown = 1ull << 32;  // beside a word's 32 bits: no fence is needed to read both at once
 
 // Exactly `IoU > threshold`; most pairs do not touch, and then only a negative threshold or NaN could matter: 0 / u is 0 or NaN.
-template <class T> __device__ __forceinline__ bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
+template <class T>
+__device__ __forceinline__ bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
   const T intersection = intersection_area(a, b);
   if (intersection == T(0) && threshold >= T(0)) return false;
   return rounded_quotient(intersection, (area_a + area_b) - intersection) > threshold;
@@ -32,15 +33,18 @@ template <class T> struct Rows {
 };
 
 // Which entries [begin, end) of a list, end <= 32, overlap each of the lane's boxes.
-template <class T> __device__ __forceinline__ void compare(const BoxList<T>& list, int begin, int end, const Rows<T>& rows, T threshold, uint32_t (&hits)[kRows]) {
+template <class T>
+__device__ __forceinline__ void compare(const BoxList<T>& list, int begin, int end, const Rows<T>& rows, T threshold,
+                                        uint32_t (&hits)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) hits[r] = 0;
-#pragma unroll (sizeof(T) == 8 ? 1 : 4)
+#pragma unroll(sizeof(T) == 8 ? 1 : 4)
   for (int e = begin; e < end; ++e) {
     const Box<T> other = list.cells[e].box;
     const T area = list.areas[e];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) hits[r] |= uint32_t(suppresses(other, area, rows.box[r], rows.area[r], threshold)) << e;
+    for (int r = 0; r < kRows; ++r)
+      hits[r] |= uint32_t(suppresses(other, area, rows.box[r], rows.area[r], threshold)) << e;
   }
 }
 
@@ -56,7 +60,8 @@ __device__ __forceinline__ int class_begin(const uint32_t (&heads)[kWords], int 
 template <class T> struct TileStorage {
   BoxCell<T> own[kTile], last[kTile], list[kNmsWarps][32];
   T own_areas[kTile], last_areas[kTile], list_areas[kNmsWarps][32];
-  uint32_t own_hits[kWords][kTile], last_hits[kWords][kTile];  // [w][i]: boxes of word w, of this and the last tile, that would drop box i
+  uint32_t own_hits[kWords][kTile],
+      last_hits[kWords][kTile];  // [w][i]: boxes of word w, of this and the last tile, that would drop box i
   uint32_t ranks[kTile];
   uint32_t heads[kWords];
   uint32_t dropped[kWords][kWords];  // [w]: by boxes of the words w of earlier tiles
@@ -66,12 +71,14 @@ template <class T> struct TileStorage {
 // One tile of an image; positions are those of the image.
 struct TileAt {
   int64_t image, tile, first;
-  int count;             // boxes of this tile
-  int64_t class_first;   // where the class of its first box begins: before `first` if the class spans tiles
+  int count;            // boxes of this tile
+  int64_t class_first;  // where the class of its first box begins: before `first` if the class spans tiles
   bool spans;
 };
 
-template <class T> __device__ __forceinline__ void load_tile(const Sorted<T>& sorted, int64_t count, const TileAt& at, TileStorage<T>& shared) {
+template <class T>
+__device__ __forceinline__ void load_tile(const Sorted<T>& sorted, int64_t count, const TileAt& at,
+                                          TileStorage<T>& shared) {
   const int i = int(threadIdx.x) % kTile;
   const bool own = threadIdx.x < kTile;
   const int64_t position = at.first + i - (own ? 0 : kTile), place = at.image * count + position;
@@ -84,11 +91,14 @@ template <class T> __device__ __forceinline__ void load_tile(const Sorted<T>& so
   if (sorted.classes && position > 0 && position < count) head = sorted.classes[place] != sorted.classes[place - 1];
   const uint32_t word = __ballot_sync(kAllLanes, head);
   if (i % 32 == 0) shared.heads[i / 32] = word;
-  if (i < at.count) shared.ranks[i] = sorted.rank_of ? sorted.rank_of[at.image * count + sorted.index_of[place]] : uint32_t(position);
+  if (i < at.count)
+    shared.ranks[i] = sorted.rank_of ? sorted.rank_of[at.image * count + sorted.index_of[place]] : uint32_t(position);
 }
 
 // What the boxes of this tile, and of the last one if the class spans it, would do to this tile's boxes: before anything is known.
-template <class T> __device__ __forceinline__ void compare_near(const TileAt& at, const Rows<T>& rows, int row, int word, T threshold, TileStorage<T>& shared) {
+template <class T>
+__device__ __forceinline__ void compare_near(const TileAt& at, const Rows<T>& rows, int row, int word, T threshold,
+                                             TileStorage<T>& shared) {
   const int lane = int(threadIdx.x) % 32;
   int begin[kRows];
   uint32_t hits[kRows], wanted[kRows];
@@ -109,21 +119,28 @@ template <class T> __device__ __forceinline__ void compare_near(const TileAt& at
   const uint32_t same_class = from >= 32 ? 0 : ~bits_below(from > 0 ? int(from) : 0);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) hits[r] = 0;
-  if (same_class && __any_sync(kAllLanes, begin[0] + 32 * word < 0 || begin[1] + 32 * word < 0)) compare<T>({shared.last + 32 * word, shared.last_areas + 32 * word}, 0, 32, rows, threshold, hits);
+  if (same_class && __any_sync(kAllLanes, begin[0] + 32 * word < 0 || begin[1] + 32 * word < 0))
+    compare<T>({shared.last + 32 * word, shared.last_areas + 32 * word}, 0, 32, rows, threshold, hits);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) shared.last_hits[word][row + 32 * r + lane] = begin[r] + 32 * word < 0 ? hits[r] & same_class : 0;
+  for (int r = 0; r < kRows; ++r)
+    shared.last_hits[word][row + 32 * r + lane] = begin[r] + 32 * word < 0 ? hits[r] & same_class : 0;
 }
 
-__device__ __forceinline__ unsigned long long peek(const unsigned long long* word) { return *const_cast<const volatile unsigned long long*>(word); }
+__device__ __forceinline__ unsigned long long peek(const unsigned long long* word) {
+  return *const_cast<const volatile unsigned long long*>(word);
+}
 
 // Compares with the boxes that the tiles before the last one keep, as soon as each is known. Every warp takes one word of each
 // tile and half of this tile's boxes: it waits for nobody but that word.
-template <class T> __device__ __forceinline__ void compare_far(const Sorted<T>& sorted, int64_t count, const TileAt& at, const Rows<T>& rows, int row, int word,
-                                                              T threshold, TileStorage<T>& shared) {
+template <class T>
+__device__ __forceinline__ void compare_far(const Sorted<T>& sorted, int64_t count, const TileAt& at,
+                                            const Rows<T>& rows, int row, int word, T threshold,
+                                            TileStorage<T>& shared) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   bool alive[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) alive[r] = row + 32 * r + lane < at.count && class_begin(shared.heads, row + 32 * r + lane) < 0;
+  for (int r = 0; r < kRows; ++r)
+    alive[r] = row + 32 * r + lane < at.count && class_begin(shared.heads, row + 32 * r + lane) < 0;
   const BoxCell<T>* cells = sorted.boxes + at.image * count + 32 * word + lane;
   const unsigned long long* words = sorted.words + at.image * sorted.tiles * kWords + word;
   for (int64_t tile = at.class_first / kTile; tile < at.tile - 1; ++tile) {
@@ -157,7 +174,9 @@ template <class T> __device__ __forceinline__ void compare_far(const Sorted<T>& 
 
 // Decides the tile in one warp and returns its kept boxes. In word after word: a box is kept once no earlier box that overlaps
 // it is open, and dropped once one is kept; the first open box is always kept, so each round decides one at least.
-template <class T> __device__ __forceinline__ void decide(const Sorted<T>& sorted, const TileAt& at, const TileStorage<T>& shared, uint32_t (&kept)[kWords]) {
+template <class T>
+__device__ __forceinline__ void decide(const Sorted<T>& sorted, const TileAt& at, const TileStorage<T>& shared,
+                                       uint32_t (&kept)[kWords]) {
   const int lane = int(threadIdx.x) % 32;
   uint32_t last[kWords] = {};
   if (at.spans) {
@@ -190,7 +209,9 @@ template <class T> __device__ __forceinline__ void decide(const Sorted<T>& sorte
   }
 }
 
-template <class T> __device__ __forceinline__ void publish(const Sorted<T>& sorted, const TileAt& at, const TileStorage<T>& shared, const uint32_t (&kept)[kWords]) {
+template <class T>
+__device__ __forceinline__ void publish(const Sorted<T>& sorted, const TileAt& at, const TileStorage<T>& shared,
+                                        const uint32_t (&kept)[kWords]) {
   const int lane = int(threadIdx.x) % 32;
   uint32_t own = kept[0];
 #pragma unroll
@@ -212,7 +233,8 @@ template <class T> __device__ __forceinline__ void publish(const Sorted<T>& sort
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNmsThreads) suppress_kernel(const __grid_constant__ Sorted<T> sorted, int64_t images, int64_t count, T threshold) {
+__global__ void __launch_bounds__(kNmsThreads)
+    suppress_kernel(const __grid_constant__ Sorted<T> sorted, int64_t images, int64_t count, T threshold) {
   __shared__ TileStorage<T> shared;
   if (threadIdx.x == 0) shared.ticket = atomicAdd(sorted.ticket, 1u);
   __syncthreads();
@@ -233,7 +255,8 @@ __global__ void __launch_bounds__(kNmsThreads) suppress_kernel(const __grid_cons
   const int word = warp / 2, row = warp % 2 * 64;
   Rows<T> rows;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) rows.box[r] = shared.own[row + 32 * r + lane].box, rows.area[r] = shared.own_areas[row + 32 * r + lane];
+  for (int r = 0; r < kRows; ++r)
+    rows.box[r] = shared.own[row + 32 * r + lane].box, rows.area[r] = shared.own_areas[row + 32 * r + lane];
   compare_near(at, rows, row, word, threshold, shared);
   if (at.spans) compare_far(sorted, count, at, rows, row, word, threshold, shared);
   __syncthreads();
@@ -247,8 +270,9 @@ constexpr int kListThreads = 256, kListWords = 64, kListRanks = 32 * kListWords;
 
 // Lists the kept boxes by rank: the indices in order of descending score. Each block counts what is kept before its ranks.
 // index: [images, places], the places beyond the count -1; used: [images] or null, how many are filled.
-__global__ void __launch_bounds__(kListThreads) list_kept_kernel(const uint32_t* order, const uint32_t* kept, const unsigned long long* counts, int64_t count,
-                                                                 int64_t words, int64_t blocks, int64_t places, int64_t* index, int64_t* used) {
+__global__ void __launch_bounds__(kListThreads)
+    list_kept_kernel(const uint32_t* order, const uint32_t* kept, const unsigned long long* counts, int64_t count,
+                     int64_t words, int64_t blocks, int64_t places, int64_t* index, int64_t* used) {
   __shared__ uint32_t chunk[kListWords];
   __shared__ int64_t sums[kListThreads / 32];
   const int64_t image = blockIdx.x / blocks, block = blockIdx.x - image * blocks;
@@ -259,7 +283,8 @@ __global__ void __launch_bounds__(kListThreads) list_kept_kernel(const uint32_t*
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   if (lane == 0) sums[warp] = sum;
-  if (threadIdx.x < kListWords) chunk[threadIdx.x] = block * kListWords + threadIdx.x < words ? kept[block * kListWords + threadIdx.x] : 0;
+  if (threadIdx.x < kListWords)
+    chunk[threadIdx.x] = block * kListWords + threadIdx.x < words ? kept[block * kListWords + threadIdx.x] : 0;
   __syncthreads();
   int64_t place = 0;
   for (int w = 0; w < kListThreads / 32; ++w) place += sums[w];

@@ -24,7 +24,8 @@ template <class T> inline int64_t tap_bytes(int64_t bins, int capacity) {
 }
 
 // One of the last two taps can be the pixel at hand already; with samples in falling order a pixel may come twice.
-template <class T> __device__ __forceinline__ int add_tap(Tap<T>* taps, int bins, int capacity, int count, int32_t at, T weight) {
+template <class T>
+__device__ __forceinline__ int add_tap(Tap<T>* taps, int bins, int capacity, int count, int32_t at, T weight) {
   for (int back = 1; back <= 2 && back <= count; ++back) {
     Tap<T>& tap = taps[(count - back) * bins];
     if (tap.at != at) continue;
@@ -36,7 +37,9 @@ template <class T> __device__ __forceinline__ int add_tap(Tap<T>* taps, int bins
 }
 
 // Writes the taps of one bin to taps[0], taps[bins], ... (neighbouring bins in neighbouring banks).
-template <class T> __device__ __forceinline__ TapSpan merge_taps(const RoiAxis<T>& axis, int bin, int bins, int size, int capacity, Tap<T>* taps) {
+template <class T>
+__device__ __forceinline__ TapSpan merge_taps(const RoiAxis<T>& axis, int bin, int bins, int size, int capacity,
+                                              Tap<T>* taps) {
   TapSpan span{};
   roi_samples(axis, bin, size, &span.first, &span.last);
 #pragma unroll 1
@@ -44,15 +47,17 @@ template <class T> __device__ __forceinline__ TapSpan merge_taps(const RoiAxis<T
     const RoiTaps<T> t = roi_taps(roi_position(axis, bin, s), size);
     if (!t.inside) continue;
     span.count = add_tap(taps, bins, capacity, span.count, t.low, t.low_weight);
-    if (span.count <= capacity && t.high != t.low) span.count = add_tap(taps, bins, capacity, span.count, t.high, t.high_weight);
+    if (span.count <= capacity && t.high != t.low)
+      span.count = add_tap(taps, bins, capacity, span.count, t.high, t.high_weight);
   }
   if (span.count > capacity) span.count = -1;
   return span;
 }
 
 template <int kRows, int kCols, class S, int kWidth, bool kNhwc, class T>
-__device__ __forceinline__ void add_merged(const Channels<const S, kWidth, kNhwc>& c, const Tap<T>* rows, int row_step, int row_count,
-                                           const Tap<T>* cols, int col_step, int col_count, T (&sum)[kWidth]) {
+__device__ __forceinline__ void add_merged(const Channels<const S, kWidth, kNhwc>& c, const Tap<T>* rows, int row_step,
+                                           int row_count, const Tap<T>* cols, int col_step, int col_count,
+                                           T (&sum)[kWidth]) {
 #pragma unroll 1
   for (int i = 0; i < row_count; i += kRows) {
     Tap<T> some_rows[kRows];
@@ -69,8 +74,8 @@ __device__ __forceinline__ void add_merged(const Channels<const S, kWidth, kNhwc
 }
 
 template <class S, int kWidth, bool kNhwc, class T>
-__device__ __forceinline__ void add_samples(const Channels<const S, kWidth, kNhwc>& c, const RoiPlace<T>& place, int ph, const TapSpan& y_span,
-                                            int pw, const TapSpan& x_span, T (&sum)[kWidth]) {
+__device__ __forceinline__ void add_samples(const Channels<const S, kWidth, kNhwc>& c, const RoiPlace<T>& place, int ph,
+                                            const TapSpan& y_span, int pw, const TapSpan& x_span, T (&sum)[kWidth]) {
 #pragma unroll 1
   for (int i = 2 * y_span.first; i < 2 * y_span.last; ++i) {
     const RoiTaps<T> y = roi_taps(roi_position(place.y, ph, i / 2), place.height);
@@ -87,21 +92,25 @@ __device__ __forceinline__ void add_samples(const Channels<const S, kWidth, kNhw
 }
 
 // Blocks that share a multiprocessor, at least: with more, registers would spill.
-template <class S, int kWidth, bool kNhwc> constexpr int kForwardBlocks = sizeof(S) == 8 ? 2 : kNhwc && kWidth == 1 ? 4 : 3;
+template <class S, int kWidth, bool kNhwc>
+constexpr int kForwardBlocks = sizeof(S) == 8         ? 2
+                               : kNhwc && kWidth == 1 ? 4
+                                                      : 3;
 
 // Block (part, k) of the grid: `share` items of RoI k, k + gridDim.y, ... An item is kWidth channels of one bin; items
 // follow the output in memory, which is [rois, PH, PW, C] (kNhwc) or [rois, C, PH, PW].
 template <class S, int kWidth, bool kNhwc>
 __global__ void __launch_bounds__(kRoiThreads, kForwardBlocks<S, kWidth, kNhwc>)
-    roi_align_forward_kernel(const __grid_constant__ RoiMaps<arithmetic_t<S>> maps, const arithmetic_t<S>* rois, S* out, int64_t count, int share,
-                             int capacity) {
+    roi_align_forward_kernel(const __grid_constant__ RoiMaps<arithmetic_t<S>> maps, const arithmetic_t<S>* rois, S* out,
+                             int64_t count, int share, int capacity) {
   using T = arithmetic_t<S>;
   __shared__ RoiPlace<T> place;
   NASDET_DYNAMIC_SHARED(Tap<T>, taps);
   const int height = maps.pooled_height, width = maps.pooled_width, bins = height * width;
   const int groups = (maps.channels + kWidth - 1) / kWidth;
   Tap<T>*const row_taps = taps, *const col_taps = taps + capacity * height;
-  TapSpan *const row_spans = reinterpret_cast<TapSpan*>(taps + capacity * (height + width)), *const col_spans = row_spans + height;
+  TapSpan* const row_spans = reinterpret_cast<TapSpan*>(taps + capacity * (height + width));
+  *const col_spans = row_spans + height;
   const int first = int(blockIdx.x) * share, last = first + share < bins * groups ? first + share : bins * groups;
 #pragma unroll 1
   for (int64_t k = blockIdx.y; k < count; k += gridDim.y) {
@@ -111,8 +120,8 @@ __global__ void __launch_bounds__(kRoiThreads, kForwardBlocks<S, kWidth, kNhwc>)
       for (int b = int(threadIdx.x); b < height + width; b += kRoiThreads) {
         const bool row = b < height;
         const int bin = row ? b : b - height;
-        row_spans[b] = merge_taps(row ? place.y : place.x, bin, row ? height : width, row ? place.height : place.width, capacity,
-                                  (row ? row_taps : col_taps) + bin);
+        row_spans[b] = merge_taps(row ? place.y : place.x, bin, row ? height : width, row ? place.height : place.width,
+                                  capacity, (row ? row_taps : col_taps) + bin);
       }
     }
     __syncthreads();
@@ -122,13 +131,12 @@ __global__ void __launch_bounds__(kRoiThreads, kForwardBlocks<S, kWidth, kNhwc>)
       const int ph = bin / width, pw = bin % width;
       T sum[kWidth] = {};
       if (!place.empty) {
-        const auto c = channels_of<kWidth, kNhwc>(static_cast<const S*>(maps.map[place.level]), place.image, maps.channels, place.height,
-                                                  place.width, group * kWidth);
+        const auto c = channels_of<kWidth, kNhwc>(static_cast<const S*>(maps.map[place.level]), place.image,
+                                                  maps.channels, place.height, place.width, group * kWidth);
         const TapSpan y = row_spans[ph], x = col_spans[pw];
         if (y.count >= 0 && x.count >= 0)
           add_merged<1, 4>(c, row_taps + ph, height, y.count, col_taps + pw, width, x.count, sum);
-        else
-          add_samples(c, place, ph, y, pw, x, sum);
+        else add_samples(c, place, ph, y, pw, x, sum);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) sum[e] *= place.share;
       }

@@ -6,7 +6,7 @@
 
 namespace nasdet::cuda {
 
-constexpr int kMaxLevels = 8;     // levels of one launch
+constexpr int kMaxLevels = 8;  // levels of one launch
 constexpr int kRoiThreads = 256;
 
 // Passed by value as __grid_constant__: it lies in constant memory, where a run-time index costs no stack frame.
@@ -30,7 +30,8 @@ template <class T> struct RoiPlace {
   bool empty;
 };
 
-template <class T> __device__ __forceinline__ RoiPlace<T> place_on_level(const RoiMaps<T>& maps, const T* roi, int level) {
+template <class T>
+__device__ __forceinline__ RoiPlace<T> place_on_level(const RoiMaps<T>& maps, const T* roi, int level) {
   RoiPlace<T> place;
   place.image = roi_image(roi[0], maps.images);
   place.level = level;
@@ -61,13 +62,17 @@ template <class S, int kWidth, bool kNhwc> struct Channels {
   int64_t row_step, plane_step;
   int32_t pixel_step, there;  // `there`: channels that exist, where fewer than kWidth are left
 
-  __device__ __forceinline__ S* at(int row, int col) const { return first + (int64_t(row) * row_step + int64_t(col) * pixel_step); }
+  __device__ __forceinline__ S* at(int row, int col) const {
+    return first + (int64_t(row) * row_step + int64_t(col) * pixel_step);
+  }
 };
 
 template <int kWidth, bool kNhwc, class S>
-__device__ __forceinline__ Channels<S, kWidth, kNhwc> channels_of(S* map, int64_t image, int channels, int height, int width, int channel) {
+__device__ __forceinline__ Channels<S, kWidth, kNhwc> channels_of(S* map, int64_t image, int channels, int height,
+                                                                  int width, int channel) {
   const int64_t plane = int64_t(height) * width;
-  if constexpr (kNhwc) return {map + (image * plane * channels + channel), int64_t(width) * channels, 1, channels, kWidth};
+  if constexpr (kNhwc)
+    return {map + (image * plane * channels + channel), int64_t(width) * channels, 1, channels, kWidth};
   return {map + (image * channels + channel) * plane, width, plane, 1, channels - channel};
 }
 
@@ -99,8 +104,8 @@ __device__ __forceinline__ void store(const Channels<S, kWidth, kNhwc>& c, int r
 
 // sum += the weighted pixels where `rows` and `cols` cross; every load before the first sum.
 template <int kRows, int kCols, class S, int kWidth, bool kNhwc, class T>
-__device__ __forceinline__ void add_crossings(const Channels<const S, kWidth, kNhwc>& c, const Tap<T> (&rows)[kRows], const Tap<T> (&cols)[kCols],
-                                              T (&sum)[kWidth]) {
+__device__ __forceinline__ void add_crossings(const Channels<const S, kWidth, kNhwc>& c, const Tap<T> (&rows)[kRows],
+                                              const Tap<T> (&cols)[kCols], T (&sum)[kWidth]) {
   Pack<S, kWidth> values[kRows][kCols];
 #pragma unroll
   for (int i = 0; i < kRows; ++i)

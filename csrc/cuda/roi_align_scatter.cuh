@@ -8,12 +8,14 @@ namespace nasdet::cuda {
 constexpr int kScatterTile = 16;  // rows and columns of the pixels that share a table
 
 template <class T> inline int64_t scatter_bytes(int64_t pooled_height, int64_t pooled_width) {
-  const int64_t y = pooled_height < kBinChunk ? pooled_height : kBinChunk, x = pooled_width < kBinChunk ? pooled_width : kBinChunk;
+  const int64_t y = pooled_height < kBinChunk ? pooled_height : kBinChunk;
+  const int64_t x = pooled_width < kBinChunk ? pooled_width : kBinChunk;
   return kScatterTile * ((y + x) * int64_t(sizeof(T)) + 2 * int64_t(sizeof(BinRange)));
 }
 
 template <int kWidth, bool kNhwc, class T>
-__device__ __forceinline__ void atomic_add(const Channels<T, kWidth, kNhwc>& c, int row, int col, const T (&v)[kWidth]) {
+__device__ __forceinline__ void atomic_add(const Channels<T, kWidth, kNhwc>& c, int row, int col,
+                                           const T (&v)[kWidth]) {
   T* at = c.at(row, col);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr bool kFour = kNhwc && kWidth == 4 && sizeof(T) == 4;
@@ -22,7 +24,9 @@ __device__ __forceinline__ void atomic_add(const Channels<T, kWidth, kNhwc>& c, 
 #endif
   if constexpr (kFour) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "f"(v[0]),
+                 "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
 #endif
   } else {
 #pragma unroll
@@ -35,7 +39,8 @@ __device__ __forceinline__ void atomic_add(const Channels<T, kWidth, kNhwc>& c, 
 // [rois, C, PH, PW]; maps.grad hold sums in the arithmetic's type, zero at the start.
 template <class S, int kWidth, bool kNhwc>
 __global__ void __launch_bounds__(kRoiThreads, sizeof(S) == 8 ? 2 : 3)
-    roi_align_scatter_kernel(const __grid_constant__ RoiMaps<arithmetic_t<S>> maps, const arithmetic_t<S>* rois, const S* grad, int64_t count, int share) {
+    roi_align_scatter_kernel(const __grid_constant__ RoiMaps<arithmetic_t<S>> maps, const arithmetic_t<S>* rois,
+                             const S* grad, int64_t count, int share) {
   using T = arithmetic_t<S>;
   __shared__ RoiPlace<T> place;
   __shared__ int row0, row1, col0, col1;
@@ -68,8 +73,9 @@ __global__ void __launch_bounds__(kRoiThreads, sizeof(S) == 8 ? 2 : 3)
             for (int b = int(threadIdx.x); b < y_bins + x_bins; b += kRoiThreads) {
               const bool is_y = b < y_bins;
               const int bin = is_y ? b : b - y_bins;
-              fill_weights(axis_of(place, is_y), bin + (is_y ? first_y : first_x), is_y ? place.height : place.width, is_y ? row : col,
-                           kScatterTile, is_y ? place.share : T(1), (is_y ? y.weights : x.weights) + bin, is_y ? y_bins : x_bins);
+              fill_weights(axis_of(place, is_y), bin + (is_y ? first_y : first_x), is_y ? place.height : place.width,
+                           is_y ? row : col, kScatterTile, is_y ? place.share : T(1),
+                           (is_y ? y.weights : x.weights) + bin, is_y ? y_bins : x_bins);
             }
             __syncthreads();
             if (threadIdx.x < 2 * kScatterTile) {
@@ -81,13 +87,16 @@ __global__ void __launch_bounds__(kRoiThreads, sizeof(S) == 8 ? 2 : 3)
             const int width = col1 - col + 1 < kScatterTile ? col1 - col + 1 : kScatterTile;
 #pragma unroll 1
             for (int item = int(threadIdx.x); item < height * width * groups; item += kRoiThreads) {
-              const int pixel = kNhwc ? item / groups : item % (height * width), group = kNhwc ? item % groups : item / (height * width);
+              const int pixel = kNhwc ? item / groups : item % (height * width);
+              const int group = kNhwc ? item % groups : item / (height * width);
               const int i = pixel / width, j = pixel % width, channel = (first + group) * kWidth;
               if (y.ranges[i].last < y.ranges[i].first || x.ranges[j].last < x.ranges[j].first) continue;
               T sum[kWidth] = {};
-              add_bins<kNhwc ? 2 : 1, 2>(channels_of<kWidth, kNhwc>(grad, k, maps.channels, maps.pooled_height, maps.pooled_width, channel), y, i, first_y,
-                                         x, j, first_x, sum);
-              atomic_add(channels_of<kWidth, kNhwc>(static_cast<T*>(maps.grad[place.level]), place.image, maps.channels, place.height, place.width, channel),
+              add_bins<kNhwc ? 2 : 1, 2>(
+                  channels_of<kWidth, kNhwc>(grad, k, maps.channels, maps.pooled_height, maps.pooled_width, channel), y,
+                  i, first_y, x, j, first_x, sum);
+              atomic_add(channels_of<kWidth, kNhwc>(static_cast<T*>(maps.grad[place.level]), place.image, maps.channels,
+                                                    place.height, place.width, channel),
                          row + i, col + j, sum);
             }
             __syncthreads();  // before the next table
@@ -107,7 +116,8 @@ struct RoiSums {
 };
 constexpr int kRoundPack = 4;
 
-template <class S> __global__ void __launch_bounds__(kRoiThreads) roi_align_round_kernel(const __grid_constant__ RoiSums sums) {
+template <class S>
+__global__ void __launch_bounds__(kRoiThreads) roi_align_round_kernel(const __grid_constant__ RoiSums sums) {
   const float* from = sums.from[blockIdx.y];
   S* to = static_cast<S*>(sums.to[blockIdx.y]);
   const int64_t count = sums.count[blockIdx.y], packs = count / kRoundPack, threads = int64_t(gridDim.x) * kRoiThreads;
@@ -119,7 +129,8 @@ template <class S> __global__ void __launch_bounds__(kRoiThreads) roi_align_roun
     for (int e = 0; e < kRoundPack; ++e) rounded.v[e] = narrow<S>(wide.v[e]);
     reinterpret_cast<Pack<S, kRoundPack>*>(to)[i] = rounded;
   }
-  if (packs * kRoundPack + thread < count) to[packs * kRoundPack + thread] = narrow<S>(from[packs * kRoundPack + thread]);
+  if (packs * kRoundPack + thread < count)
+    to[packs * kRoundPack + thread] = narrow<S>(from[packs * kRoundPack + thread]);
 }
 
 }  // namespace nasdet::cuda

@@ -16,7 +16,8 @@ struct Settings {
 
 // The order of selection: with scores that are never negative they fall, and the order is that of the lowered scores. What is
 // not selected has -infinity and comes last; NaN scores come first.
-template <class T> void order_selections(const BoxSource& source, const SoftState<T>& state, const RunPair<T>& pair, cudaStream_t stream) {
+template <class T>
+void order_selections(const BoxSource& source, const SoftState<T>& state, const RunPair<T>& pair, cudaStream_t stream) {
   BoxSource lowered{};
   lowered.scores = state.lowered;
   lowered.score_row = 1;
@@ -27,8 +28,11 @@ template <class T> void order_selections(const BoxSource& source, const SoftStat
   sort_boxes(lowered, sorted, pair, stream);
 }
 
-template <class T> std::tuple<Tensor, Tensor> soft_nms_as(const Tensor& boxes, const BoxSource& source, const Settings& given, cudaStream_t stream) {
-  const SoftSettings<T> settings{T(given.threshold), T(given.sigma), T(given.min_score), given.method, !source.classes || !(T(given.min_score) >= T(0))};
+template <class T>
+std::tuple<Tensor, Tensor> soft_nms_as(const Tensor& boxes, const BoxSource& source, const Settings& given,
+                                       cudaStream_t stream) {
+  const SoftSettings<T> settings{T(given.threshold), T(given.sigma), T(given.min_score), given.method,
+                                 !source.classes || !(T(given.min_score) >= T(0))};
   Sorted<T> sorted{};
   RunPair<T> pair{};
   SoftState<T> state{};
@@ -47,30 +51,33 @@ template <class T> std::tuple<Tensor, Tensor> soft_nms_as(const Tensor& boxes, c
   check_launch("soft_nms_kernel");
   if (!settings.whole) order_selections(source, state, pair, stream);
   const int64_t selected = read_count(sorted.counts, stream);
-  Tensor index = torch::stable::new_empty(boxes, {selected}, ScalarType::Long), scores = torch::stable::new_empty(boxes, {selected});
+  Tensor index = torch::stable::new_empty(boxes, {selected}, ScalarType::Long);
+  Tensor scores = torch::stable::new_empty(boxes, {selected});
   if (selected == 0) return {index, scores};
   const int64_t list_blocks = std::min<int64_t>((selected + kChosenThreads - 1) / kChosenThreads, 1 << 16);
-  list_chosen_kernel<T><<<unsigned(list_blocks), kChosenThreads, 0, stream>>>(state.chosen, state.lowered, selected, static_cast<int64_t*>(index.mutable_data_ptr()),
-                                                                           scores.mutable_data_ptr(), source.storage);
+  list_chosen_kernel<T><<<unsigned(list_blocks), kChosenThreads, 0, stream>>>(
+      state.chosen, state.lowered, selected, static_cast<int64_t*>(index.mutable_data_ptr()), scores.mutable_data_ptr(),
+      source.storage);
   check_launch("list_chosen_kernel");
   return {index, scores};
 }
 
-std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, int64_t method, double iou_threshold, double sigma, double min_score) {
+std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, std::optional<Tensor> classes, int64_t method,
+                                    double iou_threshold, double sigma, double min_score) {
   const BoxSource source = checked_source(boxes, scores, classes, iou_threshold, 0);
   STD_TORCH_CHECK(method >= kLinear && method <= kNaive, "method must be 0, 1 or 2, got ", method);
   STD_TORCH_CHECK(sigma > 0, "sigma must be positive, got ", sigma);
   STD_TORCH_CHECK(min_score == min_score, "min_score must be a number, got nan");
-  if (source.count == 0) return {torch::stable::new_empty(boxes, {0}, ScalarType::Long), torch::stable::new_empty(boxes, {0})};
+  if (source.count == 0)
+    return {torch::stable::new_empty(boxes, {0}, ScalarType::Long), torch::stable::new_empty(boxes, {0})};
   const DeviceGuard guard(boxes.get_device_index());
   const cudaStream_t stream = current_stream(boxes);
   const Settings settings{int(method), iou_threshold, sigma, min_score};
-  return source.storage == 1 ? soft_nms_as<double>(boxes, source, settings, stream) : soft_nms_as<float>(boxes, source, settings, stream);
+  return source.storage == 1 ? soft_nms_as<double>(boxes, source, settings, stream)
+                             : soft_nms_as<float>(boxes, source, settings, stream);
 }
 
 }  // namespace
 }  // namespace nasdet::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(nasdet, CUDA, m) {
-  m.impl("soft_nms", TORCH_BOX(&nasdet::cuda::soft_nms));
-}
+STABLE_TORCH_LIBRARY_IMPL(nasdet, CUDA, m) { m.impl("soft_nms", TORCH_BOX(&nasdet::cuda::soft_nms)); }

@@ -19,13 +19,13 @@ template <class T> struct SoftSettings {
 
 // Arrays of one element per box.
 template <class T> struct SoftState {
-  const void* scores;    // the input, read at index * score_row
+  const void* scores;  // the input, read at index * score_row
   int64_t score_row;
   int32_t storage;
-  T* score;              // [position]
-  uint32_t* state;       // [position]: index, and kOut once the box is selected or below the lowest score
-  T* lowered;            // [index]: the score at its selection, -infinity for what is not selected
-  uint32_t* chosen;      // [step] -> index; written if settings.whole
+  T* score;          // [position]
+  uint32_t* state;   // [position]: index, and kOut once the box is selected or below the lowest score
+  T* lowered;        // [index]: the score at its selection, -infinity for what is not selected
+  uint32_t* chosen;  // [step] -> index; written if settings.whole
 };
 
 __device__ __forceinline__ float exponential(float v) {
@@ -44,9 +44,12 @@ __device__ __forceinline__ double exponential(double v) {
 }
 
 // The score of a box after `best` was selected. An IoU of 0/0 leaves it as it is; infinity times 0 is 0.
-template <class T> __device__ __forceinline__ T lowered_score(const SoftSettings<T>& settings, const Box<T>& best, T best_area, const Box<T>& box, T score) {
+template <class T>
+__device__ __forceinline__ T lowered_score(const SoftSettings<T>& settings, const Box<T>& best, T best_area,
+                                           const Box<T>& box, T score) {
   const T intersection = intersection_area(best, box);
-  if (intersection == T(0) && !(settings.method == kNaive && settings.threshold < T(0))) return score;  // its weight is 1
+  if (intersection == T(0) && !(settings.method == kNaive && settings.threshold < T(0)))
+    return score;  // its weight is 1
   const T iou = rounded_quotient(intersection, (best_area + box_area(box)) - intersection);
   if (iou != iou) return score;
   T weight = T(1);
@@ -63,7 +66,9 @@ template <class T> __device__ __forceinline__ Candidate<T> nobody();
 template <> __device__ __forceinline__ Candidate<float> nobody<float>() { return {{~0ull}, kNobody}; }
 template <> __device__ __forceinline__ Candidate<double> nobody<double>() { return {{~0ull, ~0ull}, kNobody}; }
 
-__device__ __forceinline__ ScoreKey<float> from_lane(const ScoreKey<float>& key, int bits) { return {__shfl_xor_sync(kAllLanes, key.bits, bits)}; }
+__device__ __forceinline__ ScoreKey<float> from_lane(const ScoreKey<float>& key, int bits) {
+  return {__shfl_xor_sync(kAllLanes, key.bits, bits)};
+}
 __device__ __forceinline__ ScoreKey<double> from_lane(const ScoreKey<double>& key, int bits) {
   const uint64_t score = __shfl_xor_sync(kAllLanes, key.score, bits);
   return {score, __shfl_xor_sync(kAllLanes, key.at, bits)};
@@ -80,7 +85,9 @@ template <class T> __device__ __forceinline__ Candidate<T> best_of_warp(Candidat
 }
 
 // The best candidate of the block, for all its threads. Turns take the two halves of `stage` in turn: one barrier is enough.
-template <class T> __device__ __forceinline__ Candidate<T> best_of_block(Candidate<T> best, Candidate<T> (&stage)[2][kSoftWarps], unsigned turn) {
+template <class T>
+__device__ __forceinline__ Candidate<T> best_of_block(Candidate<T> best, Candidate<T> (&stage)[2][kSoftWarps],
+                                                      unsigned turn) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   best = best_of_warp(best);
   if (lane == 0) stage[turn % 2][warp] = best;
@@ -88,7 +95,9 @@ template <class T> __device__ __forceinline__ Candidate<T> best_of_block(Candida
   return best_of_warp(lane < int(blockDim.x) / 32 ? stage[turn % 2][lane] : nobody<T>());
 }
 
-template <class T> __device__ __forceinline__ Candidate<T> enter_all(const Sorted<T>& sorted, const SoftSettings<T>& settings, const SoftState<T>& state, int64_t begin, int64_t end) {
+template <class T>
+__device__ __forceinline__ Candidate<T> enter_all(const Sorted<T>& sorted, const SoftSettings<T>& settings,
+                                                  const SoftState<T>& state, int64_t begin, int64_t end) {
   Candidate<T> best = nobody<T>();
   for (int64_t p = begin + threadIdx.x; p < end; p += blockDim.x) {
     const uint32_t index = sorted.index_of ? sorted.index_of[p] : sorted.order[p];
@@ -105,8 +114,9 @@ template <class T> __device__ __forceinline__ Candidate<T> enter_all(const Sorte
 
 // Records the selected box, lowers the scores of the others, and returns this thread's best of what is left.
 template <class T>
-__device__ __forceinline__ Candidate<T> sweep(const Sorted<T>& sorted, const SoftSettings<T>& settings, const SoftState<T>& state, int64_t begin, int64_t end,
-                                              uint32_t selected, uint32_t step) {
+__device__ __forceinline__ Candidate<T> sweep(const Sorted<T>& sorted, const SoftSettings<T>& settings,
+                                              const SoftState<T>& state, int64_t begin, int64_t end, uint32_t selected,
+                                              uint32_t step) {
   const Box<T> winner = sorted.boxes[selected].box;
   const T area = box_area(winner);
   const bool by_class = settings.whole && sorted.classes;
@@ -137,12 +147,14 @@ __device__ __forceinline__ Candidate<T> sweep(const Sorted<T>& sorted, const Sof
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSoftThreads, 2) soft_nms_kernel(const __grid_constant__ Sorted<T> sorted, const __grid_constant__ SoftSettings<T> settings,
-                                                                const __grid_constant__ SoftState<T> state, int64_t count) {
+__global__ void __launch_bounds__(kSoftThreads, 2)
+    soft_nms_kernel(const __grid_constant__ Sorted<T> sorted, const __grid_constant__ SoftSettings<T> settings,
+                    const __grid_constant__ SoftState<T> state, int64_t count) {
   __shared__ Candidate<T> stage[2][kSoftWarps];
   const int64_t piece = int64_t(blockIdx.x) * kSoftPiece, position = piece + threadIdx.x % 32;
   bool head = position == 0;
-  if (!settings.whole && position > 0 && position < count) head = sorted.classes[position] != sorted.classes[position - 1];
+  if (!settings.whole && position > 0 && position < count)
+    head = sorted.classes[position] != sorted.classes[position - 1];
   unsigned turn = 0;
   for (uint32_t heads = __ballot_sync(kAllLanes, head); heads; heads &= heads - 1) {
     const int64_t begin = piece + highest_bit(heads & (0 - heads));
@@ -162,16 +174,26 @@ constexpr int kChosenThreads = 256;
 
 // The selections in order, as the op returns them; the scores in the storage of the input.
 template <class T>
-__global__ void __launch_bounds__(kChosenThreads) list_chosen_kernel(const uint32_t* chosen, const T* lowered, int64_t selected, int64_t* index, void* scores, int32_t storage) {
-  for (int64_t i = int64_t(blockIdx.x) * kChosenThreads + threadIdx.x; i < selected; i += int64_t(gridDim.x) * kChosenThreads) {
+__global__ void __launch_bounds__(kChosenThreads)
+    list_chosen_kernel(const uint32_t* chosen, const T* lowered, int64_t selected, int64_t* index, void* scores,
+                       int32_t storage) {
+  for (int64_t i = int64_t(blockIdx.x) * kChosenThreads + threadIdx.x; i < selected;
+       i += int64_t(gridDim.x) * kChosenThreads) {
     const uint32_t box = chosen[i];
     const T score = lowered[box];
     index[i] = box;
     switch (storage) {
-      case 0: static_cast<float*>(scores)[i] = float(score); break;
-      case 1: static_cast<double*>(scores)[i] = double(score); break;
-      case 2: static_cast<__nv_bfloat16*>(scores)[i] = __float2bfloat16_rn(float(score)); break;
-      default: static_cast<__half*>(scores)[i] = __float2half_rn(float(score));
+      case 0:
+        static_cast<float*>(scores)[i] = float(score);
+        break;
+      case 1:
+        static_cast<double*>(scores)[i] = double(score);
+        break;
+      case 2:
+        static_cast<__nv_bfloat16*>(scores)[i] = __float2bfloat16_rn(float(score));
+        break;
+      default:
+        static_cast<__half*>(scores)[i] = __float2half_rn(float(score));
     }
   }
 }

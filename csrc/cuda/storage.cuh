@@ -5,7 +5,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define NASDET_DYNAMIC_SHARED(T, name)                           \
+#define NASDET_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared)
 #endif

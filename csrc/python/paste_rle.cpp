@@ -262,11 +262,10 @@ std::vector<std::string> paste_to_rle(const float* masks, const float* boxes, st
     try {
       Scratch scratch;
       for (std::int64_t i = next++; i < n; i = next++) {
-        counts[static_cast<std::size_t>(i)] = encode_box(masks + i * side * side, boxes + 4 * i, side, options, scratch);
+        counts[static_cast<std::size_t>(i)] =
+            encode_box(masks + i * side * side, boxes + 4 * i, side, options, scratch);
       }
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
+    } catch (const std::bad_alloc&) { out_of_memory = true; }
   };
   std::vector<std::thread> helpers;
   const int threads = useful_threads(boxes, n, side, options);

@@ -16,7 +16,7 @@ struct PasteOptions {
   std::int64_t height, width;  // of the image, in pixels
   float threshold;             // a pixel is set where its value is greater
   PasteGrid grid;
-  int threads;                 // at most; small jobs take one
+  int threads;  // at most; small jobs take one
 };
 
 // The compressed counts of COCO's run-length encoding of each mask. `masks` is [n, side, side], `boxes` [n, 4] as

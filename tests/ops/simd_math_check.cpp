@@ -36,7 +36,8 @@ long double worst(T first, T last, int64_t count, Function function, Exact exact
     }
     const vec<T> got = function(v);
     for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const long double wanted = exact((long double)v[lane]), unit = absolute ? std::max(std::fabs(wanted), 1.0L) : wanted;
+      const long double wanted = exact((long double)v[lane]),
+                        unit = absolute ? std::max(std::fabs(wanted), 1.0L) : wanted;
       const long double distance = std::fabs((long double)got[lane] - wanted) / ulp_of<T>(unit);
       if (!(distance <= error)) error = distance;
     }
@@ -54,7 +55,8 @@ template <class T> bool check(const char* type, int64_t count) {
   report("log1p_unit", worst<T>(tiny, T(1), count, log1p_unit<T>, log1p_of));
   report("log_normal", worst<T>(tiny, T(2), count, log_normal<T>, log_of, true));
   const T nan = std::numeric_limits<T>::quiet_NaN(), infinity = std::numeric_limits<T>::infinity();
-  bool edges = exp_nonpositive<T>(splat<T>(0))[0] == 1 && log1p_unit<T>(splat<T>(0))[0] == 0 && log_normal<T>(splat<T>(1))[0] == 0;
+  bool edges = exp_nonpositive<T>(splat<T>(0))[0] == 1 && log1p_unit<T>(splat<T>(0))[0] == 0 &&
+               log_normal<T>(splat<T>(1))[0] == 0;
   edges &= std::isnan(exp_nonpositive<T>(splat<T>(nan))[0]) && std::isnan(log1p_unit<T>(splat<T>(nan))[0]);
   const T floor = exp_nonpositive<T>(splat<T>(-infinity))[0];
   edges &= floor >= tiny && floor == exp_nonpositive<T>(splat<T>(2 * lowest))[0];

@@ -3,10 +3,18 @@
 #pragma once
 #include "nasdet/simd.h"
 
-namespace nasdet::NASDET_ISA {
+namespace nasdet {
+
+// A tile of bfloat16 has 16 rows, or 16 columns, of 32 terms: of a map the rows are positions and the terms channels, of a
+// second operand each row has two terms of 16 columns side by side. A tile of sums is 16 x 16 floats.
+constexpr int64_t kAmxSide = 16, kAmxTerms = 32, kAmxRowBytes = 64, kAmxTileBytes = kAmxSide * kAmxRowBytes;
+
+namespace NASDET_ISA {
 
 // The upper halves of two vectors, side by side in each lane: rows of the second operand of a tile's product.
-NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) { return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u); }
+NASDET_INLINE vec_u32 paired_halves(vec<float> even, vec<float> odd) {
+  return ((vec_u32)even >> 16) | ((vec_u32)odd & 0xffff0000u);
+}
 
 #if defined(__AMX_BF16__)
 inline constexpr bool kHasAmx = true;
@@ -15,7 +23,11 @@ inline constexpr bool kHasAmx = true;
 class AmxTiles {
  public:
   AmxTiles() {
-    struct alignas(64) { uint8_t palette, start, unused[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape{1, 0, {}, {}, {}};
+    struct alignas(64) {
+      uint8_t palette, start, unused[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } shape{1, 0, {}, {}, {}};
     for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = 16;
     __asm__ volatile("ldtilecfg %0" ::"m"(shape));
   }
@@ -31,7 +43,9 @@ class AmxTiles {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kTile) : "memory");
   }
   // sum[i][j] += a[i][2k] * b[k][2j] + a[i][2k + 1] * b[k][2j + 1] for all k: 16 x 16 of float, 16 x 32 of bfloat16.
-  template <int kSum, int kA, int kB> void multiply() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB)); }
+  template <int kSum, int kA, int kB> void multiply() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+  }
 };
 #else
 inline constexpr bool kHasAmx = false;
@@ -53,7 +67,8 @@ class AmxTiles {
       for (int k = 0; k < 16; ++k)
         for (int j = 0; j < 16; ++j) {
           const uint32_t a = tile_[kA][i][k], b = tile_[kB][k][j];
-          sums[j] += double(as_float(a & 0xffff0000u)) * as_float(b & 0xffff0000u) + double(as_float(a << 16)) * as_float(b << 16);
+          sums[j] += double(as_float(a & 0xffff0000u)) * as_float(b & 0xffff0000u) +
+                     double(as_float(a << 16)) * as_float(b << 16);
         }
       for (int j = 0; j < 16; ++j) {
         const float sum = float(sums[j]);
@@ -73,4 +88,5 @@ class AmxTiles {
 };
 #endif
 
-}  // namespace nasdet::NASDET_ISA
+}  // namespace NASDET_ISA
+}  // namespace nasdet

@@ -7,7 +7,8 @@
 #if defined(__CUDACC__)
 #define NASDET_HD __host__ __device__ __forceinline__
 #else
-#define NASDET_HD __attribute__((always_inline)) inline  // never a copy of one instruction set that the linker could keep for all
+#define NASDET_HD \
+  __attribute__((always_inline)) inline  // never a copy of one instruction set that the linker could keep for all
 #endif
 #endif
 
@@ -36,7 +37,7 @@ template <class T> NASDET_HD T rounded_product(T a, T b) {
 template <class T> NASDET_HD T rounded_quotient(T a, T b) { return a / b; }
 #endif
 
-template <class T> NASDET_HD T larger(T a, T b) { return a < b ? b : a; }   // `a` when either is NaN
+template <class T> NASDET_HD T larger(T a, T b) { return a < b ? b : a; }  // `a` when either is NaN
 template <class T> NASDET_HD T smaller(T a, T b) { return b < a ? b : a; }
 
 // Signed: negative when exactly one side is inverted.

@@ -16,11 +16,17 @@ using torch::stable::Tensor;
 // How a tensor's elements are stored; the same numbers on both sides of the instruction-set boundary.
 inline int storage_code(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
-    default: STD_TORCH_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16, got ScalarType ", int(t.scalar_type()));
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Half:
+      return 3;
+    default:
+      STD_TORCH_CHECK(false, name, " must have dtype float32, float64, bfloat16 or float16, got ScalarType ",
+                      int(t.scalar_type()));
   }
 }
 

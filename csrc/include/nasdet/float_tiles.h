@@ -8,7 +8,9 @@ namespace {
 
 constexpr int kFloatParts = 3;
 
-NASDET_INLINE vec<float> rounded_to_bfloat16(vec<float> v) { return (vec<float>)(((vec_u32)v + 0x8000u) & 0xffff0000u); }
+NASDET_INLINE vec<float> rounded_to_bfloat16(vec<float> v) {
+  return (vec<float>)(((vec_u32)v + 0x8000u) & 0xffff0000u);
+}
 
 // v as the sum of floats that are bfloat16, the largest first. Exact, but for infinity, NaN and what would be rounded to infinity,
 // which have no parts; and tiles take a part below 2^-126 for zero.
@@ -26,7 +28,8 @@ struct TileOperand {
 };
 
 // Tiles 0 to 3, [kRows][2] of which kColumns are used, += a b over the 32 terms of a tile's row. after() runs after each part.
-template <int kRows, int kColumns, class After> NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b, const After& after) {
+template <int kRows, int kColumns, class After>
+NASDET_INLINE void add_float_products(AmxTiles& tiles, const TileOperand& a, const TileOperand& b, const After& after) {
   const auto load_a = [&](int part) {
     tiles.load<4>(a.data + part * a.part, a.row);
     if constexpr (kRows == 2) tiles.load<5>(a.data + part * a.part + a.tile, a.row);

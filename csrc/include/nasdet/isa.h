@@ -10,12 +10,12 @@
 
 // Declares a kernel in the namespace of each instruction set. NASDET_UP_TO_AVX2: a build without the wider ones.
 #ifdef NASDET_UP_TO_AVX2
-#define NASDET_DECLARE_KERNEL(result, name, ...)      \
-  namespace nasdet {                                  \
-  namespace baseline { result name(__VA_ARGS__); }    \
-  namespace avx2 { result name(__VA_ARGS__); }        \
-  namespace avx512 { using avx2::name; }              \
-  namespace avx512_bf16 { using avx2::name; }         \
+#define NASDET_DECLARE_KERNEL(result, name, ...)   \
+  namespace nasdet {                               \
+  namespace baseline { result name(__VA_ARGS__); } \
+  namespace avx2 { result name(__VA_ARGS__); }     \
+  namespace avx512 { using avx2::name; }           \
+  namespace avx512_bf16 { using avx2::name; }      \
   }
 #else
 #define NASDET_DECLARE_KERNEL(result, name, ...)      \
@@ -34,7 +34,8 @@
   namespace baseline { result name(__VA_ARGS__); }    \
   namespace avx512_bf16 { result name(__VA_ARGS__); } \
   }
-#define NASDET_TILE_KERNEL(name) (::nasdet::tiles() == ::nasdet::Tiles::hardware ? ::nasdet::avx512_bf16::name : ::nasdet::baseline::name)
+#define NASDET_TILE_KERNEL(name) \
+  (::nasdet::tiles() == ::nasdet::Tiles::hardware ? ::nasdet::avx512_bf16::name : ::nasdet::baseline::name)
 #else
 #define NASDET_DECLARE_TILE_KERNEL(result, name, ...) \
   namespace nasdet {                                  \
@@ -87,8 +88,9 @@ inline Isa cpu_capability() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       best = Isa::avx2;
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512cd"))
         best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
 #endif
@@ -101,7 +103,8 @@ inline Isa cpu_capability() {
       if (!std::strcmp(name, "baseline")) cap = Isa::baseline;
       if (!std::strcmp(name, "avx2")) cap = Isa::avx2;
       if (!std::strcmp(name, "avx512") && cap > Isa::avx512) cap = Isa::avx512;
-      if ((!std::strcmp(name, "avx512_bf16") || !std::strcmp(name, "amx_emulated")) && cap > Isa::avx512_bf16) cap = Isa::avx512_bf16;
+      if ((!std::strcmp(name, "avx512_bf16") || !std::strcmp(name, "amx_emulated")) && cap > Isa::avx512_bf16)
+        cap = Isa::avx512_bf16;
     }
     if (best == Isa::avx512_bf16 && cap == Isa::amx && has_amx()) best = Isa::amx;
     return best < cap ? best : cap;
@@ -122,7 +125,7 @@ inline Tiles tiles() {
 }  // namespace nasdet
 
 #ifdef NASDET_X86
-#define NASDET_KERNEL(name)                                                                \
+#define NASDET_KERNEL(name)                                                               \
   (::nasdet::cpu_capability() >= ::nasdet::Isa::avx512_bf16 ? ::nasdet::avx512_bf16::name \
    : ::nasdet::cpu_capability() == ::nasdet::Isa::avx512    ? ::nasdet::avx512::name      \
    : ::nasdet::cpu_capability() == ::nasdet::Isa::avx2      ? ::nasdet::avx2::name        \

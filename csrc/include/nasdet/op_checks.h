@@ -12,18 +12,24 @@
 namespace nasdet {
 
 inline bool on_device_of(const Tensor& t, const Tensor& like) {
-  return t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index();
+  return t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
+         t.get_device_index() == like.get_device_index();
 }
 
 // What the NMS family is given; `leading` is 1 with a batch dimension, else 0.
-inline void check_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes, double threshold, int64_t leading) {
+inline void check_boxes(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& classes,
+                        double threshold, int64_t leading) {
   const int64_t dim = leading + 2;
-  STD_TORCH_CHECK(boxes.dim() == dim && boxes.size(dim - 1) == 4, "boxes must have shape ", leading ? "(B, N, 4)" : "(N, 4)");
+  STD_TORCH_CHECK(boxes.dim() == dim && boxes.size(dim - 1) == 4, "boxes must have shape ",
+                  leading ? "(B, N, 4)" : "(N, 4)");
   storage_code(boxes, "boxes");
-  STD_TORCH_CHECK(on_device_of(scores, boxes) && scores.scalar_type() == boxes.scalar_type(), "scores must have the dtype and the device of boxes");
-  STD_TORCH_CHECK(same(scores.sizes(), boxes.sizes().slice(0, size_t(dim - 1))), "scores must have one value for each box");
+  STD_TORCH_CHECK(on_device_of(scores, boxes) && scores.scalar_type() == boxes.scalar_type(),
+                  "scores must have the dtype and the device of boxes");
+  STD_TORCH_CHECK(same(scores.sizes(), boxes.sizes().slice(0, size_t(dim - 1))),
+                  "scores must have one value for each box");
   if (classes) {
-    STD_TORCH_CHECK(on_device_of(*classes, boxes) && classes->scalar_type() == ScalarType::Long, "classes must be int64 and on the device of boxes");
+    STD_TORCH_CHECK(on_device_of(*classes, boxes) && classes->scalar_type() == ScalarType::Long,
+                    "classes must be int64 and on the device of boxes");
     STD_TORCH_CHECK(same(classes->sizes(), scores.sizes()), "classes must have one value for each box");
   }
   STD_TORCH_CHECK(threshold == threshold, "iou_threshold must be a number, got nan");
@@ -38,23 +44,32 @@ struct Pooling {
   int64_t bins() const { return height * width; }
 };
 
-inline Pooling checked_pooling(std::vector<double> scales, int64_t levels, int64_t height, int64_t width, int64_t sampling_ratio, bool aligned, int64_t policy,
-                               double canonical_scale, int64_t canonical_level) {
-  STD_TORCH_CHECK(levels > 0 && int64_t(scales.size()) == levels, "features and scales must have one entry per level, got ", levels, " and ", scales.size());
+inline Pooling checked_pooling(std::vector<double> scales, int64_t levels, int64_t height, int64_t width,
+                               int64_t sampling_ratio, bool aligned, int64_t policy, double canonical_scale,
+                               int64_t canonical_level) {
+  STD_TORCH_CHECK(levels > 0 && int64_t(scales.size()) == levels,
+                  "features and scales must have one entry per level, got ", levels, " and ", scales.size());
   for (double scale : scales) STD_TORCH_CHECK(scale > 0 && scale < 1e30, "scales must be positive, got ", scale);
-  STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 20) && width < (1 << 20), "the pooled size must be positive, got ", height, " x ", width);
+  STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 20) && width < (1 << 20),
+                  "the pooled size must be positive, got ", height, " x ", width);
   STD_TORCH_CHECK(sampling_ratio < (int64_t(1) << 31), "sampling_ratio must fit 32 bits, got ", sampling_ratio);
   STD_TORCH_CHECK(policy == kRoiTorchvision || policy == kRoiDetectron2, "policy must be 0 or 1, got ", policy);
   STD_TORCH_CHECK(canonical_scale > 0, "canonical_scale must be positive, got ", canonical_scale);
   // Halves go to the even level, as in Python's reference. Each scale need not be half of the one before: whoever calls shifts canonical_level where the first map is of another level than its scale says.
   const int32_t k_min = -int32_t(std::nearbyint(std::log2(scales.front()))), k_max = k_min + int32_t(levels) - 1;
-  return {std::move(scales), height, width, std::max<int64_t>(sampling_ratio, 0), aligned, {int32_t(policy), int32_t(canonical_level), k_min, k_max, float(canonical_scale)}};
+  return {std::move(scales),
+          height,
+          width,
+          std::max<int64_t>(sampling_ratio, 0),
+          aligned,
+          {int32_t(policy), int32_t(canonical_level), k_min, k_max, float(canonical_scale)}};
 }
 
 inline void check_rois(const Tensor& rois, const Tensor& like) {
   STD_TORCH_CHECK(rois.dim() == 2 && rois.size(1) == 5, "rois must have shape (K, 5)");
-  STD_TORCH_CHECK(rois.scalar_type() == (like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-                  "rois must be float32 (float64 for float64 features), got ScalarType ", int(rois.scalar_type()));
+  STD_TORCH_CHECK(
+      rois.scalar_type() == (like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+      "rois must be float32 (float64 for float64 features), got ScalarType ", int(rois.scalar_type()));
   STD_TORCH_CHECK(on_device_of(rois, like), "rois must be on the features' device");
 }
 
@@ -74,7 +89,8 @@ inline bool is_channels_last(const Tensor& t) { return t.numel() > 0 && !lies_as
 
 inline Tensor empty_map(const std::vector<int64_t>& shape, const Tensor& like, bool nhwc) {
   using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // `t` itself if it lies so, else a copy that does.

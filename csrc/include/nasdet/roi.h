@@ -54,8 +54,8 @@ template <class T> NASDET_HD int64_t roi_image(T value, int64_t batch) {
 
 // One axis of a RoI on its level's map, in pixels of the map.
 template <class T> struct RoiAxis {
-  T start, bin;   // where the RoI begins, and the length of one bin (negative for an inverted box with `aligned`)
-  int32_t grid;   // samples per bin; 0: no samples, and the RoI pools to zero
+  T start, bin;  // where the RoI begins, and the length of one bin (negative for an inverted box with `aligned`)
+  int32_t grid;  // samples per bin; 0: no samples, and the RoI pools to zero
 };
 
 template <class T>
@@ -82,7 +82,8 @@ NASDET_HD void roi_samples(const RoiAxis<T>& axis, int32_t bin, int32_t size, in
   *first = 0;
   *last = axis.grid;
   if (axis.grid <= 64) return;
-  const double step = double(axis.bin) / double(axis.grid), length = axis.bin < T(0) ? -double(axis.bin) : double(axis.bin);
+  const double step = double(axis.bin) / double(axis.grid);
+  const double length = axis.bin < T(0) ? -double(axis.bin) : double(axis.bin);
   if (!(step > 0 || step < 0)) return;
   const double base = double(axis.start) + double(bin) * double(axis.bin);
   const double reach = (axis.start < T(0) ? -double(axis.start) : double(axis.start)) + length * double(bin + 1);

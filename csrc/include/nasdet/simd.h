@@ -30,7 +30,7 @@ template <class Stored> using arithmetic_t = typename Arithmetic<Stored>::type;
 template <class T> struct VecOf;
 template <> struct VecOf<float> { typedef float type __attribute__((vector_size(kBytes))); };
 template <> struct VecOf<double> { typedef double type __attribute__((vector_size(kBytes))); };
-template <class T> using vec = typename VecOf<T>::type;                   // vec<float>: 16, 8 or 4 lanes
+template <class T> using vec = typename VecOf<T>::type;  // vec<float>: 16, 8 or 4 lanes
 template <class T> inline constexpr int kLanes = kBytes / int(sizeof(T));
 template <class Stored> inline constexpr int kWidth = kLanes<arithmetic_t<Stored>>;  // elements in one load
 
@@ -46,7 +46,9 @@ NASDET_INLINE vec_u32 widened_words(vec_u16 narrow) {  // GCC would take a vecto
 #endif
 }
 
-template <class T> NASDET_INLINE vec<T> splat(T value) { return value - vec<T>{}; }  // x + 0 would be an addition: of -0
+template <class T> NASDET_INLINE vec<T> splat(T value) {
+  return value - vec<T>{};
+}  // x + 0 would be an addition: of -0
 
 NASDET_INLINE float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
@@ -110,11 +112,13 @@ template <> NASDET_INLINE vec<float> load<Half>(const Half* p) {
 }
 
 // 2 kWidth consecutive elements as two vectors, in whatever order is cheapest: for sums, where order does not matter.
-template <class Stored> NASDET_INLINE void load_pair(const Stored* p, vec<arithmetic_t<Stored>>& a, vec<arithmetic_t<Stored>>& b) {
+template <class Stored>
+NASDET_INLINE void load_pair(const Stored* p, vec<arithmetic_t<Stored>>& a, vec<arithmetic_t<Stored>>& b) {
   a = load(p);
   b = load(p + kWidth<Stored>);
 }
-template <> NASDET_INLINE void load_pair<BFloat16>(const BFloat16* p, vec<float>& a, vec<float>& b) {  // even and odd elements
+template <>
+NASDET_INLINE void load_pair<BFloat16>(const BFloat16* p, vec<float>& a, vec<float>& b) {  // even and odd elements
   vec_u32 both;
   __builtin_memcpy(&both, p, sizeof both);
   a = (vec<float>)(both << 16);

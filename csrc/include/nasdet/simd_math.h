@@ -12,15 +12,23 @@ template <> struct MathTraits<float> {
   typedef vec_i32 integers;
   static constexpr int kMantissaBits = 23, kBias = 127;
   static constexpr uint32_t kMantissaMask = 0x7fffffu, kOne = 0x3f800000u;
-  static constexpr float kLowestExponent = -87.0f;    // its exp is the smallest result: 1.6e-38, a normal number
+  static constexpr float kLowestExponent = -87.0f;  // its exp is the smallest result: 1.6e-38, a normal number
   static constexpr float kInverseLn2 = 1.44269504f;
-  static constexpr float kShift = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr float kShift =
+      12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 1.42860682031e-6f;  // an integer times the first is exact
-  static constexpr float kExp[] = {1.0f, 1.0f, 0.499999920718f, 0.166664200624f, 0.0416682266745f, 0.00837482461032f,
-                                   0.00138368143581f};
-  static constexpr float kLog1p[] = {1.0f,             -0.499999024269f, 0.333299624872f,  -0.249541342747f,
-                                     0.196759424417f,  -0.153056023816f, 0.106036728958f,  -0.0569597262235f,
-                                     0.0198515717068f, -0.00324405089213f};
+  static constexpr float kExp[] = {
+      1.0f, 1.0f, 0.499999920718f, 0.166664200624f, 0.0416682266745f, 0.00837482461032f, 0.00138368143581f};
+  static constexpr float kLog1p[] = {1.0f,
+                                     -0.499999024269f,
+                                     0.333299624872f,
+                                     -0.249541342747f,
+                                     0.196759424417f,
+                                     -0.153056023816f,
+                                     0.106036728958f,
+                                     -0.0569597262235f,
+                                     0.0198515717068f,
+                                     -0.00324405089213f};
 };
 
 template <> struct MathTraits<double> {

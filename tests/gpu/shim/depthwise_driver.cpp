@@ -33,16 +33,24 @@ template <class S> bool close(double actual, double exact, double scale) {
 template <class S> struct Array {
   size_t count;
   std::unique_ptr<S[]> at;
-  explicit Array(int64_t n) : count(size_t(n)), at(new S[size_t(n)]) { std::memset(static_cast<void*>(at.get()), 0xFF, count * sizeof(S)); }
+  explicit Array(int64_t n) : count(size_t(n)), at(new S[size_t(n)]) {
+    std::memset(static_cast<void*>(at.get()), 0xFF, count * sizeof(S));
+  }
   void draw(std::mt19937& random) {
     std::normal_distribution<double> normal;
     for (size_t i = 0; i < count; ++i) at[i] = narrow<S>(arithmetic_t<S>(normal(random)));
   }
 };
-template <class S> bool same_bits(const Array<S>& a, const Array<S>& b) { return std::memcmp(a.at.get(), b.at.get(), a.count * sizeof(S)) == 0; }
+template <class S> bool same_bits(const Array<S>& a, const Array<S>& b) {
+  return std::memcmp(a.at.get(), b.at.get(), a.count * sizeof(S)) == 0;
+}
 
 struct Side { int size, stride, padding, dilation; };
-struct Shape { const char* name; int images, kernel; Side rows, columns; };
+struct Shape {
+  const char* name;
+  int images, kernel;
+  Side rows, columns;
+};
 
 // How a map's runs lie (as the launcher's step_of); 0: the general kernels.
 static int step_of(DepthwiseMaps& m, bool nhwc, bool general) {
@@ -50,7 +58,9 @@ static int step_of(DepthwiseMaps& m, bool nhwc, bool general) {
   int common = line.dilation;
   while (line.stride % common || line.dilation % common) --common;
   const bool fast = !general && !m.adjoint && line.stride / common <= 2;
-  m.spacing = fast ? std::min(line.dilation / common, line.target) : m.adjoint ? std::min(m.columns.stride, m.columns.target) : 1;
+  m.spacing = fast        ? std::min(line.dilation / common, line.target)
+              : m.adjoint ? std::min(m.columns.stride, m.columns.target)
+                          : 1;
   m.runs = runs_of(fast ? line.target : m.columns.target, m.spacing);
   return fast ? line.stride / common : 0;
 }
@@ -62,11 +72,15 @@ template <class S, int kWidth, bool kNhwc> struct Problem {
   Array<S> x, weight, grad;
 
   static DepthwiseLine line(const Side& s, int kernel) {
-    return {s.size, (s.size + 2 * s.padding - s.dilation * (kernel - 1) - 1) / s.stride + 1, s.stride, s.padding, s.dilation};
+    return {s.size, (s.size + 2 * s.padding - s.dilation * (kernel - 1) - 1) / s.stride + 1, s.stride, s.padding,
+            s.dilation};
   }
   Problem(const Shape& shape, int channels_, std::mt19937& random)
-      : channels(channels_), x(int64_t(shape.images) * channels * shape.rows.size * shape.columns.size), weight(int64_t(channels) * shape.kernel * shape.kernel),
-        grad(int64_t(shape.images) * channels * line(shape.rows, shape.kernel).target * line(shape.columns, shape.kernel).target) {
+      : channels(channels_),
+        x(int64_t(shape.images) * channels * shape.rows.size * shape.columns.size),
+        weight(int64_t(channels) * shape.kernel * shape.kernel),
+        grad(int64_t(shape.images) * channels * line(shape.rows, shape.kernel).target *
+             line(shape.columns, shape.kernel).target) {
     maps.images = shape.images, maps.channels = channels, maps.kernel = shape.kernel;
     maps.rows = line(shape.rows, shape.kernel), maps.columns = line(shape.columns, shape.kernel);
     x.draw(random), weight.draw(random), grad.draw(random);
@@ -87,12 +101,14 @@ template <class S, int kWidth, bool kNhwc> struct Problem {
               for (int v = 0; v < maps.kernel; ++v) {
                 const int column = j * c.stride - c.padding + v * c.dilation;
                 if (column >= 0 && column < c.source)
-                  f(size_t(index(n, ch, row, column, r.source, c.source)), size_t((ch * maps.kernel + u) * maps.kernel + v), size_t(index(n, ch, i, j, r.target, c.target)));
+                  f(size_t(index(n, ch, row, column, r.source, c.source)),
+                    size_t((ch * maps.kernel + u) * maps.kernel + v), size_t(index(n, ch, i, j, r.target, c.target)));
               }
           }
   }
 
-  template <int kKernel> Array<S> convolve(DepthwiseMaps m, const Array<S>& from, int64_t count, bool general, unsigned blocks) const {
+  template <int kKernel>
+  Array<S> convolve(DepthwiseMaps m, const Array<S>& from, int64_t count, bool general, unsigned blocks) const {
     Array<S> to(count);
     const S *source = from.at.get(), *kernels = weight.at.get();
     S* target = to.at.get();
@@ -100,8 +116,12 @@ template <class S, int kWidth, bool kNhwc> struct Problem {
     if constexpr (kKernel > 0) {
       const auto fast = [&](auto step_) {
         constexpr int kStep = decltype(step_)::value;
-        if constexpr (kNhwc) shim::launch(dim3(blocks, unsigned((channels + kChunk<kWidth> - 1) / kChunk<kWidth>)), kDepthwiseThreads, 0, depthwise_pixels_kernel<S, kWidth, kKernel, kStep>, m, source, kernels, target);
-        else shim::launch(blocks, kDepthwiseThreads, 0, depthwise_planes_kernel<S, kKernel, kStep>, m, source, kernels, target);
+        if constexpr (kNhwc)
+          shim::launch(dim3(blocks, unsigned((channels + kChunk<kWidth> - 1) / kChunk<kWidth>)), kDepthwiseThreads, 0,
+                       depthwise_pixels_kernel<S, kWidth, kKernel, kStep>, m, source, kernels, target);
+        else
+          shim::launch(blocks, kDepthwiseThreads, 0, depthwise_planes_kernel<S, kKernel, kStep>, m, source, kernels,
+                       target);
       };
       if (step == 1) return fast(std::integral_constant<int, 1>{}), std::move(to);
       if (step == 2) return fast(std::integral_constant<int, 2>{}), std::move(to);
@@ -122,13 +142,17 @@ template <class S, int kWidth, bool kNhwc> struct Problem {
         const auto fast = [&](auto step_) {
           constexpr int kStep = decltype(step_)::value;
           if constexpr (kNhwc)
-            shim::launch(dim3(parts, unsigned((channels + kChunk<kWidth> - 1) / kChunk<kWidth>)), (kPixelGradThreads<kWidth, kKernel>), 0,
+            shim::launch(dim3(parts, unsigned((channels + kChunk<kWidth> - 1) / kChunk<kWidth>)),
+                         (kPixelGradThreads<kWidth, kKernel>), 0,
                          depthwise_pixels_weights_kernel<S, kWidth, kKernel, kStep>, m, source, upstream, sums);
-          else shim::launch(dim3(unsigned(std::min(channels, 3)), parts), kPlaneGradThreads, 0, depthwise_planes_weights_kernel<S, kKernel, kStep>, m, source, upstream, sums);
+          else
+            shim::launch(dim3(unsigned(std::min(channels, 3)), parts), kPlaneGradThreads, 0,
+                         depthwise_planes_weights_kernel<S, kKernel, kStep>, m, source, upstream, sums);
         };
         if (step == 1) fast(std::integral_constant<int, 1>{});
         else fast(std::integral_constant<int, 2>{});
-        shim::launch(2, kDepthwiseThreads, 0, depthwise_sum_parts_kernel<S>, static_cast<const T*>(sums), int64_t(parts), int64_t(weight.count), out.at.get());
+        shim::launch(2, kDepthwiseThreads, 0, depthwise_sum_parts_kernel<S>, static_cast<const T*>(sums),
+                     int64_t(parts), int64_t(weight.count), out.at.get());
         return out;
       }
     }
@@ -148,23 +172,29 @@ template <class S, int kWidth, bool kNhwc> struct Problem {
   }
 
   template <int kKernel> void check(bool general) const {
-    std::vector<double> y(grad.count), dx(x.count), dw(weight.count), y_scale(y.size()), dx_scale(dx.size()), dw_scale(dw.size());
+    std::vector<double> y(grad.count), dx(x.count), dw(weight.count), y_scale(y.size()), dx_scale(dx.size()),
+        dw_scale(dw.size());
     products([&](size_t a, size_t w, size_t g) {
       const double xa = value(x.at[a]), ww = value(weight.at[w]), gg = value(grad.at[g]);
       y[g] += xa * ww, y_scale[g] += std::fabs(xa * ww);
       dx[a] += gg * ww, dx_scale[a] += std::fabs(gg * ww);
       dw[w] += gg * xa, dw_scale[w] += std::fabs(gg * xa);
     });
-    const auto compare = [&](const Array<S>& got, const std::vector<double>& exact, const std::vector<double>& scale, const char* what) {
+    const auto compare = [&](const Array<S>& got, const std::vector<double>& exact, const std::vector<double>& scale,
+                             const char* what) {
       for (size_t i = 0; i < got.count; ++i) expect(close<S>(value(got.at[i]), exact[i], scale[i]), what);
     };
     shim::reverse = false;
-    const Array<S> result = convolve<kKernel>(maps, x, int64_t(grad.count), general, 3), gradient = convolve<kKernel>(adjoint(), grad, int64_t(x.count), general, 3);
+    const Array<S> result = convolve<kKernel>(maps, x, int64_t(grad.count), general, 3),
+                   gradient = convolve<kKernel>(adjoint(), grad, int64_t(x.count), general, 3);
     const Array<S> weights = correlate<kKernel>(general, 3);
-    compare(result, y, y_scale, "a value"), compare(gradient, dx, dx_scale, "a gradient"), compare(weights, dw, dw_scale, "a weight's gradient");
+    compare(result, y, y_scale, "a value"), compare(gradient, dx, dx_scale, "a gradient"),
+        compare(weights, dw, dw_scale, "a weight's gradient");
     shim::reverse = true;
-    expect(same_bits(result, convolve<kKernel>(maps, x, int64_t(grad.count), general, 1)), "the result in the other thread order on one block");
-    expect(same_bits(gradient, convolve<kKernel>(adjoint(), grad, int64_t(x.count), general, 1)), "the gradient in the other thread order on one block");
+    expect(same_bits(result, convolve<kKernel>(maps, x, int64_t(grad.count), general, 1)),
+           "the result in the other thread order on one block");
+    expect(same_bits(gradient, convolve<kKernel>(adjoint(), grad, int64_t(x.count), general, 1)),
+           "the gradient in the other thread order on one block");
     expect(same_bits(weights, correlate<kKernel>(general, 3)), "the weights' gradient in the other thread order");
     compare(correlate<kKernel>(general, 1), dw, dw_scale, "a weight's gradient in one part");
   }
@@ -186,9 +216,12 @@ template <class S, int kWidth, bool kNhwc> void check_layout(const char* type, i
   };
   std::mt19937 random(0);
   for (const Shape& shape : shapes) {
-    const bool fast = sizeof(S) <= 4 && kWidth * sizeof(S) >= (kNhwc ? 4 : 1) && shape.kernel > 1 && (kNhwc ? shape.columns : shape.rows).stride < 3;
-    where = std::string(type) + (kNhwc ? ", NHWC, packs of " : ", NCHW, packs of ") + std::to_string(kWidth) + ", " + shape.name;
-    const Problem<S, kWidth, kNhwc> problem(shape, fast ? channels : kWidth, random);  // the general sums take many barriers a weight
+    const bool fast = sizeof(S) <= 4 && kWidth * sizeof(S) >= (kNhwc ? 4 : 1) && shape.kernel > 1 &&
+                      (kNhwc ? shape.columns : shape.rows).stride < 3;
+    where = std::string(type) + (kNhwc ? ", NHWC, packs of " : ", NCHW, packs of ") + std::to_string(kWidth) + ", " +
+            shape.name;
+    const Problem<S, kWidth, kNhwc> problem(shape, fast ? channels : kWidth,
+                                            random);  // the general sums take many barriers a weight
     if constexpr (sizeof(S) <= 4 && kWidth * sizeof(S) >= (kNhwc ? 4 : 1)) {
       if (shape.kernel == 3) problem.template check<3>(false);
       else if (shape.kernel == 5) problem.template check<5>(false);
@@ -203,9 +236,14 @@ template <class S, int kWidth, bool kNhwc> void check_layout(const char* type, i
 // The 16-bit types differ in their conversions alone: they share the widths.
 int main(int argc, char** argv) {
   const std::string only = argc > 1 ? argv[1] : "";
-  if (only.empty() || only == "float") check_layout<float, 4, true>("float", 12), check_layout<float, 1, true>("float", 35), check_layout<float, 1, false>("float", 3);
-  if (only.empty() || only == "double") check_layout<double, 2, true>("double", 2), check_layout<double, 1, false>("double", 1);
-  if (only.empty() || only == "half") check_layout<__half, 2, true>("half", 70), check_layout<__half, 1, true>("half", 1), check_layout<__half, 1, false>("half", 3);
+  if (only.empty() || only == "float")
+    check_layout<float, 4, true>("float", 12), check_layout<float, 1, true>("float", 35),
+        check_layout<float, 1, false>("float", 3);
+  if (only.empty() || only == "double")
+    check_layout<double, 2, true>("double", 2), check_layout<double, 1, false>("double", 1);
+  if (only.empty() || only == "half")
+    check_layout<__half, 2, true>("half", 70), check_layout<__half, 1, true>("half", 1),
+        check_layout<__half, 1, false>("half", 3);
   if (only.empty() || only == "bfloat16") check_layout<__nv_bfloat16, 8, true>("bfloat16", 24);
   std::printf("%d checks\n", checks);
 }

@@ -47,10 +47,10 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
   State state = State::ready;
-  int line = 0;             // of the barrier or warp step that it waits at
-  unsigned mask = 0;        // of the warp step
-  uint64_t deposit = 0;     // what it brings to the warp step
-  uint64_t shown = 0;       // the same once the step is complete: the others may be at the next one before this is read
+  int line = 0;          // of the barrier or warp step that it waits at
+  unsigned mask = 0;     // of the warp step
+  uint64_t deposit = 0;  // what it brings to the warp step
+  uint64_t shown = 0;    // the same once the step is complete: the others may be at the next one before this is read
 };
 
 constexpr size_t kStackBytes = 256 << 10;
@@ -67,7 +67,8 @@ inline std::unique_ptr<char[]> dynamic_memory;
 inline void* dynamic_shared() { return dynamic_memory.get(); }
 
 inline void set_thread(size_t i) {
-  threadIdx = dim3(unsigned(i % blockDim.x), unsigned(i / blockDim.x % blockDim.y), unsigned(i / blockDim.x / blockDim.y));
+  threadIdx =
+      dim3(unsigned(i % blockDim.x), unsigned(i / blockDim.x % blockDim.y), unsigned(i / blockDim.x / blockDim.y));
 }
 
 // Back to the scheduler until it resumes this fiber.
@@ -83,9 +84,7 @@ inline void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   try {
     (*body)();
-  } catch (...) {
-    failure = std::current_exception();
-  }
+  } catch (...) { failure = std::current_exception(); }
   Fiber& f = fibers[current];
   f.state = State::done;
   --alive;
@@ -134,12 +133,14 @@ inline bool release_warp(size_t first) {
         throw std::runtime_error("a lane in the mask of a warp step is not there: line " + std::to_string(f.line));
       const Fiber& o = fibers[first + other];
       if (o.state != State::at_warp_step) complete = false;
-      else if (o.line != f.line || o.mask != f.mask) refuse("lanes of a mask wait at different warp steps", f.line, o.line);
+      else if (o.line != f.line || o.mask != f.mask)
+        refuse("lanes of a mask wait at different warp steps", f.line, o.line);
     }
     if (!complete) continue;
     const unsigned mask = f.mask;
     for (size_t other = 0; other < 32; ++other)
-      if (mask >> other & 1) fibers[first + other].state = State::ready, fibers[first + other].shown = fibers[first + other].deposit;
+      if (mask >> other & 1)
+        fibers[first + other].state = State::ready, fibers[first + other].shown = fibers[first + other].deposit;
     any = true;
   }
   return any;
@@ -148,7 +149,8 @@ inline bool release_warp(size_t first) {
 // Every byte 0xFF: a NaN in every floating type, -1 as an integer.
 inline int poison_shared(dl_phdr_info* info, size_t, void*) {
   for (int i = 0; i < info->dlpi_phnum; ++i)
-    if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data) std::memset(info->dlpi_tls_data, 0xFF, info->dlpi_phdr[i].p_memsz);
+    if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data)
+      std::memset(info->dlpi_tls_data, 0xFF, info->dlpi_phdr[i].p_memsz);
   return 1;  // the program itself comes first; the libraries' storage is their own
 }
 
@@ -195,7 +197,8 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Kernel kernel, Args... a
 template <class T, class Source> T exchange(unsigned mask, T value, Source source, int line) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a lane shows at most 8 bytes");
   const size_t first = current / 32 * 32, lane = current % 32;
-  if (!(mask >> lane & 1)) throw std::runtime_error("a lane outside the mask takes part in a warp step: line " + std::to_string(line));
+  if (!(mask >> lane & 1))
+    throw std::runtime_error("a lane outside the mask takes part in a warp step: line " + std::to_string(line));
   std::memcpy(&fibers[current].deposit, &value, sizeof value);
   wait(State::at_warp_step, line, mask);
   const int from = source(int(lane));
@@ -208,7 +211,8 @@ template <class T, class Source> T exchange(unsigned mask, T value, Source sourc
 
 inline unsigned ballot(unsigned mask, bool vote, int line) {
   const size_t first = current / 32 * 32;
-  if (!(mask >> current % 32 & 1)) throw std::runtime_error("a lane outside the mask takes part in a warp step: line " + std::to_string(line));
+  if (!(mask >> current % 32 & 1))
+    throw std::runtime_error("a lane outside the mask takes part in a warp step: line " + std::to_string(line));
   fibers[current].deposit = vote;
   wait(State::at_warp_step, line, mask);
   unsigned votes = 0;
@@ -224,10 +228,12 @@ inline unsigned ballot(unsigned mask, bool vote, int line) {
 #define __ballot_sync(mask, vote) shim::ballot(mask, vote, __LINE__)
 #define __any_sync(mask, vote) (shim::ballot(mask, vote, __LINE__) != 0)
 #define __shfl_sync(mask, value, from) shim::exchange(mask, value, [&](int) { return int(from) & 31; }, __LINE__)
-#define __shfl_xor_sync(mask, value, bits) shim::exchange(mask, value, [&](int lane) { return lane ^ int(bits); }, __LINE__)
+#define __shfl_xor_sync(mask, value, bits) \
+  shim::exchange(mask, value, [&](int lane) { return lane ^ int(bits); }, __LINE__)
 #define __shfl_down_sync(mask, value, by) \
   shim::exchange(mask, value, [&](int lane) { return lane + int(by) < 32 ? lane + int(by) : lane; }, __LINE__)
-#define __shfl_up_sync(mask, value, by) shim::exchange(mask, value, [&](int lane) { return lane >= int(by) ? lane - int(by) : lane; }, __LINE__)
+#define __shfl_up_sync(mask, value, by) \
+  shim::exchange(mask, value, [&](int lane) { return lane >= int(by) ? lane - int(by) : lane; }, __LINE__)
 
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T atomicAdd(T* p, T v) {

@@ -12,7 +12,9 @@ template <class T> struct Result {
   std::vector<uint32_t> order, index_of;
 };
 
-template <class S> Result<typename Storage<S>::arithmetic> run(const Problem<S>& problem, typename Storage<S>::arithmetic threshold, int64_t places, uint32_t run_length, uint32_t fan) {
+template <class S>
+Result<typename Storage<S>::arithmetic> run(const Problem<S>& problem, typename Storage<S>::arithmetic threshold,
+                                            int64_t places, uint32_t run_length, uint32_t fan) {
   using T = typename Storage<S>::arithmetic;
   const BoxSource source = problem.source();
   const Workspace<T> workspace(source);
@@ -21,8 +23,9 @@ template <class S> Result<typename Storage<S>::arithmetic> run(const Problem<S>&
   sort(source, sorted, workspace, run_length, fan, count == 1000 && run_length > 1000 ? kSortThreads : kFewThreads);
   shim::launch(unsigned(images * sorted.tiles), kNmsThreads, 0, suppress_kernel<T>, sorted, images, count, threshold);
   const Memory<int64_t> index(images * places), used(images);
-  shim::launch(unsigned(images * blocks), kListThreads, 0, list_kept_kernel, static_cast<const uint32_t*>(sorted.order), static_cast<const uint32_t*>(sorted.kept),
-               static_cast<const unsigned long long*>(sorted.counts), count, sorted.tiles * kWords, blocks, places, index.get(), used.get());
+  shim::launch(unsigned(images * blocks), kListThreads, 0, list_kept_kernel, static_cast<const uint32_t*>(sorted.order),
+               static_cast<const uint32_t*>(sorted.kept), static_cast<const unsigned long long*>(sorted.counts), count,
+               sorted.tiles * kWords, blocks, places, index.get(), used.get());
   Result<T> result;
   result.index.assign(index.get(), index.get() + images * places);
   result.used.assign(used.get(), used.get() + images);
@@ -31,21 +34,29 @@ template <class S> Result<typename Storage<S>::arithmetic> run(const Problem<S>&
   return result;
 }
 
-template <class S> void check_order(const Problem<S>& problem, const Result<typename Storage<S>::arithmetic>& result, const std::string& what) {
+template <class S>
+void check_order(const Problem<S>& problem, const Result<typename Storage<S>::arithmetic>& result,
+                 const std::string& what) {
   const int64_t count = problem.setup.count;
   for (int64_t image = 0; image < problem.setup.images; ++image) {
     const std::vector<int64_t> order = problem.order(image);
-    expect(std::equal(order.begin(), order.end(), result.order.begin() + image * count), "the order by score is wrong: " + what);
+    expect(std::equal(order.begin(), order.end(), result.order.begin() + image * count),
+           "the order by score is wrong: " + what);
     if (result.index_of.empty()) continue;
     std::vector<int64_t> by_class = order;
-    std::stable_sort(by_class.begin(), by_class.end(), [&](int64_t a, int64_t b) { return problem.of_class(image, a) < problem.of_class(image, b); });
-    expect(std::equal(by_class.begin(), by_class.end(), result.index_of.begin() + image * count), "the order by class is wrong: " + what);
+    std::stable_sort(by_class.begin(), by_class.end(),
+                     [&](int64_t a, int64_t b) { return problem.of_class(image, a) < problem.of_class(image, b); });
+    expect(std::equal(by_class.begin(), by_class.end(), result.index_of.begin() + image * count),
+           "the order by class is wrong: " + what);
   }
 }
 
-template <class S> void check(const Setup& setup, std::mt19937& random, bool degenerate, double threshold, int64_t places, uint32_t run_length = 1 << 20, uint32_t fan = 64) {
+template <class S>
+void check(const Setup& setup, std::mt19937& random, bool degenerate, double threshold, int64_t places,
+           uint32_t run_length = 1 << 20, uint32_t fan = 64) {
   using T = typename Storage<S>::arithmetic;
-  const std::string what = text(setup) + ", storage " + std::to_string(Storage<S>::code) + ", threshold " + std::to_string(threshold) + ", runs of " + std::to_string(run_length);
+  const std::string what = text(setup) + ", storage " + std::to_string(Storage<S>::code) + ", threshold " +
+                           std::to_string(threshold) + ", runs of " + std::to_string(run_length);
   const Problem<S> problem(setup, random, degenerate);
   shim::reverse = false;
   const Result<T> result = run(problem, T(threshold), places, run_length, fan);
@@ -60,7 +71,8 @@ template <class S> void check(const Setup& setup, std::mt19937& random, bool deg
     const int64_t filled = std::min(int64_t(kept.size()), places);
     expect(result.used[size_t(image)] == filled, "the count is wrong: " + what);
     for (int64_t p = 0; p < places; ++p)
-      expect(result.index[size_t(image * places + p)] == (p < filled ? kept[size_t(p)] : -1), "a kept box is wrong: " + what);
+      expect(result.index[size_t(image * places + p)] == (p < filled ? kept[size_t(p)] : -1),
+             "a kept box is wrong: " + what);
   }
 }
 
@@ -76,8 +88,8 @@ template <class S> void check_storage() {
 
 void check_many() {
   std::mt19937 random(7);
-  check<float>({1, 1000, 0, 9, 4, false}, random, false, 0.5, 1000);      // one class over eight tiles
-  check<float>({1, 1000, 0, 9, 30, false}, random, true, 0.3, 1000);      // most are kept
+  check<float>({1, 1000, 0, 9, 4, false}, random, false, 0.5, 1000);  // one class over eight tiles
+  check<float>({1, 1000, 0, 9, 30, false}, random, true, 0.3, 1000);  // most are kept
   check<float>({1, 1000, 80, 9, 2, false}, random, false, 0.5, 1000);
   check<float>({1, 1000, 2, 12, 3, false}, random, true, 0.4, 100, 32, 8);  // classes begin within tiles and span them
   check<float>({1, 1000, -1, 12, 3, false}, random, true, 0.4, 1100, 96, 4);
@@ -92,8 +104,9 @@ void check_thresholds() {
   for (const int64_t places : {0, 1, 279, 281}) check<float>({2, 280, 2, 9, 9, false}, random, false, 0.5, places);
   std::mt19937 again(9);
   for (int i = 0; i < 40; ++i)
-    check<float>({1 + i % 2, 1 + int64_t(again() % 300), int(again() % 5) - 1, 1 + int(again() % 12), double(1 + again() % 6), i % 3 == 0}, again, i % 2 == 0, 0.1 * double(again() % 10), 64,
-                 32u * (1 + again() % 5), 2 + again() % 5);
+    check<float>({1 + i % 2, 1 + int64_t(again() % 300), int(again() % 5) - 1, 1 + int(again() % 12),
+                  double(1 + again() % 6), i % 3 == 0},
+                 again, i % 2 == 0, 0.1 * double(again() % 10), 64, 32u * (1 + again() % 5), 2 + again() % 5);
 }
 
 // A chain: each box overlaps only the next. Every second one is kept, and every decision needs the one before it.

@@ -18,29 +18,48 @@ inline void expect(bool right, const std::string& what) {
 }
 
 template <class S> struct Storage;
-template <> struct Storage<float> { static constexpr int code = 0; using arithmetic = float; static float of(float v) { return v; } };
-template <> struct Storage<double> { static constexpr int code = 1; using arithmetic = double; static double of(double v) { return v; } };
-template <> struct Storage<__nv_bfloat16> { static constexpr int code = 2; using arithmetic = float; static __nv_bfloat16 of(float v) { return __float2bfloat16_rn(v); } };
-template <> struct Storage<__half> { static constexpr int code = 3; using arithmetic = float; static __half of(float v) { return __float2half_rn(v); } };
+template <> struct Storage<float> {
+  static constexpr int code = 0;
+  using arithmetic = float;
+  static float of(float v) { return v; }
+};
+template <> struct Storage<double> {
+  static constexpr int code = 1;
+  using arithmetic = double;
+  static double of(double v) { return v; }
+};
+template <> struct Storage<__nv_bfloat16> {
+  static constexpr int code = 2;
+  using arithmetic = float;
+  static __nv_bfloat16 of(float v) { return __float2bfloat16_rn(v); }
+};
+template <> struct Storage<__half> {
+  static constexpr int code = 3;
+  using arithmetic = float;
+  static __half of(float v) { return __float2half_rn(v); }
+};
 
 // Device memory of exactly `count` elements, so that the address sanitizer sees the first one beyond; every byte 0xFF at first.
 template <class X> struct Memory {
   std::unique_ptr<X[]> block;
-  explicit Memory(int64_t count) : block(new X[size_t(count)]) { std::memset(static_cast<void*>(block.get()), 0xFF, size_t(count) * sizeof(X)); }
+  explicit Memory(int64_t count) : block(new X[size_t(count)]) {
+    std::memset(static_cast<void*>(block.get()), 0xFF, size_t(count) * sizeof(X));
+  }
   X* get() const { return block.get(); }
   X& operator[](int64_t i) const { return block[size_t(i)]; }
 };
 
 struct Setup {
   int64_t images, count;
-  int classes;           // 0: none; 1: all the same; -1: every box its own, from the whole range of int64
-  int kinds;             // different boxes of a cluster: few give many duplicates and ties
-  double spread;         // of the clusters' centres
+  int classes;    // 0: none; 1: all the same; -1: every box its own, from the whole range of int64
+  int kinds;      // different boxes of a cluster: few give many duplicates and ties
+  double spread;  // of the clusters' centres
   bool strided;
 };
 
 inline std::string text(const Setup& s) {
-  return std::to_string(s.images) + " x " + std::to_string(s.count) + " boxes, " + std::to_string(s.classes) + " classes, " + std::to_string(s.kinds) + " kinds";
+  return std::to_string(s.images) + " x " + std::to_string(s.count) + " boxes, " + std::to_string(s.classes) +
+         " classes, " + std::to_string(s.kinds) + " kinds";
 }
 
 template <class S> struct Problem {
@@ -51,14 +70,19 @@ template <class S> struct Problem {
   Memory<int64_t> classes;
 
   Problem(const Setup& s, std::mt19937& random, bool degenerate)
-      : setup(s), row(s.strided ? 11 : 4), step(s.strided ? 2 : 1), boxes(s.images * s.count * row), scores(s.images * s.count * (s.strided ? 3 : 1)),
+      : setup(s),
+        row(s.strided ? 11 : 4),
+        step(s.strided ? 2 : 1),
+        boxes(s.images * s.count * row),
+        scores(s.images * s.count * (s.strided ? 3 : 1)),
         classes(s.images * s.count * (s.strided ? 2 : 1)) {
     std::uniform_real_distribution<double> unit(0, 1);
     const double nan = std::numeric_limits<double>::quiet_NaN(), inf = std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < s.images * s.count; ++i) {
       const double x = std::floor(unit(random) * s.spread) * 30, y = std::floor(unit(random) * s.spread) * 30;
       const double dx = std::floor(unit(random) * s.kinds), dy = std::floor(unit(random) * s.kinds);
-      double box[4] = {x + dx, y + dy, x + 20 + dy, y + 20 + dx}, score = std::floor(unit(random) * 4 * s.kinds) / (4 * s.kinds);
+      double box[4] = {x + dx, y + dy, x + 20 + dy, y + 20 + dx};
+      double score = std::floor(unit(random) * 4 * s.kinds) / (4 * s.kinds);
       const int kind = degenerate ? int(unit(random) * 12) : 99;
       if (kind == 0) box[2] = box[0];
       if (kind == 1) std::swap(box[0], box[2]);
@@ -82,7 +106,9 @@ template <class S> struct Problem {
     BoxSource s{};
     s.boxes = boxes.get(), s.scores = scores.get(), s.classes = setup.classes ? classes.get() : nullptr;
     s.box_row = row, s.box_column = step, s.score_row = setup.strided ? 3 : 1, s.class_row = setup.strided ? 2 : 1;
-    s.box_image = setup.count * s.box_row, s.score_image = setup.count * s.score_row, s.class_image = setup.count * s.class_row;
+    s.box_image = setup.count * s.box_row;
+    s.score_image = setup.count * s.score_row;
+    s.class_image = setup.count * s.class_row;
     s.images = setup.images, s.count = setup.count, s.storage = Storage<S>::code;
     return s;
   }
@@ -92,7 +118,9 @@ template <class S> struct Problem {
     return {value(at[0]), value(at[step]), value(at[2 * step]), value(at[3 * step])};
   }
   T score(int64_t image, int64_t i) const { return value(scores[(image * setup.count + i) * (setup.strided ? 3 : 1)]); }
-  int64_t of_class(int64_t image, int64_t i) const { return setup.classes ? classes[(image * setup.count + i) * (setup.strided ? 2 : 1)] : 0; }
+  int64_t of_class(int64_t image, int64_t i) const {
+    return setup.classes ? classes[(image * setup.count + i) * (setup.strided ? 2 : 1)] : 0;
+  }
   static T value(S v) { return load_as<T>(&v, Storage<S>::code, 0); }
 
   // IoU as a plain division, not through the shared header.
@@ -122,7 +150,8 @@ template <class S> struct Problem {
     for (const int64_t i : order(image)) {
       const Box<T> mine = box(image, i);
       std::vector<Box<T>>& others = by_class[of_class(image, i)];
-      if (std::any_of(others.begin(), others.end(), [&](const Box<T>& other) { return iou(other, mine) > threshold; })) continue;
+      if (std::any_of(others.begin(), others.end(), [&](const Box<T>& other) { return iou(other, mine) > threshold; }))
+        continue;
       others.push_back(mine);
       result.push_back(i);
     }
@@ -143,13 +172,30 @@ template <class T> struct Workspace {
   Memory<ClassKey<T>> keys[2];
 
   explicit Workspace(const BoxSource& s)
-      : total(s.images * s.count), tiles((s.count + kTile - 1) / kTile), by_class(s.classes != nullptr), order(total), rank_of(by_class ? total : 0),
-        index_of(by_class ? total : 0), kept(s.images * tiles * kWords), classes(by_class ? total : 0), boxes(total), words(s.images * tiles * kWords), counts(s.images),
-        ticket(1), scores{Memory<ScoreKey<T>>(total), Memory<ScoreKey<T>>(total)}, keys{Memory<ClassKey<T>>(by_class ? total : 0), Memory<ClassKey<T>>(by_class ? total : 0)} {}
+      : total(s.images * s.count),
+        tiles((s.count + kTile - 1) / kTile),
+        by_class(s.classes != nullptr),
+        order(total),
+        rank_of(by_class ? total : 0),
+        index_of(by_class ? total : 0),
+        kept(s.images * tiles * kWords),
+        classes(by_class ? total : 0),
+        boxes(total),
+        words(s.images * tiles * kWords),
+        counts(s.images),
+        ticket(1),
+        scores{Memory<ScoreKey<T>>(total), Memory<ScoreKey<T>>(total)},
+        keys{Memory<ClassKey<T>>(by_class ? total : 0), Memory<ClassKey<T>>(by_class ? total : 0)} {}
 
   Sorted<T> sorted() const {
     Sorted<T> s{};
-    s.order = order.get(), s.boxes = boxes.get(), s.words = words.get(), s.kept = kept.get(), s.counts = counts.get(), s.ticket = ticket.get(), s.tiles = tiles;
+    s.order = order.get();
+    s.boxes = boxes.get();
+    s.words = words.get();
+    s.kept = kept.get();
+    s.counts = counts.get();
+    s.ticket = ticket.get();
+    s.tiles = tiles;
     if (by_class) s.rank_of = rank_of.get(), s.index_of = index_of.get(), s.classes = classes.get();
     return s;
   }
@@ -160,14 +206,17 @@ constexpr int kFewThreads = 64;  // the blocks of the launchers take eight times
 
 // As the launcher sorts, with shorter runs and fewer of them a merge.
 
-template <class T> void sort(const BoxSource& source, const Sorted<T>& sorted, const Workspace<T>& workspace, uint32_t run, uint32_t most, int threads = kFewThreads) {
+template <class T>
+void sort(const BoxSource& source, const Sorted<T>& sorted, const Workspace<T>& workspace, uint32_t run, uint32_t most,
+          int threads = kFewThreads) {
   const unsigned blocks = unsigned(source.images * ((source.count + kPiece - 1) / kPiece));
   const uint32_t count = uint32_t(source.count);
   if (run > count) run = count;
   shim::launch(blocks, threads, 0, order_runs_kernel<T>, source, sorted, workspace.runs(0), run);
   for (int from = 0; run < count; from = 1 - from) {
     const uint32_t fan = std::min(most, (count - 1) / run + 1);
-    shim::launch(dim3(blocks, source.classes ? 2 : 1), threads, 0, merge_runs_kernel<T>, source, sorted, workspace.runs(from), workspace.runs(1 - from), run, fan);
+    shim::launch(dim3(blocks, source.classes ? 2 : 1), threads, 0, merge_runs_kernel<T>, source, sorted,
+                 workspace.runs(from), workspace.runs(1 - from), run, fan);
     run = std::min(run * fan, count);
   }
 }

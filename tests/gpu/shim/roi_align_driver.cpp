@@ -40,24 +40,32 @@ template <class S> struct Array {
   int64_t count;
   std::unique_ptr<S[]> memory;
   S* at;
-  explicit Array(int64_t n, int64_t offset = 0) : count(n), memory(new S[size_t(n + offset)]), at(memory.get() + offset) {
+  explicit Array(int64_t n, int64_t offset = 0)
+      : count(n), memory(new S[size_t(n + offset)]), at(memory.get() + offset) {
     std::memset(static_cast<void*>(memory.get()), 0xFF, size_t(n + offset) * sizeof(S));
   }
   void clear() { std::memset(static_cast<void*>(at), 0, size_t(count) * sizeof(S)); }
 };
-template <class S> bool same_bits(const Array<S>& a, const Array<S>& b) { return std::memcmp(a.at, b.at, size_t(a.count) * sizeof(S)) == 0; }
+template <class S> bool same_bits(const Array<S>& a, const Array<S>& b) {
+  return std::memcmp(a.at, b.at, size_t(a.count) * sizeof(S)) == 0;
+}
 
-static int64_t index_of(bool nhwc, int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels, int64_t height, int64_t width) {
+static int64_t index_of(bool nhwc, int64_t n, int64_t c, int64_t h, int64_t w, int64_t channels, int64_t height,
+                        int64_t width) {
   return nhwc ? ((n * height + h) * width + w) * channels + c : ((n * channels + c) * height + h) * width + w;
 }
 
 template <class T> std::vector<T> boxes(int images, std::mt19937& random) {
   const T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
   std::vector<T> rois = {
-      0, 10, 12, 90, 70,     1, -40, -30, 20, 25,    0, 150, 100, 400, 300,  1, 0, 0, 215, 159,   0, 50, 60, 40, 30,       1, 33, 44, 33, 44,
-      0, nan, 3, 40, 50,     1, 3, 4, inf, 50,       0, -inf, 4, 50, inf,    1, 1000, 4, 2000, 9, 0, -1000, 4, -500, 90,   1, 5, 5, 6, 6,
-      T(images), 1, 2, 9, 9, T(-1), 1, 2, 30, 40,    nan, 1, 2, 30, 40,      T(-0.5), 1, 2, 60, 50, T(0.9), 8, 8, 99, 24,  0, -4, -4, 4, 4,
-      0, T(-1e6), T(-2e6), T(3e6), T(1e6),           1, 4, 4, T(223.9999), T(223.9999),           1, 212, 156, 220, 164,  0, 16, 16, 32, 48};
+      0,           10,          12,  90,  70,        1,       -40,  -30,     20,      25,     0,      150,  100, 400,
+      300,         1,           0,   0,   215,       159,     0,    50,      60,      40,     30,     1,    33,  44,
+      33,          44,          0,   nan, 3,         40,      50,   1,       3,       4,      inf,    50,   0,   -inf,
+      4,           50,          inf, 1,   1000,      4,       2000, 9,       0,       -1000,  4,      -500, 90,  1,
+      5,           5,           6,   6,   T(images), 1,       2,    9,       9,       T(-1),  1,      2,    30,  40,
+      nan,         1,           2,   30,  40,        T(-0.5), 1,    2,       60,      50,     T(0.9), 8,    8,   99,
+      24,          0,           -4,  -4,  4,         4,       0,    T(-1e6), T(-2e6), T(3e6), T(1e6), 1,    4,   4,
+      T(223.9999), T(223.9999), 1,   212, 156,       220,     164,  0,       16,      16,     32,     48};
   std::uniform_real_distribution<double> place(-20, 180), side(1, 120);
   for (int k = 0; k < 6; ++k) {
     const double x = place(random), y = place(random);
@@ -78,26 +86,40 @@ template <class S, int kWidth, bool kNhwc, int kGatherWidth> struct Problem {
   RoiMaps<T> maps{};
 
   Problem(Pyramid pyramid, Pooled pooled, std::mt19937& random)
-      : p(pyramid), o(pooled), rois(boxes<T>(p.images, random)), count(int64_t(rois.size() / 5)), grad(count * p.channels * o.height * o.width, kWidth == 1) {
+      : p(pyramid),
+        o(pooled),
+        rois(boxes<T>(p.images, random)),
+        count(int64_t(rois.size() / 5)),
+        grad(count * p.channels * o.height * o.width, kWidth == 1) {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < grad.count; ++i) grad.at[i] = narrow<S>(T(normal(random)));
     maps.levels = int(p.scales.size()), maps.images = p.images, maps.channels = p.channels;
-    maps.pooled_height = o.height, maps.pooled_width = o.width, maps.sampling_ratio = o.sampling_ratio, maps.aligned = o.aligned;
-    maps.rule = {o.policy, o.canonical_level, -int(std::lround(std::log2(p.scales.front()))), -int(std::lround(std::log2(p.scales.back()))), o.canonical_scale};
+    maps.pooled_height = o.height;
+    maps.pooled_width = o.width;
+    maps.sampling_ratio = o.sampling_ratio;
+    maps.aligned = o.aligned;
+    maps.rule = {o.policy, o.canonical_level, -int(std::lround(std::log2(p.scales.front()))),
+                 -int(std::lround(std::log2(p.scales.back()))), o.canonical_scale};
     for (size_t l = 0; l < p.scales.size(); ++l) {
       features.emplace_back(pixels(l) * p.channels, kWidth == 1);
       for (int64_t i = 0; i < features[l].count; ++i) features[l].at[i] = narrow<S>(T(normal(random)));
-      maps.map[l] = features[l].at, maps.height[l] = p.heights[l], maps.width[l] = p.widths[l], maps.scale[l] = T(p.scales[l]);
+      maps.map[l] = features[l].at;
+      maps.height[l] = p.heights[l];
+      maps.width[l] = p.widths[l];
+      maps.scale[l] = T(p.scales[l]);
     }
   }
   int64_t pixels(size_t l) const { return int64_t(p.images) * p.heights[l] * p.widths[l]; }
 
   Array<S> forward(int64_t parts, int64_t most_blocks) const {
     Array<S> out(grad.count, kWidth == 1);
-    const int64_t items = int64_t(o.height) * o.width * ((p.channels + kWidth - 1) / kWidth), share = (items + parts - 1) / parts, bins = o.height + o.width;
+    const int64_t items = int64_t(o.height) * o.width * ((p.channels + kWidth - 1) / kWidth);
+    const int64_t share = (items + parts - 1) / parts;
+    const int64_t bins = o.height + o.width;
     const int capacity = tap_capacity<T>(bins, o.sampling_ratio);
-    shim::launch(dim3(unsigned((items + share - 1) / share), unsigned(std::min(count, most_blocks))), kRoiThreads, size_t(tap_bytes<T>(bins, capacity)),
-                 roi_align_forward_kernel<S, kWidth, kNhwc>, maps, rois.data(), out.at, count, int(share), capacity);
+    shim::launch(dim3(unsigned((items + share - 1) / share), unsigned(std::min(count, most_blocks))), kRoiThreads,
+                 size_t(tap_bytes<T>(bins, capacity)), roi_align_forward_kernel<S, kWidth, kNhwc>, maps, rois.data(),
+                 out.at, count, int(share), capacity);
     return out;
   }
 
@@ -113,12 +135,14 @@ template <class S, int kWidth, bool kNhwc, int kGatherWidth> struct Problem {
       if constexpr (sizeof(T) == 4) rounding_of.from[l] = sums[l].at;
     }
     const int64_t groups = (p.channels + kWidth - 1) / kWidth, share = (groups + parts - 1) / parts;
-    shim::launch(dim3(unsigned((groups + share - 1) / share), unsigned(std::min(count, most_blocks))), kRoiThreads, size_t(scatter_bytes<T>(o.height, o.width)),
-                 roi_align_scatter_kernel<S, kWidth, kNhwc>, to, rois.data(), static_cast<const S*>(grad.at), count, int(share));
+    shim::launch(dim3(unsigned((groups + share - 1) / share), unsigned(std::min(count, most_blocks))), kRoiThreads,
+                 size_t(scatter_bytes<T>(o.height, o.width)), roi_align_scatter_kernel<S, kWidth, kNhwc>, to,
+                 rois.data(), static_cast<const S*>(grad.at), count, int(share));
     if constexpr (sizeof(S) == 2) {
       shim::launch(dim3(2, unsigned(p.scales.size())), kRoiThreads, 0, roi_align_round_kernel<S>, rounding_of);
     } else {
-      for (size_t l = 0; l < results.size(); ++l) std::memcpy(results[l].at, sums[l].at, size_t(results[l].count) * sizeof(S));
+      for (size_t l = 0; l < results.size(); ++l)
+        std::memcpy(results[l].at, sums[l].at, size_t(results[l].count) * sizeof(S));
     }
     return results;
   }
@@ -134,9 +158,11 @@ template <class S, int kWidth, bool kNhwc, int kGatherWidth> struct Problem {
     std::unique_ptr<Footprint[]> footprints(new Footprint[size_t(count)]);
     shim::launch(1, kRoiThreads, 0, roi_align_footprint_kernel<T>, to, rois.data(), footprints.get(), count);
     const int64_t tiles = to.first_tile[p.scales.size()];
-    const int hits = std::min(most_hits, gather_hits<T, kNhwc>(o.height, o.width)), block = kGatherWidth * kGatherLanes<kNhwc>;
+    const int hits = std::min(most_hits, gather_hits<T, kNhwc>(o.height, o.width));
+    const int block = kGatherWidth * kGatherLanes<kNhwc>;
     shim::launch(dim3(unsigned((p.channels + block - 1) / block), unsigned(std::min(tiles, most_blocks))), kRoiThreads,
-                 size_t(hits * gather_bytes_per_hit<T, kNhwc>(o.height, o.width)), roi_align_gather_kernel<S, kGatherWidth, kNhwc>, to, rois.data(),
+                 size_t(hits * gather_bytes_per_hit<T, kNhwc>(o.height, o.width)),
+                 roi_align_gather_kernel<S, kGatherWidth, kNhwc>, to, rois.data(),
                  static_cast<const Footprint*>(footprints.get()), static_cast<const S*>(grad.at), count, tiles, hits);
     return results;
   }
@@ -146,17 +172,19 @@ template <class P> void check_forward(const P& problem) {
   using S = std::remove_reference_t<decltype(*problem.grad.at)>;
   const auto [height, width, channels] = std::tuple(problem.o.height, problem.o.width, problem.p.channels);
   std::vector<double> exact(size_t(problem.grad.count)), scale(exact.size());
-  oracle(problem.p, problem.o, problem.rois, [&](int level, int image, size_t k, int i, int j, int row, int col, double weight) {
-    for (int c = 0; c < channels; ++c) {
-      const size_t to = size_t(index_of(problem.nhwc, int64_t(k), c, i, j, channels, height, width)), l = size_t(level);
-      const double v = value(problem.features[l].at[index_of(problem.nhwc, image, c, row, col, channels, problem.p.heights[l], problem.p.widths[l])]);
-      exact[to] += weight * v, scale[to] += std::fabs(weight * v);
-    }
-  });
+  oracle(problem.p, problem.o, problem.rois,
+         [&](int level, int image, size_t k, int i, int j, int row, int col, double weight) {
+           for (int c = 0; c < channels; ++c) {
+             const size_t to = size_t(index_of(problem.nhwc, int64_t(k), c, i, j, channels, height, width)),
+                          l = size_t(level);
+             const double v = value(problem.features[l].at[index_of(problem.nhwc, image, c, row, col, channels,
+                                                                    problem.p.heights[l], problem.p.widths[l])]);
+             exact[to] += weight * v, scale[to] += std::fabs(weight * v);
+           }
+         });
   shim::reverse = true;
   const auto out = problem.forward(1, 1 << 20);
-  for (size_t i = 0; i < exact.size(); ++i)
-    expect(close<S>(value(out.at[i]), exact[i], scale[i]), "a pooled value");
+  for (size_t i = 0; i < exact.size(); ++i) expect(close<S>(value(out.at[i]), exact[i], scale[i]), "a pooled value");
   shim::reverse = false;  // thread 0 goes first, and on few blocks would overwrite the place of a RoI in use
   expect(same_bits(out, problem.forward(3, 5)), "the pooling in the other thread order, in three parts on few blocks");
 }
@@ -166,14 +194,19 @@ template <class P> void check_backward(const P& problem) {
   const int channels = problem.p.channels;
   std::vector<std::vector<double>> exact, scale;
   for (const auto& map : problem.features) exact.emplace_back(size_t(map.count)), scale.emplace_back(size_t(map.count));
-  oracle(problem.p, problem.o, problem.rois, [&](int level, int image, size_t k, int i, int j, int row, int col, double weight) {
-    const size_t l = size_t(level);
-    for (int c = 0; c < channels; ++c) {
-      const size_t to = size_t(index_of(problem.nhwc, image, c, row, col, channels, problem.p.heights[l], problem.p.widths[l]));
-      const double v = value(problem.grad.at[index_of(problem.nhwc, int64_t(k), c, i, j, channels, problem.o.height, problem.o.width)]);
-      exact[l][to] += weight * v, scale[l][to] += std::fabs(weight * v);
-    }
-  });
+  oracle(
+      problem.p, problem.o, problem.rois,
+      [&](int level, int image, size_t k, int i, int j, int row, int col, double weight) {
+        const size_t l = size_t(level);
+        for (int c = 0; c < channels; ++c) {
+          const size_t to =
+              size_t(index_of(problem.nhwc, image, c, row, col, channels, problem.p.heights[l], problem.p.widths[l]));
+          const double v =
+              value(problem.grad
+                        .at[index_of(problem.nhwc, int64_t(k), c, i, j, channels, problem.o.height, problem.o.width)]);
+          exact[l][to] += weight * v, scale[l][to] += std::fabs(weight * v);
+        }
+      });
   const auto compare = [&](const auto& results, const char* what) {
     for (size_t l = 0; l < results.size(); ++l)
       for (size_t i = 0; i < exact[l].size(); ++i)
@@ -185,14 +218,22 @@ template <class P> void check_backward(const P& problem) {
   compare(problem.scatter(1, 1 << 20), "a scattered gradient");
   shim::reverse = true;
   const auto again = problem.gather(3, 5);
-  for (size_t l = 0; l < gathered.size(); ++l) expect(same_bits(gathered[l], again[l]), "the gathered gradient in reverse thread order, few RoIs at a time on few blocks");
+  for (size_t l = 0; l < gathered.size(); ++l)
+    expect(same_bits(gathered[l], again[l]),
+           "the gathered gradient in reverse thread order, few RoIs at a time on few blocks");
   compare(problem.scatter(2, 5), "a gradient scattered in reverse thread order, in two parts on few blocks");
 }
 
 template <class S, int kWidth, bool kNhwc, int kGatherWidth> void check_layout(const char* type, int channels) {
-  const Pyramid three{2, channels, {20, 10, 5}, {27, 14, 7}, {0.125, 0.0625, 0.03125}}, one{2, channels, {37}, {80}, {0.25}}, single_pixel{2, channels, {1}, {1}, {0.03125}};
-  const Pyramid empty{2, channels, {0, 3}, {4, 2}, {0.25, 0.125}}, coarse{2, channels, {5, 3}, {7, 4}, {0.03125, 0.015625}};
-  struct { const char* name; Pyramid p; Pooled o; } const rows[] = {
+  const Pyramid three{2, channels, {20, 10, 5}, {27, 14, 7}, {0.125, 0.0625, 0.03125}},
+      one{2, channels, {37}, {80}, {0.25}}, single_pixel{2, channels, {1}, {1}, {0.03125}};
+  const Pyramid empty{2, channels, {0, 3}, {4, 2}, {0.25, 0.125}},
+      coarse{2, channels, {5, 3}, {7, 4}, {0.03125, 0.015625}};
+  struct {
+    const char* name;
+    Pyramid p;
+    Pooled o;
+  } const rows[] = {
       {"three levels, 7x7", three, {7, 7, 2, false, 0, 4, 112}},
       {"three levels, adaptive", three, {3, 2, 0, true, 1, 4, 112}},
       {"one level, adaptive, more taps than fit", one, {1, 2, 0, false, 0, 4, 224}},

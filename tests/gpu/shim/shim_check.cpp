@@ -57,7 +57,9 @@ __global__ void half_warps(float* out) {  // right: each half is a mask of its o
 __global__ void write_beyond(float* out) { out[threadIdx.x + 1] = 1; }
 
 struct alignas(16) Four { float v[4]; };
-__global__ void read_unaligned(const float* in, float* out) { out[threadIdx.x] = reinterpret_cast<const Four*>(in + 1)->v[threadIdx.x % 4]; }
+__global__ void read_unaligned(const float* in, float* out) {
+  out[threadIdx.x] = reinterpret_cast<const Four*>(in + 1)->v[threadIdx.x % 4];
+}
 
 std::unique_ptr<float[]> in, out;
 
@@ -88,14 +90,17 @@ int main(int argc, char** argv) {
   const auto reverse = [&](bool barrier) { shim::launch(1, kThreads, 0, reverse_in_shared, from, to, barrier); };
   bool right = false;
   if (what == "barrier") reverse(true), right = reversed(), shim::reverse = true, reverse(true), right &= reversed();
-  else if (what == "dynamic-shared") shim::launch(1, kThreads, kThreads * sizeof(float), reverse_in_dynamic_shared, from, to), right = reversed();
+  else if (what == "dynamic-shared")
+    shim::launch(1, kThreads, kThreads * sizeof(float), reverse_in_dynamic_shared, from, to), right = reversed();
   else if (what == "missing-barrier") reverse(false), right = !reversed();
-  else if (what == "unwritten-shared") shim::launch(1, kThreads, 0, read_unwritten, to), right = std::isnan(to[0]) && to[1] == 1;
+  else if (what == "unwritten-shared")
+    shim::launch(1, kThreads, 0, read_unwritten, to), right = std::isnan(to[0]) && to[1] == 1;
   else if (what == "divergent-barrier") right = refused([] { shim::launch(1, kThreads, 0, two_barriers); });
   else if (what == "missing-lane") right = refused([&] { shim::launch(1, kThreads, 0, missing_lane, to); });
   else if (what == "outside-mask") right = refused([&] { shim::launch(1, kThreads, 0, outside_mask, to); });
-  else if (what == "half-warps") shim::launch(1, kThreads, 0, half_warps, to), right = to[0] == 120 && to[16] == 376 && to[63] == 888;
-  else if (what == "write-beyond") shim::launch(1, kThreads, 0, write_beyond, to);      // the address sanitizer ends it
+  else if (what == "half-warps")
+    shim::launch(1, kThreads, 0, half_warps, to), right = to[0] == 120 && to[16] == 376 && to[63] == 888;
+  else if (what == "write-beyond") shim::launch(1, kThreads, 0, write_beyond, to);  // the address sanitizer ends it
   else if (what == "read-unaligned") shim::launch(1, kThreads, 0, read_unaligned, from, to);  // so does the other one
   std::printf("%s\n", right ? "right" : "not noticed");
   return right ? 0 : 1;

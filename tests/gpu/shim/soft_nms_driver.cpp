@@ -16,7 +16,10 @@ template <class T> bool same_values(const std::vector<T>& a, const std::vector<T
   return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](T x, T y) { return x == y || (x != x && y != y); });
 }
 
-template <class S> Selection<typename Storage<S>::arithmetic> run(const Problem<S>& problem, const SoftSettings<typename Storage<S>::arithmetic>& settings, uint32_t run_length) {
+template <class S>
+Selection<typename Storage<S>::arithmetic> run(const Problem<S>& problem,
+                                               const SoftSettings<typename Storage<S>::arithmetic>& settings,
+                                               uint32_t run_length) {
   using T = typename Storage<S>::arithmetic;
   const BoxSource source = problem.source();
   const int64_t count = source.count;
@@ -26,11 +29,17 @@ template <class S> Selection<typename Storage<S>::arithmetic> run(const Problem<
   sort(source, sorted, workspace, run_length, 3);
   const Memory<T> score(count), lowered(count);
   const Memory<uint32_t> state_of(count), chosen(count);
-  const SoftState<T> state{source.scores, source.score_row, source.storage, score.get(), state_of.get(), lowered.get(), chosen.get()};
-  shim::launch(unsigned(settings.whole ? 1 : (count + kSoftPiece - 1) / kSoftPiece), kFewThreads, 0, soft_nms_kernel<T>, sorted, settings, state, count);
+  const SoftState<T> state{source.scores,  source.score_row, source.storage, score.get(),
+                           state_of.get(), lowered.get(),    chosen.get()};
+  shim::launch(unsigned(settings.whole ? 1 : (count + kSoftPiece - 1) / kSoftPiece), kFewThreads, 0, soft_nms_kernel<T>,
+               sorted, settings, state, count);
   if (!settings.whole) {
     BoxSource again{};
-    again.scores = lowered.get(), again.score_row = 1, again.images = 1, again.count = count, again.storage = sizeof(T) == 8 ? 1 : 0;
+    again.scores = lowered.get();
+    again.score_row = 1;
+    again.images = 1;
+    again.count = count;
+    again.storage = sizeof(T) == 8 ? 1 : 0;
     Sorted<T> order{};
     order.order = chosen.get();
     sort(again, order, workspace, run_length, 3);
@@ -38,14 +47,18 @@ template <class S> Selection<typename Storage<S>::arithmetic> run(const Problem<
   const int64_t selected = int64_t(workspace.counts[0]);
   const Memory<int64_t> index(selected);
   const Memory<S> values(selected);
-  shim::launch(2, kChosenThreads, 0, list_chosen_kernel<T>, static_cast<const uint32_t*>(chosen.get()), static_cast<const T*>(lowered.get()), selected, index.get(),
-               static_cast<void*>(values.get()), int32_t(Storage<S>::code));
+  shim::launch(2, kChosenThreads, 0, list_chosen_kernel<T>, static_cast<const uint32_t*>(chosen.get()),
+               static_cast<const T*>(lowered.get()), selected, index.get(), static_cast<void*>(values.get()),
+               int32_t(Storage<S>::code));
   Selection<T> result;
-  for (int64_t i = 0; i < selected; ++i) result.index.push_back(index[i]), result.scores.push_back(Problem<S>::value(values[i]));
+  for (int64_t i = 0; i < selected; ++i)
+    result.index.push_back(index[i]), result.scores.push_back(Problem<S>::value(values[i]));
   return result;
 }
 
-template <class S> Selection<typename Storage<S>::arithmetic> plain(const Problem<S>& problem, const SoftSettings<typename Storage<S>::arithmetic>& settings) {
+template <class S>
+Selection<typename Storage<S>::arithmetic> plain(const Problem<S>& problem,
+                                                 const SoftSettings<typename Storage<S>::arithmetic>& settings) {
   using T = typename Storage<S>::arithmetic;
   const int64_t count = problem.setup.count;
   std::vector<T> scores;
@@ -77,9 +90,12 @@ template <class S> Selection<typename Storage<S>::arithmetic> plain(const Proble
   }
 }
 
-template <class S> void check(const Setup& setup, std::mt19937& random, bool degenerate, int method, double threshold, double min_score, uint32_t run_length = 1 << 20) {
+template <class S>
+void check(const Setup& setup, std::mt19937& random, bool degenerate, int method, double threshold, double min_score,
+           uint32_t run_length = 1 << 20) {
   using T = typename Storage<S>::arithmetic;
-  const std::string what = text(setup) + ", storage " + std::to_string(Storage<S>::code) + ", method " + std::to_string(method) + ", lowest score " + std::to_string(min_score);
+  const std::string what = text(setup) + ", storage " + std::to_string(Storage<S>::code) + ", method " +
+                           std::to_string(method) + ", lowest score " + std::to_string(min_score);
   const Problem<S> problem(setup, random, degenerate);
   const SoftSettings<T> settings{T(threshold), T(0.4), T(min_score), method, !setup.classes || !(min_score >= 0)};
   shim::reverse = false;
@@ -90,7 +106,8 @@ template <class S> void check(const Setup& setup, std::mt19937& random, bool deg
   if (setup.count > 50) return;
   shim::reverse = true;
   const Selection<T> again = run(problem, settings, run_length);
-  expect(again.index == result.index && same_values(again.scores, result.scores), "another selection in reverse thread order: " + what);
+  expect(again.index == result.index && same_values(again.scores, result.scores),
+         "another selection in reverse thread order: " + what);
 }
 
 template <class S> void check_storage() {
@@ -103,13 +120,15 @@ template <class S> void check_storage() {
 
 void check_sizes() {
   std::mt19937 random(3);
-  for (const int64_t count : {1, 2, 31, 33, 70}) check<float>({1, count, count > 31 ? 3 : 0, 9, 2, false}, random, true, kLinear, 0.3, 0.01);
-  check<float>({1, 200, -1, 9, 2, false}, random, true, kGaussian, 0.3, 0.001, 64);  // classes of one box, as many as boxes
-  check<float>({1, 300, 1, 9, 1, false}, random, false, kNaive, 0.1, 0.3);           // several boxes a thread, few selections
-  check<float>({1, 60, 3, 9, 2, false}, random, true, kLinear, 0.3, -10);            // negative scores rise
+  for (const int64_t count : {1, 2, 31, 33, 70})
+    check<float>({1, count, count > 31 ? 3 : 0, 9, 2, false}, random, true, kLinear, 0.3, 0.01);
+  check<float>({1, 200, -1, 9, 2, false}, random, true, kGaussian, 0.3, 0.001,
+               64);                                                         // classes of one box, as many as boxes
+  check<float>({1, 300, 1, 9, 1, false}, random, false, kNaive, 0.1, 0.3);  // several boxes a thread, few selections
+  check<float>({1, 60, 3, 9, 2, false}, random, true, kLinear, 0.3, -10);   // negative scores rise
   check<float>({1, 60, 0, 9, 2, false}, random, true, kGaussian, 0.3, -std::numeric_limits<double>::infinity());
   check<double>({1, 60, 2, 9, 2, false}, random, true, kNaive, -0.5, 0);
-  check<float>({1, 40, 2, 9, 2, false}, random, false, kLinear, 0.3, 7);             // nothing is left
+  check<float>({1, 40, 2, 9, 2, false}, random, false, kLinear, 0.3, 7);  // nothing is left
 }
 
 int main(int argc, char** argv) {

@@ -1,0 +1,109 @@
+// What both directions of the convolution in the frequency domain share: scratch of the threads, spectra, and maps.
+#pragma once
+#include <cstring>
+#include <vector>
+
+#include "frequency_plan.h"
+#include "nasdet/checks.h"
+#include "tasks.h"
+
+namespace nasdet {
+namespace {
+
+#define NASDET_FREQUENCY_KERNEL(name) (cpu_capability() >= Isa::avx512 ? avx512::name : avx2::name)
+
+int64_t vectors_of(int64_t channels) { return padded_to(channels, frequency_costs().lanes) / frequency_costs().lanes; }
+
+std::vector<FrequencyBranch> frequency_branches(const ConvProblem& p) {
+  std::vector<FrequencyBranch> branches;
+  for (const ConvBranch& b : p.branches)
+    branches.push_back({b.first, b.last, b.dilation_h, b.dilation_w, static_cast<const float*>(b.weight),
+                        static_cast<const float*>(b.mix), static_cast<float*>(b.weight_grad), nullptr});
+  return branches;
+}
+
+// Scratch of the threads that work at once, and their ranges of the work.
+struct Slots {
+  int64_t count, each;
+  Slots(int64_t units, int64_t threads, int64_t elements) : count(std::min(units, threads)), each(elements) {}
+  size_t elements() const { return size_t(count * each); }
+
+  // f(the slot's scratch, begin, end)
+  template <class F> void run(float* scratch, int64_t units, const F& f) const {
+    for_ranges(units, count, [&](int64_t slot, int64_t begin, int64_t end) { f(scratch + slot * each, begin, end); });
+  }
+};
+
+// What the weights of a chunk need on their way, on so many threads; the plan must outlive it.
+struct WeightScratch {
+  const FrequencySizes sizes;
+  int64_t folded_elements, step_plane;
+  Slots grids, steps;
+  float *folded = nullptr, *grid_data = nullptr, *step_data = nullptr;
+
+  WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads)
+      : sizes(s),
+        folded_elements(s.folded(ins, outs)),
+        step_plane(s.step_plane(outs)),
+        grids(vectors_of(ins) * vectors_of(outs), threads,
+              2 * s.g.grid * s.g.grid * frequency_costs().lanes * frequency_costs().lanes),
+        steps(frequency_steps(s.g.tile), threads, padded_to(step_elements, 16)) {}
+  size_t bytes() const {
+    return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(grids.elements() * 4) +
+           Scratch::padded(steps.elements() * 4);
+  }
+  void take(Scratch& scratch) {
+    folded = scratch.take<float>(size_t(folded_elements));
+    grid_data = scratch.take<float>(grids.elements());
+    step_data = scratch.take<float>(steps.elements());
+  }
+
+  // The weights folded, or with the other kernel back.
+  template <class Kernel> void run_blocks(Kernel kernel, const FrequencyWeights& w) const {
+    grids.run(grid_data, vectors_of(w.outs) * vectors_of(w.ins), [&](float* data, int64_t begin, int64_t end) {
+      FrequencyWeights own = w;
+      own.grids = data;
+      kernel(sizes.g.tile, sizes.g.grid, own, begin, end);
+    });
+  }
+
+  // f(step, its scratch) for all steps.
+  template <class F> void run_steps(const F& f) const {
+    steps.run(step_data, frequency_steps(sizes.g.tile), [&](float* data, int64_t begin, int64_t end) {
+      for (int64_t step = begin; step < end; ++step) f(int(step), data);
+    });
+  }
+};
+
+void run_spectra(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes,
+                 const float* map) {
+  const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_spectra);
+  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(),
+             [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
+}
+
+void run_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
+  const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_maps);
+  for_ranges(tiles.tiles * vectors_of(planes.channels), threads(),
+             [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
+}
+
+void run_add_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
+  const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_add_maps);
+  const int phases = (g.tile + g.step_h - 1) / g.step_h;
+  const int64_t rows = tiles.tiles / g.columns;
+  for (int phase = 0; phase < phases && phase < rows; ++phase)
+    for_ranges(
+        (rows - phase + phases - 1) / phases * vectors_of(planes.channels), threads(),
+        [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, phase, phases, begin, end); });
+}
+
+void clear_map(float* map, int64_t count) {
+  constexpr int64_t kPart = 1 << 16;
+  for_ranges((count + kPart - 1) / kPart, threads(), [&](int64_t, int64_t begin, int64_t end) {
+    std::memset(map + begin * kPart, 0, size_t(std::min(end * kPart, count) - begin * kPart) * sizeof(float));
+  });
+}
+
+}  // namespace
+}  // namespace nasdet

@@ -102,10 +102,27 @@ def reference_backend(run: Callable[..., Any]) -> Backend:
     return Backend("reference", run, lambda *args: None, never)
 
 
-def compiled_backend(name: str, op: str, run: Callable[..., Any], tensor_of: Callable[..., torch.Tensor]) -> Backend:
+def transformed() -> str | None:
+    """Why no kernel can run here: forward-mode differentiation would silently lose its tangents, and the transforms of
+    ``torch.func`` have no rules for the kernels."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is left to the reference"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the transforms of torch.func are left to the reference"
+    return None
+
+
+def compiled_backend(
+    name: str,
+    op: str,
+    run: Callable[..., Any],
+    tensor_of: Callable[..., torch.Tensor],
+    differentiable: bool = True,
+) -> Backend:
     """The C++ backend ``"cpp"`` (CPU) or ``"cuda"`` of ``torch.ops.nasdet.<op>``.
 
-    ``tensor_of(*args)`` is the tensor whose device decides. What the libraries hold is looked up once, here: a lookup
+    ``tensor_of(*args)`` is the tensor whose device decides. An op that is not ``differentiable`` has nothing that a
+    transform could lose. What the libraries hold is looked up once, here: a lookup
     per call would break ``torch.compile``'s graph.
     """
     device = {"cpp": "cpu", "cuda": "cuda"}[name]
@@ -120,7 +137,9 @@ def compiled_backend(name: str, op: str, run: Callable[..., Any], tensor_of: Cal
 
     def why_not(*args: Any) -> str | None:
         tensor = tensor_of(*args)
-        return f"the tensors are on {tensor.device.type}, not {device}" if tensor.device.type != device else missing
+        if tensor.device.type != device:
+            return f"the tensors are on {tensor.device.type}, not {device}"
+        return missing or (transformed() if differentiable else None)
 
     return Backend(name, run, why_not, available)
 
@@ -143,6 +162,8 @@ def triton_backend(run: Callable[..., Any], tensor_of: Callable[..., torch.Tenso
         tensor = tensor_of(*args)
         if tensor.device.type != ("cpu" if INTERPRETING else "cuda"):
             return f"the tensors are on {tensor.device.type}, not cuda"
-        return "float64 is left to the reference" if tensor.dtype == torch.float64 else TRITON_MISSING
+        if tensor.dtype == torch.float64:
+            return "float64 is left to the reference"
+        return TRITON_MISSING or transformed()
 
     return Backend("triton", run, why_not, available)

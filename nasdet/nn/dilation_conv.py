@@ -35,6 +35,22 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
     return conv
 
 
+def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **how: Any) -> Tensor:
+    if x.dim() == 3:
+        return _grouped(x.unsqueeze(0), weight, bias, *arguments, **how).squeeze(0)
+    return add_bias(grouped_dilation_conv2d(x, weight, *arguments, **how), bias)
+
+
+def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **how: Any) -> Tensor:
+    if x.dim() == 3:
+        return _mixed(x.unsqueeze(0), weight, bias, *arguments, **how).squeeze(0)
+    return add_bias(mixed_dilation_conv2d(x, weight, *arguments, **how), bias)
+
+
+torch.fx.wrap("_grouped")  # one node each in a graph that torch.fx traces: the ops look at real tensors
+torch.fx.wrap("_mixed")
+
+
 class _DilationConv2d(nn.Module):
     """What both have in common: the shape, a weight and perhaps a bias, and how the op is called."""
 
@@ -45,7 +61,7 @@ class _DilationConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
+        kernel_size: int | Pair,
         dilations: Sequence[int | Pair],
         stride: int | Pair,
         groups: int,
@@ -56,9 +72,9 @@ class _DilationConv2d(nn.Module):
         super().__init__()
         self.in_channels = check_whole("in_channels", in_channels)
         self.out_channels = check_whole("out_channels", out_channels)
-        if check_whole("kernel_size", kernel_size) % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        self.kernel_size = (kernel_size, kernel_size)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        if self.kernel_size[0] != self.kernel_size[1] or self.kernel_size[0] % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, and the same in both directions, got {kernel_size}")
         self.stride = pair("stride", stride)
         self.groups = check_whole("groups", groups)
         if in_channels % groups or out_channels % groups:
@@ -68,13 +84,21 @@ class _DilationConv2d(nn.Module):
         self.dilations = checked_dilations(dilations)
         self.algorithm, self.precision, self.backend = algorithm, precision, backend
 
-    def _make_parameters(self, replicas: int, bias: bool) -> None:
-        """Weight and bias drawn as ``nn.Conv2d`` draws them."""
+    def _make_parameters(self, replicas: int, bias: bool, device: Any, dtype: Any) -> None:
         fan = self.in_channels // self.groups
-        self.weight = nn.Parameter(torch.empty(replicas * self.out_channels, fan, *self.kernel_size))
-        bound = 1 / math.sqrt(fan * self.kernel_size[0] ** 2)
+        options = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(replicas * self.out_channels, fan, *self.kernel_size, **options))
+        self.bias = nn.Parameter(torch.empty(self.out_channels, **options)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Weight and bias drawn as ``nn.Conv2d`` draws them."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
-        self.bias = nn.Parameter(torch.empty(self.out_channels).uniform_(-bound, bound)) if bias else None
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _how(self) -> dict[str, Any]:
+        return {"algorithm": self.algorithm, "precision": self.precision, "backend": self.backend}
 
     def _take(self, conv: nn.Conv2d, weight: Tensor) -> None:
         """``weight`` and the bias of ``conv`` as parameters, training where those of ``conv`` do."""
@@ -104,20 +128,22 @@ class GroupedDilationConv2d(_DilationConv2d):
     :func:`nasdet.ops.grouped_dilation_conv2d` for ``dilations``, ``splits``, ``algorithm``, ``precision`` and
     ``backend``; ``splits=None`` gives every dilation an equal share.
 
-    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``.
+    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``; ``N`` may be left out.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Pair = 3,
         dilations: Sequence[int | Pair] = (1,),
         splits: Sequence[int] | None = None,
         stride: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
         *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         algorithm: str | None = None,
         precision: str = "fast",
         backend: str | None = None,
@@ -131,7 +157,8 @@ class GroupedDilationConv2d(_DilationConv2d):
                 raise ValueError(f"out_channels must be a multiple of the {count} dilations, got {out_channels}")
             splits = [out_channels // count] * count
         self.splits = checked_splits(splits, count, out_channels, groups)
-        self._make_parameters(1, bias)
+        self._make_parameters(1, bias, device, dtype)
+        self.reset_parameters()
 
     @classmethod
     def from_conv(
@@ -159,18 +186,7 @@ class GroupedDilationConv2d(_DilationConv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """With other values of the parameters, as ``nn.Conv2d`` has it."""
-        y = grouped_dilation_conv2d(
-            x,
-            weight,
-            self.dilations,
-            self.splits,
-            self.stride,
-            self.groups,
-            algorithm=self.algorithm,
-            precision=self.precision,
-            backend=self.backend,
-        )
-        return add_bias(y, bias)
+        return _grouped(x, weight, bias, self.dilations, self.splits, self.stride, self.groups, **self._how())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, splits={self.splits}"
@@ -186,20 +202,22 @@ class MixedDilationConv2d(_DilationConv2d):
     independently; 1 is a choice for the whole path, as in DARTS. See :func:`nasdet.ops.mixed_dilation_conv2d` for
     ``dilations``, ``algorithm``, ``precision`` and ``backend``.
 
-    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``.
+    ``forward(x [N, Cin, H, W])`` gives ``[N, Cout, ceil(H / stride), ceil(W / stride)]``; ``N`` may be left out.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | Pair = 3,
         dilations: Sequence[int | Pair] = (1,),
         channel_groups: int = 1,
         stride: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
         *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         algorithm: str | None = None,
         precision: str = "fast",
         backend: str | None = None,
@@ -210,8 +228,9 @@ class MixedDilationConv2d(_DilationConv2d):
         self.channel_groups = check_whole("channel_groups", channel_groups)
         if out_channels % channel_groups:
             raise ValueError(f"channel_groups must divide the {out_channels} output channels, got {channel_groups}")
-        self._make_parameters(len(self.dilations), bias)
-        self.alpha = nn.Parameter(torch.zeros(channel_groups, len(self.dilations)))
+        self._make_parameters(len(self.dilations), bias, device, dtype)
+        self.alpha = nn.Parameter(torch.empty(channel_groups, len(self.dilations), device=device, dtype=dtype))
+        self.reset_parameters()
 
     @classmethod
     def from_conv(
@@ -235,6 +254,11 @@ class MixedDilationConv2d(_DilationConv2d):
         made.alpha = nn.Parameter(torch.zeros(channel_groups, count, device=conv.weight.device))
         return made
 
+    def reset_parameters(self) -> None:
+        """Weight and bias drawn as ``nn.Conv2d`` draws them, the mixture even."""
+        super().reset_parameters()
+        nn.init.zeros_(self.alpha)
+
     @property
     def replicas(self) -> Tensor:
         """The weight as ``[G, Cout, Cin / groups, k, k]``, a view."""
@@ -245,20 +269,8 @@ class MixedDilationConv2d(_DilationConv2d):
         return self.alpha.softmax(dim=1).T
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_bias(
-            mixed_dilation_conv2d(
-                x,
-                self.replicas,
-                self.mixture(),
-                self.dilations,
-                self.stride,
-                self.groups,
-                algorithm=self.algorithm,
-                precision=self.precision,
-                backend=self.backend,
-            ),
-            self.bias,
-        )
+        mixture = self.mixture()
+        return _mixed(x, self.replicas, self.bias, mixture, self.dilations, self.stride, self.groups, **self._how())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, channel_groups={self.channel_groups}"

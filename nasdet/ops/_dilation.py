@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,20 +21,26 @@ Pair = tuple[int, int]
 ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
+LARGEST = 2**30  # dilations and strides are below
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 _CPU_ISA = _library.cpu_isa()  # once: a look-up per call would break torch.compile's graph
 _BFLOAT16_PRODUCTS, _BFLOAT16_TILES = _CPU_ISA in ("avx512_bf16", "amx"), _CPU_ISA == "amx"
 
 
+def plain_int(value: Any) -> Any:
+    """An integer of another library, such as NumPy's, as an int; anything else as it is."""
+    return value if isinstance(value, int) or not isinstance(value, numbers.Integral) else int(value)
+
+
 def pair(name: str, value: Any) -> Pair:
-    """A positive int, or two of them, as (vertical, horizontal)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        first, second = value
-        if all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in (first, second)):
-            return first, second
-    raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}")
+    """A positive int below 2**30, or two of them, as (vertical, horizontal)."""
+    two = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    first, second = plain_int(two[0]), plain_int(two[1])
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in (first, second)):
+        raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}")
+    if max(first, second) >= LARGEST:
+        raise ValueError(f"{name} must be below 2**30, got {value!r}")
+    return first, second
 
 
 def checked_dilations(dilations: Any) -> tuple[Pair, ...]:
@@ -51,7 +58,7 @@ def checked_splits(splits: Any, count: int, channels: int, groups: int) -> tuple
         raise TypeError(f"splits must be a sequence of integers, got {type(splits).__name__}")
     if len(splits) != count:
         raise ValueError(f"splits must have one entry for each of the {count} dilations, got {len(splits)}")
-    sizes = tuple(check_whole(f"splits[{index}]", value) for index, value in enumerate(splits))
+    sizes = tuple(check_whole(f"splits[{index}]", plain_int(value)) for index, value in enumerate(splits))
     if sum(sizes) != channels:
         raise ValueError(f"splits must sum to the {channels} output channels, got {sizes} with sum {sum(sizes)}")
     width = channels // groups
@@ -147,7 +154,7 @@ def torch_is_faster(x: Tensor, weight: Tensor, stride: Pair, groups: int, slices
         return min(out_channels, fan) >= 32 and (slices == 1 or not tiles)
     if single and fan == 1 and out_channels == groups:
         return groups >= 32 and max(stride) == 1
-    if not forward_only or not (single or products):
+    if not forward_only or not (single or products) or torch.compiler.is_exporting():  # a program for maps of any size
         return False
     n, _, height, width = same_size(x, out_channels, stride)
     pixels = n * height * width
@@ -171,8 +178,11 @@ def _narrow_groups_are_faster(width: int, slices: int, pixels: int, products: bo
 
 
 def holds_data(x: Tensor) -> bool:
-    """Whether this is a real call, not one that a compiler or an exporter traces."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether this is a real call, not one that a compiler, an exporter or a transform traces."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):  # a fake tensor has no values
+        return False
+    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not tracing and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def flat(pairs: Sequence[Pair]) -> list[int]:
@@ -212,6 +222,8 @@ def checked_operands(x: Tensor, weight: Tensor, weight_axes: str, groups: int) -
     *_, out_channels, fan, height, width = weight.shape
     if height != width or height % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size, got {height}x{width}")
+    if height > 255:
+        raise ValueError(f"weight must have a kernel of at most 255x255, got {height}x{width}")
     check_whole("groups", groups)
     if x.shape[1] % groups or out_channels % groups or out_channels == 0:
         raise ValueError(
@@ -242,10 +254,8 @@ def autocasts(x: Tensor) -> bool:
 
 
 def finite_on_cpu(name: str, value: Tensor) -> None:
-    """Refuse NaN and infinity where looking costs no wait: real CPU tensors, outside of tracing."""
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
-        return
-    if type(value) not in (Tensor, torch.nn.Parameter):  # a fake tensor has no values
+    """Refuse NaN and infinity where looking costs no wait: real CPU tensors, outside of tracing and transforms."""
+    if value.device.type != "cpu" or not holds_data(value):
         return
     if not math.isfinite(float(value.detach().abs().sum(dtype=torch.float64))):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
@@ -271,8 +281,9 @@ def in_layout_of(y: Tensor, x: Tensor) -> Tensor:
 
 
 def torchs_own(*args: Any) -> str | None:
-    """``why_not`` of a backend made of torch's convolution, which takes everything but an algorithm asked for."""
-    algorithm = args[6] if len(args) > 6 else None
+    """``why_not`` of a backend made of torch's convolution, which takes everything but an algorithm asked for; on the
+    device "meta", where nothing is computed, also that."""
+    algorithm = args[6] if len(args) > 6 and args[0].device.type != "meta" else None
     return None if algorithm is None else f"torch chooses for itself, {algorithm!r} cannot be asked for"
 
 

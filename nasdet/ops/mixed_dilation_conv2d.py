@@ -134,7 +134,7 @@ def _folded(
     """
     strides = pair("stride", stride)
     places = x.shape[0] * -(-x.shape[2] // strides[0]) * -(-x.shape[3] // strides[1])
-    if places < weight[0, 0].numel():
+    if not torch.compiler.is_exporting() and places < weight[0, 0].numel():
         return _reference(x, weight, mix, dilations, strides, groups)
     return _with_folded_kernels(x, weight, mix, checked_dilations(dilations), strides, groups, mix.dtype)
 
@@ -188,6 +188,8 @@ def _torch_mixes_faster(x: Tensor, weight: Tensor, mix: Tensor, stride: Pair, gr
     """
     candidate = weight.shape[0] == 1 if has_tiles(x) else groups > 1
     if not candidate or x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and mix.requires_grad):
+        return False
+    if torch.compiler.is_exporting():  # a program for maps of any size
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return pixels >= LARGE_MAP and torch_is_faster(x, weight[0], stride, groups)

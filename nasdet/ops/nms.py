@@ -210,8 +210,8 @@ def _boxes(boxes: Tensor, *_: Any) -> Tensor:
 
 def _backends(raw: str, compiled: Callable[..., Any], reference: Callable[..., Any]) -> tuple[_dispatch.Backend, ...]:
     return (
-        _dispatch.compiled_backend("cpp", raw, compiled, _boxes),
-        _dispatch.compiled_backend("cuda", raw, compiled, _boxes),
+        _dispatch.compiled_backend("cpp", raw, compiled, _boxes, differentiable=False),
+        _dispatch.compiled_backend("cuda", raw, compiled, _boxes, differentiable=False),
         _dispatch.reference_backend(reference),
     )
 

@@ -175,8 +175,8 @@ OP = _dispatch.register(
         call=soft_nms,
         reference=_reference_of_public,
         backends=(
-            _dispatch.compiled_backend("cpp", "soft_nms", _run_compiled, _boxes),
-            _dispatch.compiled_backend("cuda", "soft_nms", _run_compiled, _boxes),
+            _dispatch.compiled_backend("cpp", "soft_nms", _run_compiled, _boxes, differentiable=False),
+            _dispatch.compiled_backend("cuda", "soft_nms", _run_compiled, _boxes, differentiable=False),
             _dispatch.reference_backend(_reference),
         ),
         reduce_len=lambda boxes, *_: len(boxes),  # factors of a score, each rounded

@@ -61,7 +61,7 @@ def test_function_lengths(sources: list[Any]) -> None:
 
 
 def blocks(text: str) -> Iterator[tuple[str, int]]:
-    """First line and length of what is in braces at one indentation, as clang-format lays it out; namespaces are not."""
+    """First line and length of what stands in braces, as clang-format lays it out; namespaces left out."""
     opened: dict[int, tuple[int, str]] = {}
     for number, line in enumerate(text.splitlines()):
         indent = len(line) - len(line.lstrip())

@@ -119,6 +119,43 @@ def test_state_round_trip_from_the_convolution() -> None:
     torch.testing.assert_close(made(x), conv(x))
 
 
+def test_takes_what_conv2d_takes() -> None:
+    """A pair as kernel, device and dtype, pictures without a batch, and drawing again."""
+    for kind in (GroupedDilationConv2d, MixedDilationConv2d):
+        made = kind(8, 12, (3, 3), [1, 2], dtype=torch.float64)
+        assert all(p.dtype == torch.float64 for p in made.parameters())
+        assert all(p.is_meta for p in kind(8, 12, 3, [1, 2], device="meta").parameters())
+        x = torch.randn(8, 6, 7, dtype=torch.float64)
+        torch.testing.assert_close(made(x), made(x[None])[0])
+        before = [p.clone() for p in made.parameters()]
+        torch.manual_seed(3)
+        made.reset_parameters()
+        torch.manual_seed(3)
+        again = kind(8, 12, 3, [1, 2], dtype=torch.float64)
+        assert not torch.equal(before[0], made.weight)
+        assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [GroupedDilationConv2d, MixedDilationConv2d])
+def test_transforms_and_tracing(kind: Any) -> None:
+    """torch.func, and graphs of torch.fx; neither has rules for kernels."""
+    made, x = kind(8, 12, 3, [1, 2]), torch.randn(3, 8, 6, 7)
+    torch.testing.assert_close(torch.func.vmap(made)(x), made(x))
+    expected = torch.autograd.grad(made(x.requires_grad_()).square().sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: made(x).square().sum())(x), expected)
+    traced = torch.fx.symbolic_trace(nn.Sequential(made, nn.ReLU()))
+    assert torch.equal(traced(x), made(x).relu())
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_an_exported_program_serves_maps_of_any_size(groups: int) -> None:
+    made = GroupedDilationConv2d(64, 64, 3, [1, 2], groups=groups).requires_grad_(False)
+    sizes = {2: torch.export.Dim("height", max=512), 3: torch.export.Dim("width", max=512)}
+    program = torch.export.export(made, (torch.randn(1, 64, 64, 64),), dynamic_shapes=({**sizes},)).module()
+    x = torch.randn(1, 64, 9, 20)
+    torch.testing.assert_close(program(x), made(x))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -142,7 +179,10 @@ def test_only_plain_same_convolutions_are_replaced(make: Any, error: type[Except
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GroupedDilationConv2d(4, 6, 2), "kernel_size must be odd, got 2"),
+        (lambda: GroupedDilationConv2d(4, 6, 2), "kernel_size must be odd, and the same in both directions, got 2"),
+        (lambda: GroupedDilationConv2d(4, 6, (3, 5)), "kernel_size must be odd, and the same in both directions"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, [2**30]), r"dilations\[0\] must be below 2\*\*30, got 1073741824"),
+        (lambda: GroupedDilationConv2d(4, 6, 3, stride=2**63), r"stride must be below 2\*\*30"),
         (lambda: GroupedDilationConv2d(4, 6, 3, [1, 0]), r"dilations\[1\] must be a positive integer"),
         (lambda: GroupedDilationConv2d(4, 6, 3, [1, 2], [3, 2]), "splits must sum to the 6 output channels"),
         (lambda: GroupedDilationConv2d(4, 6, 3, [1, 2], [1, 5], groups=2), "cover whole convolution groups of 3"),

@@ -55,6 +55,14 @@ def cpu_isa() -> str | None:
     return None if why_not("cpu") else _ISA_NAMES[torch.ops.nasdet._cpu_isa()]
 
 
+def cpu_tiles() -> str | None:
+    """The matrix tiles that the convolutions use: hardware, emulated or none; None without the library.
+
+    The first call asks the system for AMX's tiles, which it may refuse.
+    """
+    return None if why_not("cpu") else ("none", "emulated", "hardware")[torch.ops.nasdet._cpu_tiles()]
+
+
 def cuda_runtime() -> int | None:
     """The CUDA runtime version (13000 = 13.0) linked into the CUDA library; None without the library."""
     return None if why_not("cuda") else int(torch.ops.nasdet._cuda_runtime())

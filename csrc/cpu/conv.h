@@ -23,6 +23,13 @@ struct ConvProblem {
   int32_t kernel, stride_h, stride_w;  // kernel x kernel taps, kernel odd
   int storage;                         // storage_code of maps and weights
   std::vector<ConvBranch> branches;
+  bool input_grad = false;  // the backward is to give the gradient of the input
+
+  bool weight_grads() const {
+    for (const ConvBranch& b : branches)
+      if (b.weight_grad || b.mix_grad) return true;
+    return false;
+  }
 };
 
 // Maps are dense and NHWC. Results are written, not added to. Every sum has an order that depends neither on the number
@@ -32,7 +39,7 @@ struct ConvAlgorithm {
   const char* (*why_not)(const ConvProblem&);            // why it cannot run this; null when it can
   double (*seconds)(const ConvProblem&, bool backward);  // an estimate for one thread, to choose by
   void (*forward)(const ConvProblem&, const void* x, void* y);
-  void (*backward)(const ConvProblem&, const void* x, const void* grad, void* dx);  // dx null: not wanted
+  void (*backward)(const ConvProblem&, const void* x, const void* grad, void* dx);  // dx null: no input_grad
 };
 
 extern const ConvAlgorithm kDirectConv, kFrequencyConv, kWinogradConv;

@@ -198,13 +198,11 @@ inline void direct_weight_grad(const ConvProblem& p, const std::vector<ConvPart>
 inline void direct_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
   const std::vector<ConvPart> parts = parts_of(p);
   if (dx) direct_data_grad(p, parts, grad, dx);
-  bool wanted = false;
-  for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
-  if (wanted && !(suits_tiles(p) && weight_grad_on_tiles(p, parts, x, grad))) direct_weight_grad(p, parts, x, grad);
+  if (p.weight_grads() && !(suits_tiles(p) && weight_grad_on_tiles(p, parts, x, grad)))
+    direct_weight_grad(p, parts, x, grad);
 }
 
-// Products a second of one thread, measured where a core does 16 float32 products a cycle at 3.7 GHz. Other machines shift
-// all algorithms alike, and it is only their order that matters.
+// Products a second of one thread, measured where a core does 16 float32 products a cycle at 3.7 GHz.
 inline double direct_rate(const ConvProblem& p) {
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
   const int64_t fan = p.in_channels / p.groups, width = p.out_channels / p.groups;
@@ -225,16 +223,33 @@ inline double direct_rate(const ConvProblem& p) {
   }
 }
 
+// The share of the outputs of one axis at which a tap lies on the map, or at which the other pixels of its tile need it.
+inline double share_reached(int64_t tap, int64_t stride, int64_t outputs, int64_t size, int64_t beside) {
+  const int64_t first = tap < 0 ? (-tap + stride - 1) / stride : 0;
+  const int64_t last = std::min(outputs, (size - tap + stride - 1) / stride);
+  return double(std::min(outputs, last - first + beside)) / double(outputs);
+}
+
 inline double direct_seconds(const ConvProblem& p, bool backward) {
+  constexpr int64_t kBeside = 5;  // pixels of a tile, but one
+  constexpr double kAlone = .5;   // of a vector's time more for one that has no other beside it in its panel
   double products = 0, folded = 0;
-  const double kernel = double(p.in_channels / p.groups) * p.kernel * p.kernel;
-  const int64_t lanes =
-      p.groups == 1 ? NASDET_KERNEL(conv_direct_shape)(p.storage).lanes : 1;  // a slice takes whole vectors
-  for (const ConvPart& part : parts_of(p))
-    products += double(part.taps.size()) * double((part.last - part.first + lanes - 1) / lanes * lanes);
-  for (const ConvBranch& b : p.branches) folded += kernel * double(b.last - b.first);
-  products *= double(p.images * p.out_height * p.out_width) * double(p.in_channels / p.groups);
-  return 2e-5 + (backward ? 2 : 1) * (folded * 1.5e-10 + products / direct_rate(p));
+  const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
+  const int64_t lanes = p.groups == 1 ? shape.lanes : 1;  // a slice takes whole vectors
+  for (const ConvPart& part : parts_of(p)) {
+    double taps = 0;
+    for (const Tap& tap : part.taps)
+      taps += share_reached(tap.first, p.stride_h, p.out_height, p.height, 0) *
+              share_reached(tap.second, p.stride_w, p.out_width, p.width, kBeside);
+    const int64_t vectors = (part.last - part.first + lanes - 1) / lanes;
+    const bool alone = lanes > 1 && vectors % (shape.panel / shape.lanes) == 1;
+    products += taps * double(lanes) * (double(vectors) + (alone ? kAlone : 0));
+  }
+  const double fan = double(p.in_channels / p.groups);
+  for (const ConvBranch& b : p.branches) folded += fan * p.kernel * p.kernel * double(b.last - b.first);
+  products *= double(p.images * p.out_height * p.out_width) * fan;
+  const int passes = backward ? int(p.input_grad) + int(p.weight_grads()) : 1;
+  return 2e-5 + passes * (folded * 1.5e-10 + products / direct_rate(p));
 }
 
 }  // namespace

@@ -151,8 +151,9 @@ void clear(const std::optional<Tensor>& t) {
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // The gradient of x, or an empty tensor where it is not wanted; those of the weights go where the branches say.
-Tensor run_backward(const ConvProblem& p, const Tensor& grad, const Tensor& x, int64_t choice, bool need_x) {
+Tensor run_backward(ConvProblem& p, const Tensor& grad, const Tensor& x, int64_t choice, bool need_x) {
   const bool nhwc = is_channels_last(x);
+  p.input_grad = need_x;
   if (p.images == 0) return need_x ? empty_map({0, p.in_channels, p.height, p.width}, x, nhwc) : nothing(x);
   Tensor dx = need_x ? empty_result({p.images, p.in_channels, p.height, p.width}, x, true) : nothing(x);
   const Tensor maps = lying_as(x, true), upstream = lying_as(grad, true);
@@ -212,14 +213,16 @@ std::tuple<Tensor, Tensor> grouped_dilation_conv2d_backward(Tensor grad, Tensor 
   return {dx, dweight ? *dweight : nothing(x)};
 }
 
-// The name of the algorithm that a call would run, or an empty one and why the algorithm asked for cannot.
+// The name of the algorithm that a call would run, the forward where no gradient is needed, or an empty one and why the
+// algorithm asked for cannot.
 std::tuple<std::string, std::string> dilation_conv_choice(Tensor x, Tensor weight, std::vector<int64_t> dilations,
                                                           std::vector<int64_t> splits, int64_t stride_h,
                                                           int64_t stride_w, int64_t groups, int64_t algorithm,
-                                                          bool backward) {
+                                                          bool need_x, bool need_weight) {
   ConvProblem p = problem_of(x, weight, dilations, stride_h, stride_w, groups);
-  const std::optional<Tensor> wanted =
-      backward ? std::optional<Tensor>(weight) : std::nullopt;  // only whether it is there matters
+  p.input_grad = need_x;
+  std::optional<Tensor> wanted;  // only whether it is there matters
+  if (need_weight) wanted = weight;
   if (splits.empty()) {
     STD_TORCH_CHECK(weight.dim() == 5 && 2 * weight.size(0) == int64_t(dilations.size()),
                     "weight must have shape (G, Cout, Cin / groups, k, k) with a kernel per dilation");
@@ -228,7 +231,7 @@ std::tuple<std::string, std::string> dilation_conv_choice(Tensor x, Tensor weigh
     add_slices(p, dilations, splits, weight, wanted);
   }
   if (const char* const reason = why_not(p, algorithm)) return {"", reason};
-  return {chosen(p, algorithm, backward).name, ""};
+  return {chosen(p, algorithm, need_x || need_weight).name, ""};
 }
 
 }  // namespace
@@ -237,7 +240,7 @@ std::tuple<std::string, std::string> dilation_conv_choice(Tensor x, Tensor weigh
 STABLE_TORCH_LIBRARY_FRAGMENT(nasdet, m) {
   m.def(
       "_dilation_conv_choice(Tensor x, Tensor weight, int[] dilations, int[] splits, int stride_h, int stride_w, int "
-      "groups, int algorithm, bool backward) -> (str, str)");
+      "groups, int algorithm, bool need_x, bool need_weight) -> (str, str)");
 }
 STABLE_TORCH_LIBRARY_IMPL(nasdet, CPU, m) {
   m.impl("_dilation_conv_choice", TORCH_BOX(&nasdet::dilation_conv_choice));

@@ -22,7 +22,10 @@ const char* frequency_why_not(const ConvProblem& p) {
 
 double frequency_seconds(const ConvProblem& p, bool backward) {
   const FrequencyPlanner planner(p);
-  return backward ? planner.backward().seconds : planner.forward().seconds;
+  if (!backward) return planner.forward().seconds;
+  const FrequencyBackwardPlan plan = planner.backward();
+  if (p.input_grad && p.weight_grads()) return plan.seconds;
+  return (p.input_grad ? plan.dx.seconds : 0) + (p.weight_grads() ? plan.dw.seconds : 0);
 }
 
 void frequency_forward(const ConvProblem& p, const void* x, void* y) {
@@ -33,8 +36,7 @@ void frequency_forward(const ConvProblem& p, const void* x, void* y) {
 }
 
 void frequency_backward(const ConvProblem& p, const void* x, const void* grad, void* dx) {
-  bool wanted = false;
-  for (const ConvBranch& b : p.branches) wanted |= b.weight_grad || b.mix_grad;
+  const bool wanted = p.weight_grads();
   const FrequencyBackwardPlan plan = FrequencyPlanner(p).backward();
   const FrequencyGeometry& g = plan.dw.g;
   const FrequencySizes sizes = plan.dw.sizes();
@@ -56,8 +58,8 @@ void frequency_backward(const ConvProblem& p, const void* x, const void* grad, v
     convolve(p, plan.dx, dx_crew, static_cast<const float*>(grad), static_cast<float*>(dx), true, spectra, scratch);
   scratch.rewind(mark);
   if (wanted)
-    weight_gradients(p, plan.dw, dw_crew, static_cast<const float*>(x), static_cast<const float*>(grad), spectra,
-                     scratch);
+    WeightGradients(p, plan.dw, dw_crew, spectra, scratch)
+        .run(static_cast<const float*>(x), static_cast<const float*>(grad));
 }
 
 #else

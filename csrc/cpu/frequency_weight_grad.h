@@ -81,80 +81,103 @@ void gather_products(const FrequencySizes& s, const FrequencyWeights& w, float* 
   }
 }
 
-// The products of the spectra of x and of the gradient, back to taps. `spectra` of all of the gradient, if they are there.
-void weight_gradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const GradientCrew& crew, const float* x,
-                      const float* grad, const float* spectra, Scratch& scratch) {
-  const FrequencyGeometry& g = plan.g;
-  const FrequencySizes sizes = plan.sizes();
-  const int64_t lanes = frequency_costs().lanes;
-  const int64_t x_block = block_of(plan.ins);
-  const int64_t grad_block = block_of(plan.outs);
-  const int64_t x_plane = sizes.plane(x_block);
-  const int64_t grad_plane = sizes.plane(grad_block);
-  const int64_t x_elements = sizes.spectra(plan.ins, x_block);
-  const int64_t grad_elements = sizes.spectra(plan.outs, grad_block);
-  const int64_t step_plane = sizes.step_plane(crew.part_outs);
-  const TapFold fold(p);
-  std::vector<float> mix_parts;
-  std::vector<int32_t> ends;
-  const std::vector<FrequencyBranch> branches = gradient_branches(p, mix_parts);
-  float* const x_planes = scratch.take<float>(size_t(x_elements));
-  float* const own = scratch.take<float>(spectra ? 0 : size_t(grad_elements));
-  std::vector<float*> folded, grids, steps;
-  for (int64_t i = 0; i < crew.kept; ++i)
-    folded.push_back(scratch.take<float>(size_t(sizes.folded(crew.part_ins, crew.part_outs))));
-  for (int64_t i = 0; i < crew.threads; ++i)
-    grids.push_back(scratch.take<float>(size_t(crew.grid_elements))),
-        steps.push_back(scratch.take<float>(size_t(crew.step_elements)));
-  const FrequencyWeights all{branches.data(),
-                             int64_t(branches.size()),
-                             p.in_channels,
-                             p.out_channels,
-                             fold.of(g.grid, ends),
-                             0,
-                             0,
-                             0,
-                             0,
-                             false,
-                             nullptr,
-                             nullptr};
-  const bool goes = plan.rows < g.all_rows;
-  int64_t loaded_x[2] = {-1, -1}, loaded_grad[2] = {-1, -1};  // first channel and row
-  for (int64_t o = 0; o < p.out_channels; o += plan.outs)
-    for (int64_t i = 0; i < p.in_channels; i += plan.ins) {
-      const int64_t outs = std::min(plan.outs, p.out_channels - o);
-      const int64_t ins = std::min(plan.ins, p.in_channels - i);
-      const int64_t in_parts = pieces_of(ins, crew.part_ins);
-      for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
-        const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
-        if (!spectra && (loaded_grad[0] != o || loaded_grad[1] != row))
-          run_spectra(g, g.tiles(p, p.out_channels, false, row, rows),
-                      {own, grad_plane, grad_block, padded_to(outs, lanes), o, grad_elements * 4 >= kFrequencyCached},
-                      grad);
-        if (loaded_x[0] != i || loaded_x[1] != row)
-          run_spectra(g, g.tiles(p, p.in_channels, true, row, rows),
-                      {x_planes, x_plane, x_block, padded_to(ins, lanes), i, x_elements * 4 >= kFrequencyCached}, x);
-        loaded_grad[0] = o, loaded_grad[1] = row, loaded_x[0] = i, loaded_x[1] = row;
-        for_tasks(in_parts * pieces_of(outs, crew.part_outs), crew.threads, [&](int64_t one, int64_t part) {
-          const int64_t part_o = part / in_parts * crew.part_outs, part_i = part % in_parts * crew.part_ins;
-          FrequencyWeights w = all;
-          w.first_in = i + part_i;
-          w.ins = std::min(crew.part_ins, ins - part_i);
-          w.first_out = o + part_o;
-          w.outs = std::min(crew.part_outs, outs - part_o);
-          w.folded = folded[size_t(goes ? part : one)], w.grids = grids[size_t(one)];
-          gather_products(sizes, w, steps[size_t(one)], step_plane,
-                          {x_planes + part_i / x_block * g.planes() * x_plane,
-                           (spectra ? spectra : own) + part_o / grad_block * g.planes() * grad_plane, x_plane, x_block,
-                           grad_plane, grad_block, tiles, row > 0});
-          if (row + plan.rows >= g.all_rows)
-            NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, g.grid, w, 0,
-                                                                vectors_of(w.outs) * vectors_of(w.ins));
-        });
-      }
+// The gradients of the weights and of mix: spectra, products, and back to taps. `given`: spectra of all of the output's
+// gradient, or null.
+class WeightGradients {
+ public:
+  WeightGradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const GradientCrew& crew, const float* given,
+                  Scratch& scratch)
+      : p_(p), plan_(plan), crew_(crew), given_(given), branches_(gradient_branches(p, mix_parts_)), fold_(p) {
+    x_planes_ = scratch.take<float>(size_t(x_elements_));
+    own_ = scratch.take<float>(given ? 0 : size_t(grad_elements_));
+    const int64_t folded = sizes_.folded(crew.part_ins, crew.part_outs);
+    for (int64_t i = 0; i < crew.kept; ++i) folded_.push_back(scratch.take<float>(size_t(folded)));
+    for (int64_t i = 0; i < crew.threads; ++i) {
+      grids_.push_back(scratch.take<float>(size_t(crew.grid_elements)));
+      steps_.push_back(scratch.take<float>(size_t(crew.step_elements)));
     }
-  sum_mix_gradients(p, branches);
-}
+    all_.branches = branches_.data();
+    all_.branch_count = int64_t(branches_.size());
+    all_.in_channels = p.in_channels;
+    all_.out_channels = p.out_channels;
+    all_.fold = fold_.of(plan.g.grid, ends_);
+  }
+  WeightGradients(const WeightGradients&) = delete;  // the weights point into it
+
+  void run(const float* x, const float* grad) {
+    for (int64_t o = 0; o < p_.out_channels; o += plan_.outs)
+      for (int64_t i = 0; i < p_.in_channels; i += plan_.ins)
+        for (int64_t row = 0; row < plan_.g.all_rows; row += plan_.rows) {
+          load(x, grad, i, o, row);
+          sum(i, o, row);
+        }
+    sum_mix_gradients(p_, branches_);
+  }
+
+ private:
+  int64_t rows_from(int64_t row) const { return std::min(plan_.rows, plan_.g.all_rows - row); }
+  int64_t ins_from(int64_t i) const { return std::min(plan_.ins, p_.in_channels - i); }
+  int64_t outs_from(int64_t o) const { return std::min(plan_.outs, p_.out_channels - o); }
+
+  // The spectra of rows of tiles from `row` on, where they are not the ones in hand.
+  void load(const float* x, const float* grad, int64_t i, int64_t o, int64_t row) {
+    const FrequencyGeometry& g = plan_.g;
+    const int64_t lanes = frequency_costs().lanes;
+    if (!given_ && (loaded_grad_[0] != o || loaded_grad_[1] != row))
+      run_spectra(
+          g, g.tiles(p_, p_.out_channels, false, row, rows_from(row)),
+          {own_, grad_plane_, grad_block_, padded_to(outs_from(o), lanes), o, grad_elements_ * 4 >= kFrequencyCached},
+          grad);
+    if (loaded_x_[0] != i || loaded_x_[1] != row)
+      run_spectra(
+          g, g.tiles(p_, p_.in_channels, true, row, rows_from(row)),
+          {x_planes_, x_plane_, x_block_, padded_to(ins_from(i), lanes), i, x_elements_ * 4 >= kFrequencyCached}, x);
+    loaded_grad_[0] = o, loaded_grad_[1] = row, loaded_x_[0] = i, loaded_x_[1] = row;
+  }
+
+  // The products of what is in hand, part by part; after the last rows as gradients of taps.
+  void sum(int64_t i, int64_t o, int64_t row) {
+    const FrequencyGeometry& g = plan_.g;
+    const int64_t ins = ins_from(i), outs = outs_from(o), tiles = rows_from(row) * g.columns;
+    const int64_t in_parts = pieces_of(ins, crew_.part_ins);
+    const bool goes = plan_.rows < g.all_rows;
+    for_tasks(in_parts * pieces_of(outs, crew_.part_outs), crew_.threads, [&](int64_t one, int64_t part) {
+      const int64_t part_o = part / in_parts * crew_.part_outs, part_i = part % in_parts * crew_.part_ins;
+      const float* const x = x_planes_ + part_i / x_block_ * g.planes() * x_plane_;
+      const float* const grad = (given_ ? given_ : own_) + part_o / grad_block_ * g.planes() * grad_plane_;
+      FrequencyWeights w = all_;
+      w.first_in = i + part_i;
+      w.ins = std::min(crew_.part_ins, ins - part_i);
+      w.first_out = o + part_o;
+      w.outs = std::min(crew_.part_outs, outs - part_o);
+      w.folded = folded_[size_t(goes ? part : one)];
+      w.grids = grids_[size_t(one)];
+      gather_products(sizes_, w, steps_[size_t(one)], sizes_.step_plane(crew_.part_outs),
+                      {x, grad, x_plane_, x_block_, grad_plane_, grad_block_, tiles, row > 0});
+      if (row + plan_.rows >= g.all_rows)
+        NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, g.grid, w, 0,
+                                                            vectors_of(w.outs) * vectors_of(w.ins));
+    });
+  }
+
+  const ConvProblem& p_;
+  const FrequencyGradientPlan& plan_;
+  const GradientCrew& crew_;
+  const float* const given_;
+  const FrequencySizes sizes_ = plan_.sizes();
+  const int64_t x_block_ = block_of(plan_.ins), grad_block_ = block_of(plan_.outs);
+  const int64_t x_plane_ = sizes_.plane(x_block_), grad_plane_ = sizes_.plane(grad_block_);
+  const int64_t x_elements_ = sizes_.spectra(plan_.ins, x_block_);
+  const int64_t grad_elements_ = sizes_.spectra(plan_.outs, grad_block_);
+  std::vector<float> mix_parts_;
+  std::vector<int32_t> ends_;
+  const std::vector<FrequencyBranch> branches_;
+  const TapFold fold_;
+  FrequencyWeights all_{};
+  float *x_planes_, *own_;
+  std::vector<float*> folded_, grids_, steps_;
+  int64_t loaded_x_[2] = {-1, -1}, loaded_grad_[2] = {-1, -1};  // first channel and row
+};
 
 }  // namespace
 }  // namespace nasdet

@@ -1,4 +1,5 @@
-// What Winograd's convolution costs: a model fitted to one thread of Zen 4, on matrix tiles to one of Sapphire Rapids. Only for conv_winograd.cpp under NASDET_REGISTER.
+// What Winograd's convolution costs: a model fitted to one thread of Zen 4, on matrix tiles to one of Sapphire Rapids.
+// Only for conv_winograd.cpp under NASDET_REGISTER.
 #pragma once
 #include <algorithm>
 
@@ -40,9 +41,9 @@ inline double winograd_dilation_seconds(const ConvProblem& p, const WinogradRate
   const WinogradCost &one = rates.product, &gradient = rates.gradient;
   if (!backward) return product(rates.rows) + t * (one.into * in + one.out_of * out) + one.kernel * kernels;
   const double of_x = product(rates.rows) + t * (one.into * out + (one.out_of + kAdding) * in) + one.kernel * kernels;
-  return weight_wanted ? of_x + product(rates.terms) + t * (gradient.into * in + gradient.out_of * out) +
-                             gradient.kernel * kernels
-                       : of_x;
+  const double of_weight =
+      product(rates.terms) + t * (gradient.into * in + gradient.out_of * out) + gradient.kernel * kernels;
+  return (p.input_grad ? of_x : 0) + (weight_wanted ? of_weight : 0);
 }
 
 }  // namespace nasdet

@@ -202,7 +202,8 @@ int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t 
   const int64_t unit = on_tiles ? kAmxTerms : 1;
   const int64_t least = on_tiles ? kAmxTerms : 8;
   const int64_t most = !on_tiles && sum_bytes <= core_cache() / 3 ? core_cache() * 3 / 8 : kGradientBytes;
-  const int64_t fit = std::max(std::min(most, limit) / tile_bytes, least), steps = (tiles + fit - 1) / fit;
+  const int64_t fit = std::max(std::min(most, limit) / tile_bytes / unit * unit, least);
+  const int64_t steps = (tiles + fit - 1) / fit;
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
 

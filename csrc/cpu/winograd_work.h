@@ -162,7 +162,7 @@ int64_t piece_vectors(const WinogradKernels& k, int64_t depth, int64_t bytes) {
   return fit > k.most_vectors ? fit / k.most_vectors * k.most_vectors : fit;
 }
 
-// Tiles of a chunk: as many as the core's cache takes, half as many where all weights stay there too.
+// Tiles of a chunk: so many by the core's cache, whatever the channels, and half as many where all weights stay there too.
 int64_t chunk_tiles(int64_t weight_bytes) {
   const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, 6);
   return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;

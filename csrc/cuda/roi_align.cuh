@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRoiThreads, kForwardBlocks<S, kWidth, kNhwc>)
   const int groups = (maps.channels + kWidth - 1) / kWidth;
   Tap<T>*const row_taps = taps, *const col_taps = taps + capacity * height;
   TapSpan* const row_spans = reinterpret_cast<TapSpan*>(taps + capacity * (height + width));
-  *const col_spans = row_spans + height;
+  TapSpan* const col_spans = row_spans + height;
   const int first = int(blockIdx.x) * share, last = first + share < bins * groups ? first + share : bins * groups;
 #pragma unroll 1
   for (int64_t k = blockIdx.y; k < count; k += gridDim.y) {

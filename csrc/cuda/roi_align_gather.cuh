@@ -123,7 +123,7 @@ __device__ __forceinline__ void fill_tables(const RoiMaps<T>& maps, const T* roi
 }
 
 // Block (part, tile): tiles in falling order, so that the coarse levels, whose tiles most RoIs reach, come first. maps.grad
-// have the type S.
+// have the type S. cell_row and cell_col are of a thread's first cell; its others lie below.
 template <class S, int kWidth, bool kNhwc>
 __global__ void __launch_bounds__(kRoiThreads, 2)
     roi_align_gather_kernel(const __grid_constant__ RoiMaps<arithmetic_t<S>> maps, const arithmetic_t<S>* rois,
@@ -133,9 +133,7 @@ __global__ void __launch_bounds__(kRoiThreads, 2)
   __shared__ int32_t found[2 * kRoiThreads];
   __shared__ int warp_hits[kRoiThreads / 32];
   NASDET_DYNAMIC_SHARED(T, memory);
-  // of the first cell; the others lie below
-  const int cell_row = int(threadIdx.x) / (kLanes * kTile);
-  const int cell_col = int(threadIdx.x) / kLanes % kTile;
+  const int cell_row = int(threadIdx.x) / (kLanes * kTile), cell_col = int(threadIdx.x) / kLanes % kTile;
   const int channel = (int(blockIdx.x) * kLanes + int(threadIdx.x) % kLanes) * kWidth;
   const bool owner = channel < maps.channels;
 #pragma unroll 1

@@ -35,6 +35,25 @@ __device__ __forceinline__ void atomic_add(const Channels<T, kWidth, kNhwc>& c, 
   }
 }
 
+// The tables of the bins from (first_y, first_x) for the tile of pixels at (row, col).
+template <class T>
+__device__ __forceinline__ void fill_scatter_tables(const RoiPlace<T>& place, int first_y, int first_x, int row,
+                                                    int col, AxisTable<T> y, AxisTable<T> x) {
+  for (int b = int(threadIdx.x); b < y.bins + x.bins; b += kRoiThreads) {
+    const bool is_y = b < y.bins;
+    const int bin = is_y ? b : b - y.bins;
+    fill_weights(axis_of(place, is_y), bin + (is_y ? first_y : first_x), is_y ? place.height : place.width,
+                 is_y ? row : col, kScatterTile, is_y ? place.share : T(1), (is_y ? y.weights : x.weights) + bin,
+                 is_y ? y.bins : x.bins);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2 * kScatterTile) {
+    const int line = int(threadIdx.x) % kScatterTile, bins = threadIdx.x < kScatterTile ? y.bins : x.bins;
+    y.ranges[threadIdx.x] = range_of((threadIdx.x < kScatterTile ? y.weights : x.weights) + line * bins, bins);
+  }
+  __syncthreads();
+}
+
 // Block (part, k): `share` groups of kWidth channels of RoI k, k + gridDim.y, ... `grad` is [rois, PH, PW, C] (kNhwc) or
 // [rois, C, PH, PW]; maps.grad hold sums in the arithmetic's type, zero at the start.
 template <class S, int kWidth, bool kNhwc>
@@ -70,19 +89,7 @@ __global__ void __launch_bounds__(kRoiThreads, sizeof(S) == 8 ? 2 : 3)
         for (int row = row0; row <= row1; row += kScatterTile) {
 #pragma unroll 1
           for (int col = col0; col <= col1; col += kScatterTile) {
-            for (int b = int(threadIdx.x); b < y_bins + x_bins; b += kRoiThreads) {
-              const bool is_y = b < y_bins;
-              const int bin = is_y ? b : b - y_bins;
-              fill_weights(axis_of(place, is_y), bin + (is_y ? first_y : first_x), is_y ? place.height : place.width,
-                           is_y ? row : col, kScatterTile, is_y ? place.share : T(1),
-                           (is_y ? y.weights : x.weights) + bin, is_y ? y_bins : x_bins);
-            }
-            __syncthreads();
-            if (threadIdx.x < 2 * kScatterTile) {
-              const int line = int(threadIdx.x) % kScatterTile, bins = threadIdx.x < kScatterTile ? y_bins : x_bins;
-              ranges[threadIdx.x] = range_of((threadIdx.x < kScatterTile ? y.weights : x.weights) + line * bins, bins);
-            }
-            __syncthreads();
+            fill_scatter_tables(place, first_y, first_x, row, col, y, x);
             const int height = row1 - row + 1 < kScatterTile ? row1 - row + 1 : kScatterTile;
             const int width = col1 - col + 1 < kScatterTile ? col1 - col + 1 : kScatterTile;
 #pragma unroll 1

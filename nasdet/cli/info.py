@@ -52,6 +52,7 @@ def collect() -> dict[str, Any]:
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "libraries": {name: _library.why_not(name) or "loaded" for name in ("cpu", "cuda")},
         "cpu_capability": _library.cpu_isa(),
+        "matrix_tiles": _library.cpu_tiles(),
         "build": build,
         "ops": {name: {b.name: b.available() or "can run" for b in op.backends} for name, op in OPS.items()},
     }
@@ -69,7 +70,8 @@ def run(*, json: bool = False) -> int:
     print(f"CUDA:       torch built for {info['torch_cuda'] or 'none'}; devices: {devices}")
     for name, state in info["libraries"].items():
         print(f"library {name + ':':<5}{state}")
-    print(f"CPU:        kernels for {info['cpu_capability'] or 'none: the reference runs'}")
+    tiles = f", matrix tiles: {info['matrix_tiles']}" if info["cpu_capability"] else ""
+    print(f"CPU:        kernels for {info['cpu_capability'] or 'none: the reference runs'}{tiles}")
     if info["build"]:
         build = info["build"]
         print(

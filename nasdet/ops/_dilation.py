@@ -23,8 +23,9 @@ FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGO
 PRECISIONS = ("fast", "exact")
 LARGEST = 2**30  # dilations and strides are below
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
-_CPU_ISA = _library.cpu_isa()  # once: a look-up per call would break torch.compile's graph
-_BFLOAT16_PRODUCTS, _BFLOAT16_TILES = _CPU_ISA in ("avx512_bf16", "amx"), _CPU_ISA == "amx"
+# once: a look-up per call would break torch.compile's graph
+_BFLOAT16_PRODUCTS = _library.cpu_isa() in ("avx512_bf16", "amx")
+_BFLOAT16_TILES = _library.cpu_tiles() == "hardware"
 
 
 def plain_int(value: Any) -> Any:
@@ -108,9 +109,11 @@ def chosen_algorithm(
     groups: int,
     algorithm: str | None = None,
     precision: str = "fast",
-    backward: bool = False,
+    need_x: bool = False,
+    need_weight: bool = False,
 ) -> str:
-    """The algorithm that the C++ backend runs such a call with; ``splits`` is empty for the mixture.
+    """The algorithm that the C++ backend runs such a call with; ``splits`` is empty for the mixture. With a gradient
+    needed, that of the backward.
 
     For tests, benchmarks and errors: it is not traced. Raises ValueError when the algorithm asked for cannot run.
     """
@@ -123,7 +126,8 @@ def chosen_algorithm(
             *stride,
             groups,
             algorithm_code(algorithm, precision),
-            backward,
+            need_x,
+            need_weight,
         )
     if reason:
         raise ValueError(f"algorithm must be one that can run this call, got {algorithm!r}: {reason}")

@@ -60,16 +60,26 @@ def test_function_lengths(sources: list[Any]) -> None:
     assert not long, f"split these: {long}"
 
 
-def blocks(text: str) -> Iterator[tuple[str, int]]:
-    """First line and length of what stands in braces, as clang-format lays it out; namespaces left out."""
-    opened: dict[int, tuple[int, str]] = {}
+def functions(text: str) -> Iterator[tuple[str, int]]:
+    """Head and length of each C++ function, from its first line to its last brace; what is inside counts with it."""
+    head, first, stack = "", 0, list[tuple[str, int] | None]()  # None: a namespace or a type, whose members count alone
     for number, line in enumerate(text.splitlines()):
-        indent = len(line) - len(line.lstrip())
-        if line.strip().startswith("}") and indent in opened:
-            first, head = opened.pop(indent)
-            yield head, number - first + 1
-        if line.endswith("{") and "namespace" not in line:
-            opened[indent] = number, line.strip()
+        if line.startswith("#"):
+            continue
+        for part in re.split("([{};])", re.sub(r'"(\\.|[^"\\])*"|\'(\\.|[^\'\\])\'|//.*', "", line)):
+            if part == "}":
+                if (opened := stack.pop()) and not any(stack):
+                    yield opened[0], number - opened[1] + 1
+            elif part == "{":
+                kind = re.search(r"\bnamespace\b|^[^(]*\b(struct|class|enum|extern)\b[^(]*$", head)
+                stack.append(None if kind and not any(stack) else (head.strip(), first))
+            elif part != ";" and part.strip():
+                if not head:
+                    first = number
+                head += part + " "
+                continue
+            if part in ("{", "}", ";"):
+                head = ""
 
 
 def test_cplusplus_function_lengths(repository: Path) -> None:
@@ -77,8 +87,8 @@ def test_cplusplus_function_lengths(repository: Path) -> None:
         f"{path.relative_to(repository)}: {head}": lines
         for path in tracked(repository)
         if path.suffix in CPLUSPLUS
-        for head, lines in blocks(path.read_text())
-        if lines > FUNCTION_LINES and not re.match(r"(struct|class|enum|template <.*> (struct|class)) ", head)
+        for head, lines in functions(path.read_text())
+        if lines > FUNCTION_LINES
     }
     assert not long, f"split these: {long}"
 

@@ -32,16 +32,16 @@ def operands(channels: int = 32, size: int = 12, dtype: torch.dtype = torch.floa
     return x, torch.randn(2, channels, channels, 3, 3, dtype=dtype), torch.rand(2, channels)
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("splits", [(), (20, 12)], ids=["mixed", "grouped"])
-def test_the_choice_can_be_asked_for(splits: tuple[int, ...], backward: bool) -> None:
+def test_the_choice_can_be_asked_for(splits: tuple[int, ...], needs: tuple[bool, bool]) -> None:
     x, weight, _ = operands()
     own = weight if not splits else weight[0]
     arguments = (x, own, ((1, 1), (2, 2)), splits, (1, 1), 1)
     for name in (None, "direct"):
-        chosen = _dilation.chosen_algorithm(*arguments, algorithm=name, backward=backward)
+        chosen = _dilation.chosen_algorithm(*arguments, algorithm=name, need_x=needs[0], need_weight=needs[1])
         assert chosen in _dilation.ALGORITHMS and name in (None, chosen)
-    exact = _dilation.chosen_algorithm(*arguments, precision="exact", backward=backward)
+    exact = _dilation.chosen_algorithm(*arguments, precision="exact", need_x=needs[0], need_weight=needs[1])
     assert exact in ("direct", "frequency")
 
 
@@ -110,6 +110,26 @@ def test_scratch_stays_below_the_limit_and_is_kept_until_released(algorithm: str
     finally:
         torch.set_num_threads(before)
     assert 0 < nasdet.release_scratch() <= room and nasdet.release_scratch() == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 50, 76), (1, 320, 40, 40), (1, 128, 100, 152)])
+def test_wide_slices_stay_below_the_limit(shape: tuple[int, ...]) -> None:
+    """On matrix tiles, where the CPU has them: gradients are summed over whole blocks of tiles."""
+    if _library.cpu_isa() == "baseline":
+        pytest.skip("winograd needs AVX2")
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(shape[1], shape[1], 3, 3, requires_grad=True)
+    nasdet.scratch_limit(4 * MEBIBYTE)
+    nasdet.release_scratch()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        y = grouped_dilation_conv2d(x, weight, (1,), (shape[1],), algorithm="winograd")
+        assert 0 < nasdet.release_scratch() <= 4 * MEBIBYTE, "forward"
+        y.sum().backward()
+        assert 0 < nasdet.release_scratch() <= 4 * MEBIBYTE, "backward"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_lower_limit_gives_back_what_is_larger() -> None:

@@ -82,7 +82,7 @@ def test_exported_source_holds_the_genotype(tmp_path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert json.loads(json.dumps(module.GENOTYPE)) == card.genotype
-    with pytest.raises(TypeError, match="layer2.0.conv2 must be a Conv2d, got SplitConv2d"):
+    with pytest.raises(TypeError, match="layer2.0.conv2 must be a plain Conv2d, got SplitConv2d"):
         module.transform(module.transform(tiny(), card.genotype), card.genotype)
     with pytest.raises(ValueError, match="method must be 'nats', got 'fad'"):
         plain_source(Card("fad", "x", {"box": [1]}))

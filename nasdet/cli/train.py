@@ -61,7 +61,8 @@ steps). The rate follows --batch: 0.01 x batch / 16. --preset tiny learns someth
 Backbones that detnas and msnas found are retrained as their papers do: in faster_rcnn with the box head 4conv1fc or
 2conv1fc, synchronised norms there and in the backbone, nothing frozen, 0.02 x batch / 16 after a warm-up that rises
 (one-stage detectors: 0.01 x batch / 16); msnas for 48 epochs of 32 images a step, the first as warm-up, with a tenth
-of the rate after 42 and again after 47. --preset tiny keeps head and norms.
+of the rate after 42 and again after 47. --preset tiny keeps head and norms. Backbones that nats transformed are
+retrained in faster_rcnn for 13 epochs of 16 images a step at the same rates, with a tenth after 8 and again after 11.
 """
 
 _EPILOG = """\
@@ -129,13 +130,13 @@ def _add_model(add: Any) -> None:
 
 
 def _add_training(add: Any) -> None:
-    add("--steps", type=int, metavar="N", help="training steps (paper: 90000, msnas: 48 epochs; tiny: 600)")
+    add("--steps", type=int, metavar="N", help="training steps (paper: 90000, msnas: 48 epochs, nats: 13; tiny: 600)")
     add("--batch", type=int, metavar="N", help="images a step, over all processes (paper: 16, msnas: 32; tiny: 8)")
-    rates = "paper: 0.01 x batch / 16, detnas and msnas in two stages 0.02 x batch / 16; tiny: 0.003"
+    rates = "paper: 0.01 x batch / 16, detnas, msnas and nats in two stages 0.02 x batch / 16; tiny: 0.003"
     add("--lr", type=float, metavar="X", help=f"learning rate ({rates})")
     add("--optimizer", choices=("sgd", "adamw"), help="sgd, or adamw, quicker from random weights (sgd; tiny: adamw)")
     add("--decay", choices=("step", "cosine", "constant"), help="of the learning rate (step; tiny: cosine)")
-    warmup = "steps at a third of the rate, or for detnas and msnas in which it rises"
+    warmup = "steps at a third of the rate, or for detnas, msnas and nats in which it rises"
     add("--warmup-steps", type=int, metavar="N", help=f"{warmup} (500, at most a tenth of the run; msnas: an epoch)")
     add("--weight-decay", type=float, metavar="X", help="(0.0001; tiny: 0.01)")
     add("--clip", type=float, metavar="X", help="largest norm of the gradient (paper: none; tiny: 20)")
@@ -336,15 +337,15 @@ def _stored(card: str) -> ModelConfig | None:
 
 
 def _around(card: str, beside: bool) -> ModelConfig:
-    """The paper's model for the card, or with ``beside`` that of the search that made it; a backbone is built into the
-    detector of its search in any case."""
-    from nasdet.spaces import is_backbone, usual_detector
+    """The paper's model for the card, or with ``beside`` that of the search that made it; a backbone, searched or
+    transformed, is built into the detector of its search in any case."""
+    from nasdet.spaces import is_backbone, part_of, usual_detector
     from nasdet.spaces.assemble import ModelConfig
 
     stored, chosen = _stored(card), _chosen(card)
     if stored is not None and beside:
         return stored
-    if stored is not None and chosen is not None and is_backbone(chosen):
+    if stored is not None and chosen is not None and (is_backbone(chosen) or part_of(chosen) == "backbone"):
         return ModelConfig(detector=stored.detector)
     return ModelConfig(detector=usual_detector(chosen))
 

@@ -27,7 +27,7 @@ from nasdet.engine.supernet import (
 )
 from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model
 from nasdet.spaces.nats import NATSSpace
-from nasdet.spaces.nats.genotype import dilation_name, genotype_set
+from nasdet.spaces.nats.genotype import dilation_name, genotype_set, to_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,9 +41,10 @@ class NATSSearchConfig(FrozenEpochs):
     weights learn alone, then each step of the weights is followed by one of the alphas, on ``batch`` other images.
     ``steps`` sets the steps of the weights whatever the data; the share of those without alphas stays. SGD from ``lr``
     down to ``final_lr`` along a cosine, after a linear warm-up from 1/3 (``warmup_steps``; None: 500, or a tenth of a
-    short run); Adam at ``arch_lr``. ``dilations``, ``channel_groups``, ``channels_per_group`` and
-    ``index_preserving``: see :class:`NATSSpace`. ``norm`` of the backbone, None: ``"sync_bn"`` with pretrained
-    weights, else ``"gn"``. ``clip`` bounds the gradient's norm; ``flip`` mirrors half of the images.
+    short run; 0: none, as the paper has it); Adam at ``arch_lr``. ``dilations``, ``channel_groups``,
+    ``channels_per_group`` and ``index_preserving``: see :class:`NATSSpace`. ``norm`` of the backbone, None:
+    ``"sync_bn"`` with pretrained weights, else ``"gn"``. ``clip`` bounds the gradient's norm; ``flip`` mirrors half of
+    the images.
     """
 
     epochs: int = 25
@@ -60,7 +61,7 @@ class NATSSearchConfig(FrozenEpochs):
     clip: float | None = None
     arch_lr: float = 0.01
     arch_weight_decay: float = 1e-5
-    dilations: str = "C"
+    dilations: str | Mapping[Any, Any] = "C"
     channel_groups: int | None = None
     channels_per_group: int | None = None
     index_preserving: bool = False
@@ -86,7 +87,10 @@ class NATSSearchConfig(FrozenEpochs):
         self.check_epochs()
         if not 0 <= self.final_lr <= self.lr:
             raise ValueError(f"final_lr must be between 0 and lr {self.lr}, got {self.final_lr}")
-        genotype_set(self.dilations)
+        dilations = genotype_set(self.dilations)
+        if not isinstance(self.dilations, str):  # as JSON has it, so that a run's records and its settings agree
+            own = {str(stage): list(map(to_plain, pairs)) for stage, pairs in dilations.items()}
+            object.__setattr__(self, "dilations", own)
         self.schedule(self.steps or self.epochs)
         self.model(("thing",))
 
@@ -161,7 +165,8 @@ class _NATSRun(BilevelRun):
 
     def derive(self, source: Mapping[str, Any]) -> Card:
         config = self.config
-        name = config.name or f"nats-{config.dilations}-{backbone_name(config.backbone)}-seed{config.seed}"
+        chosen = config.dilations if isinstance(config.dilations, str) else "own"
+        name = config.name or f"nats-{chosen}-{backbone_name(config.backbone)}-seed{config.seed}"
         settings = {"backbone": config.backbone, "width": config.width}
         return self.space.derive(self.supernet, name, settings=settings, source=source)
 
@@ -214,10 +219,15 @@ def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> 
         ours, theirs = (f"{c.epochs} epochs, {c.frozen_epochs} without alphas" for c in (config, paper))
         found.append(f"schedule: {ours}; the paper: {theirs}")
     found += differences(config, paper, _COMPARED)
+    if config.warmup_steps != 0:
+        length = "500 steps, at most a tenth of all" if config.warmup_steps is None else f"{config.warmup_steps} steps"
+        found.append(f"warm-up from a third of the rate: {length}; the paper has one when retraining only")
     if config.clip is not None:
         found.append(f"gradients clipped at {config.clip:g}; the paper does not say")
     if config.index_preserving:
         found.append("derived channel groups keep their places; the paper: in blocks, one per dilation")
+    if pretrained:
+        found.append("the backbone's stem and first stage are frozen; the paper does not say")
     if not pretrained:
         norm = config.model(("thing",)).norm
         found.append(f"random backbone with {norm}, all of it trained; the paper: ImageNet weights")

@@ -384,6 +384,6 @@ def measured_elsewhere(table: str | None, device: torch.device) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):  # a card
-        return str(value["name"])
+    if isinstance(value, Mapping):  # a card, or dilations of one's own
+        return str(value.get("name", "own"))
     return f"{value:g}" if isinstance(value, float) else str(value)

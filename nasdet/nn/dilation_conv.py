@@ -15,14 +15,20 @@ from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair
 
 
-def check_same_conv2d(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
+def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False) -> nn.Conv2d:
     """``conv``, if it is a plain ``nn.Conv2d`` that the modules below can stand for; ``name`` is for the error.
 
     That is: a square kernel of odd size, zero padding that keeps the size at stride 1, and no subclass, whose own
-    forward would be lost, but :class:`DepthwiseConv2d`, which computes the same.
+    forward would be lost, but :class:`DepthwiseConv2d` and :class:`~nasdet.nn.AcceleratedConv2d`, which compute the
+    same. Unless the module itself is ``kept``, it has nothing either that another in its place would lack: hooks, a
+    forward of its own, or buffers, parameters and children beside weight and bias.
     """
-    if type(conv) is not nn.Conv2d and type(conv) is not DepthwiseConv2d:
+    from nasdet.nn.accelerate import AcceleratedConv2d  # which imports this file
+
+    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d, AcceleratedConv2d):
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
+    if not kept and (own := _beside_the_weight(conv)):
+        raise ValueError(f"{name} must have nothing but a weight and a bias, got {own}, which would be lost")
     height, width = conv.kernel_size
     if height != width or height % 2 == 0:
         raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
@@ -49,6 +55,18 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **ho
 
 torch.fx.wrap("_grouped")  # one node each in a graph that torch.fx traces: the ops look at real tensors
 torch.fx.wrap("_mixed")
+
+
+def _beside_the_weight(conv: nn.Module) -> str | None:
+    """What a module in the place of ``conv`` would lack, in words, or None."""
+    if changed := [name for name in ("forward", "_conv_forward") if name in vars(conv)]:
+        return f"a {changed[0]} of its own"
+    if hooks := [name for name, value in vars(conv).items() if name.endswith("_hooks") and value]:
+        return hooks[0].strip("_").replace("_", " ")
+    if conv._parameters.get("weight") is None:  # weight norm, spectral norm, pruning
+        return "a weight that is computed"
+    own = [*conv._parameters, *conv._buffers, *conv._modules]
+    return ", ".join(repr(name) for name in own if name not in ("weight", "bias")) or None
 
 
 class _DilationConv2d(nn.Module):

@@ -61,8 +61,8 @@ def grouped_dilation_conv2d(
         groups: convolution groups, as in ``torch.nn.functional.conv2d``.
         algorithm: force ``"direct"``, ``"frequency"`` or ``"winograd"``, where a backend has it; None: the backend's
             choice.
-        precision: ``"exact"`` excludes Winograd's algorithm, which rounds more; ``"fast"`` allows it. Beside outliers and
-            NaN only ``algorithm="direct"`` is as exact as the definition: others err by the largest value of a tile.
+        precision: ``"exact"`` excludes Winograd's algorithm, which rounds more; ``"fast"`` allows it. Beside outliers
+            and NaN only ``algorithm="direct"`` is as exact as the definition: others err by a tile's largest value.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; the best that can run when None.
 
     Returns:

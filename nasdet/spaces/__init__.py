@@ -20,7 +20,7 @@ class Retraining(NamedTuple):
     """How a paper retrains what its search found, as far as that differs from the defaults of a detector.
 
     ``model`` has fields of a ``ModelConfig``, ``training`` of a ``TrainConfig``. Where the paper counts ``epochs``, the
-    first of them is the warm-up.
+    first of them is the warm-up unless ``training`` has ``warmup_steps``.
     """
 
     model: dict[str, Any] = {}
@@ -68,11 +68,12 @@ def is_backbone(card: Card) -> bool:
 
 
 def usual_detector(card: Card | None) -> str:
-    """The detector that a card is built into where nobody says another: one that has its parts."""
+    """The detector that a card is built into where nobody says another: one that has its parts, for backbones that of
+    their papers."""
     part = "towers" if card is None else part_of(card)
     if card is not None and part == "detector":
         return "retinanet" if "towers" in pieces_of(card) else "faster_rcnn"
-    return {"mask_trunk": "mask_rcnn", "body": "faster_rcnn"}.get(part, "fcos")
+    return {"mask_trunk": "mask_rcnn", "body": "faster_rcnn", "backbone": "faster_rcnn"}.get(part, "fcos")
 
 
 def retraining(card: Card | None, detector: str) -> Retraining:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -22,6 +23,7 @@ from nasdet.engine.checkpoint import LAST, load_weights
 from nasdet.engine.train import TrainConfig
 from nasdet.spaces.assemble import ModelConfig
 from nasdet.spaces.msnas import MSNASSpace
+from nasdet.spaces.nats import NATSSpace
 
 pytest.importorskip("sklearn")
 pytest.importorskip("pycocotools")
@@ -162,6 +164,30 @@ def test_msnas_is_retrained_as_in_its_paper(digits):
     assert {name: getattr(config, name) for name in given} == given and config.steps == 48 * 2
     tiny = {name: value for name, value in train_verb.PRESETS["tiny"].items() if hasattr(TrainConfig, name)}
     assert train_verb.train_config("msnas-r18-1", folder, "fcos", tiny, paper=False) == TrainConfig(**tiny)
+
+
+def test_nats_is_retrained_as_in_its_paper(digits, tmp_path):
+    card = str(save_card(NATSSpace().random(Random(0)), tmp_path / "card.json"))
+    coco = SimpleNamespace(train=lambda: range(118_287))
+    config = train_verb.train_config(card, coco, "faster_rcnn", {}, paper=True)
+    epoch = 7393
+    assert (config.batch, config.steps) == (16, 13 * epoch)
+    steps = (0, 250, 500, 8 * epoch - 1, 8 * epoch, 11 * epoch - 1, 11 * epoch)
+    rates = [config.schedule().at(step) for step in steps]
+    assert rates == pytest.approx([0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.002, 0.002, 0.0002]), "0.00125 per image"
+    assert (config.optimizer, config.momentum, config.weight_decay, config.clip) == ("sgd", 0.9, 1e-4, None)
+    assert train_verb.train_config(card, coco, "mask_rcnn", {"batch": 8}, paper=True).schedule().lr == 0.01
+    assert train_verb.train_config(card, coco, "retinanet", {}, paper=True).schedule().lr == 0.01
+    short = train_verb.train_config(card, coco, "faster_rcnn", {"steps": 1300}, paper=True)
+    assert [short.schedule().at(step) for step in (130, 799, 800, 1100)] == pytest.approx([0.02, 0.02, 0.002, 0.0002])
+    given = {"batch": 2, "lr": 0.5, "warmup_steps": 3}
+    assert train_verb.train_config(card, coco, "faster_rcnn", given, paper=True).schedule().at(3) == 0.5
+    folder = open_data(digits)
+    for beside in (True, False):
+        model = train_verb.model_config(card, folder, {}, digits / "x.pth", beside=beside)
+        assert (model.detector, model.norm, model.options) == ("faster_rcnn", "sync_bn", {})
+    ModelConfig(detector="fcos").save(tmp_path / "model.json")
+    assert train_verb.model_config(card, folder, {}, None, beside=False).detector == "fcos", "that of its search"
 
 
 def test_a_searched_backbone_keeps_its_norm_and_its_detector(digits, tmp_path):

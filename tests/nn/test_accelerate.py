@@ -113,6 +113,7 @@ def test_everything_but_the_class_is_the_very_same() -> None:
     model[2].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     before = {key: value for key, value in vars(model[2]).items()}
     report = accelerate(model)
+    assert report.swapped == ("2", "4"), "a hook stays where it is"
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert list(model.state_dict()) == list(state) and isinstance(model[2], nn.Conv2d)
     model(picture())

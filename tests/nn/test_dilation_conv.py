@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn import utils
 
-from nasdet.nn import GroupedDilationConv2d, MixedDilationConv2d, check_same_conv2d
+from nasdet.nn import (
+    AcceleratedConv2d,
+    DepthwiseConv2d,
+    GroupedDilationConv2d,
+    MixedDilationConv2d,
+    check_same_conv2d,
+)
 
 CONVS = {
     "plain": {"kernel_size": 3, "padding": 1},
@@ -174,6 +182,82 @@ def test_only_plain_same_convolutions_are_replaced(make: Any, error: type[Except
     for kind in (GroupedDilationConv2d, MixedDilationConv2d):
         with pytest.raises(error, match=message):
             kind.from_conv(make(), [1])
+
+
+def _patched(name: str) -> nn.Conv2d:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    setattr(conv, name, lambda *tensors: tensors[0])
+    return conv
+
+
+def _hooked(register: str) -> nn.Conv2d:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    getattr(conv, register)(lambda *arguments: None)
+    return conv
+
+
+def _with(register: str, value: Any) -> nn.Conv2d:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    getattr(conv, register)("mask", value)
+    return conv
+
+
+def _computed(how: Any) -> Any:
+    with pytest.warns(FutureWarning) if how is utils.weight_norm else nullcontext():
+        return how(nn.Conv2d(4, 4, 3, padding=1))
+
+
+LOST = {
+    "forward": (lambda: _patched("forward"), "a forward of its own"),
+    "conv-forward": (lambda: _patched("_conv_forward"), "a _conv_forward of its own"),
+    "forward-hook": (lambda: _hooked("register_forward_hook"), "forward hooks"),
+    "pre-hook": (lambda: _hooked("register_forward_pre_hook"), "forward pre hooks"),
+    "backward-hook": (lambda: _hooked("register_full_backward_hook"), "backward hooks"),
+    "state-hook": (lambda: _hooked("register_load_state_dict_pre_hook"), "load state dict pre hooks"),
+    "buffer": (lambda: _with("register_buffer", torch.ones(4)), "'mask'"),
+    "parameter": (lambda: _with("register_parameter", nn.Parameter(torch.ones(4))), "'mask'"),
+    "child": (lambda: _with("add_module", nn.ReLU()), "'mask'"),
+    "spectral-norm": (lambda: _computed(utils.spectral_norm), "forward pre hooks"),
+    "weight-norm": (lambda: _computed(utils.weight_norm), "forward pre hooks"),
+}
+
+
+@pytest.mark.parametrize(("make", "got"), LOST.values(), ids=LOST)
+def test_what_another_module_would_lack_is_refused(make: Any, got: str) -> None:
+    message = f"must have nothing but a weight and a bias, got {got}, which would be lost"
+    with pytest.raises(ValueError, match=f"layer.0 {message}"):
+        check_same_conv2d(make(), "layer.0")
+    for kind in (GroupedDilationConv2d, MixedDilationConv2d):
+        with pytest.raises(ValueError, match=message):
+            kind.from_conv(make(), [1, 2])
+    kept = make()
+    assert check_same_conv2d(kept, kept=True) is kept
+
+
+def test_a_computed_weight_is_refused_without_hooks_too() -> None:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight  # type: ignore[assignment]  # what is tested
+    with pytest.raises(ValueError, match="got a weight that is computed"):
+        check_same_conv2d(conv)
+
+
+def test_parametrised_convolutions_are_no_plain_ones() -> None:
+    with pytest.raises(TypeError, match="must be a plain nn.Conv2d, got ParametrizedConv2d"):
+        check_same_conv2d(utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)))
+
+
+def test_convolutions_of_the_library_are_plain_ones() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    conv.__class__ = AcceleratedConv2d
+    for plain in (conv, DepthwiseConv2d(8)):
+        x = torch.randn(1, plain.in_channels, 7, 6)
+        expected = plain(x)
+        grouped = GroupedDilationConv2d.from_conv(plain, [1, 1])
+        assert grouped.weight is plain.weight
+        for made in (grouped, MixedDilationConv2d.from_conv(plain, [1, 1], 4)):
+            torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

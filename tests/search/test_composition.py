@@ -100,7 +100,7 @@ def test_that_net_is_built_trained_and_reported(
     assert "a-detnas-net" in capsys.readouterr().out
     assert ModelConfig.load(out / "model.json").backbone_card == card.to_json()
     main(["arch", "info", str(nats_on_detnas / "card.json"), "--size", "64x64"])
-    assert "a-detnas-net in fcos" in capsys.readouterr().out
+    assert "a-detnas-net in faster_rcnn" in capsys.readouterr().out
 
 
 def test_towers_on_an_msnas_encoder(

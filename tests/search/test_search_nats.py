@@ -222,7 +222,16 @@ def test_a_backbone_without_bottlenecks_is_refused(config: NATSSearchConfig, dat
 
 def test_deviations_tell_everything_that_differs(data: DataFolder, config: NATSSearchConfig) -> None:
     paper = deviations(NATSSearchConfig(), data, True)
-    assert len(paper) == 3 and any("the paper: COCO" in line for line in paper), "ours by design, and the data"
+    assert len(paper) == 5 and any("the paper: COCO" in line for line in paper), "ours by design, and the data"
+    assert "the backbone's stem and first stage are frozen; the paper does not say" in paper
+    words = (
+        "warm-up from a third of the rate: 500 steps, at most a tenth of all; the paper has one when retraining only"
+    )
+    assert words in paper
+    without = deviations(NATSSearchConfig(warmup_steps=0), data, True)
+    assert without == [line for line in paper if line != words], "no warm-up, as in the paper"
+    assert NATSSearchConfig(warmup_steps=0).schedule(20_000).at(0) == 0.01
+    assert any("of the rate: 70 steps;" in line for line in deviations(NATSSearchConfig(warmup_steps=70), data, True))
     ours = deviations(dataclasses.replace(config, index_preserving=True, amp=True), data, False)
     for words in (
         "steps: 6",
@@ -233,6 +242,7 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: NATSS
         "random backbone",
     ):
         assert any(words in line for line in ours), words
+    assert not any("frozen" in line for line in ours)
 
 
 def test_cards_of_towers_and_backbone_together() -> None:

@@ -46,13 +46,14 @@ def test_search_resume_retrain_report(
     )
     model = ModelConfig.load(tmp_path / "net" / "model.json")
     assert (model.backbone, model.width, model.card, model.towers) == ("resnet50", 0.125, card, "plain")
+    assert model.detector == "fcos", "the search's"
     assert load_card(tmp_path / "net" / "card.json") == card
     assert call(report, str(run)) == 0 and (run / "report.html").stat().st_size > 10_000
 
     capsys.readouterr()
     assert call(arch, "info", str(run / "card.json"), "--size", "64x96", "--json") == 0
     info = json.loads(capsys.readouterr().out)
-    assert (info["method"], info["backbone"], info["detector"]) == ("nats", "resnet50", "fcos")
+    assert (info["method"], info["backbone"], info["detector"]) == ("nats", "resnet50", "faster_rcnn")
     assert info["subnet"] == info["parts"][0] | {"name": "subnet"} and info["parts"][0]["name"] == "backbone"
     assert call(arch, "info", str(run / "card.json"), "--size", "64x96") == 0
     assert "layer2.0.conv2: " in capsys.readouterr().out

@@ -20,6 +20,7 @@ from nasdet.arch import Card
 from nasdet.detectors import BACKBONES
 from nasdet.nn import GroupedDilationConv2d
 from nasdet.spaces.nats import NATSSpace, plain_source, save_plain_source, to_plain_torch
+from nasdet.spaces.nats.plain import SplitConv2d
 
 
 def tiny(name: str = "resnet50") -> nn.Module:
@@ -52,6 +53,27 @@ def test_plain_torch_gives_the_same(name: str) -> None:
         to_plain_torch(tiny())
 
 
+def test_a_copy_trains_what_the_original_trains() -> None:
+    """Norms that were put into evaluation by hand stay there: their statistics would change else."""
+    net = nn.Sequential(GroupedDilationConv2d(3, 8, 3, [1, 2]), nn.BatchNorm2d(8), GroupedDilationConv2d(8, 8, 3))
+    net.train()
+    net[1].eval()
+    net[2].eval()
+    copied = to_plain_torch(net)
+    assert [part.training for part in copied.modules()] == [True, True, False, False]
+    x = torch.randn(2, 3, 9, 7)
+    torch.testing.assert_close(copied(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_convolution_alone_in_plain_torch(training: bool) -> None:
+    conv = GroupedDilationConv2d(4, 8, 3, [1, (2, 3)], stride=2, groups=2).train(training)
+    alone, x = to_plain_torch(conv), torch.randn(1, 4, 9, 7)
+    assert type(alone) is SplitConv2d and alone.training == training
+    torch.testing.assert_close(alone(x), conv(x), rtol=1e-4, atol=1e-5)
+    assert list(alone.state_dict()) == ["weight", "bias"] and alone.weight is not conv.weight
+
+
 def test_exported_file_works_without_nasdet(tmp_path: Path) -> None:
     net = foreign(bias=True)
     card = NATSSpace(backbone=net, channel_groups=4).random(random.Random(4), "mine")
@@ -82,7 +104,7 @@ def test_exported_source_holds_the_genotype(tmp_path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert json.loads(json.dumps(module.GENOTYPE)) == card.genotype
-    with pytest.raises(TypeError, match="layer2.0.conv2 must be a Conv2d, got SplitConv2d"):
+    with pytest.raises(TypeError, match="layer2.0.conv2 must be a plain Conv2d, got SplitConv2d"):
         module.transform(module.transform(tiny(), card.genotype), card.genotype)
     with pytest.raises(ValueError, match="method must be 'nats', got 'fad'"):
         plain_source(Card("fad", "x", {"box": [1]}))

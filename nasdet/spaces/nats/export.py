@@ -20,17 +20,21 @@ def to_plain_torch(network: nn.Module) -> nn.Module:
     """A copy of a derived network in which each ``GroupedDilationConv2d`` is S convolutions and a concat.
 
     Its modules are torch's and :class:`nasdet.spaces.nats.plain.SplitConv2d`; its state dict has the same names and
-    values, so ``torch.jit.trace``, ``torch.export`` and ONNX see plain convolutions.
+    values, so ``torch.jit.trace``, ``torch.export`` and ONNX see plain convolutions. All other modules stay as they
+    are, training or not. Of a ``GroupedDilationConv2d`` alone it is the ``SplitConv2d``.
     """
     network = copy.deepcopy(network)
+    if isinstance(network, GroupedDilationConv2d):
+        return _split(network)
     parts = {name: part for name, part in network.named_modules() if isinstance(part, GroupedDilationConv2d)}
     if not parts:
         raise ValueError(f"network must be a derived one, got {type(network).__name__} without a GroupedDilationConv2d")
-    made = {
-        name: plain.SplitConv2d(part.weight, part.bias, part.dilations, part.splits, part.stride, part.groups)
-        for name, part in parts.items()
-    }
-    return exchange(network, dict(made)).train(network.training)
+    return exchange(network, {name: _split(part) for name, part in parts.items()})
+
+
+def _split(part: GroupedDilationConv2d) -> nn.Module:
+    made = plain.SplitConv2d(part.weight, part.bias, part.dilations, part.splits, part.stride, part.groups)
+    return made.train(part.training)
 
 
 def plain_source(card: Card) -> str:

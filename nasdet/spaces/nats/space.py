@@ -14,7 +14,7 @@ from nasdet._checks import check_whole
 from nasdet.arch import Card
 from nasdet.detectors import BACKBONES
 from nasdet.nn import GroupedDilationConv2d, MixedDilationConv2d
-from nasdet.spaces import space_class
+from nasdet.spaces import Retraining, space_class
 from nasdet.spaces.nats.genotype import (
     Pair,
     check_genotype,
@@ -29,7 +29,7 @@ from nasdet.spaces.nats.genotype import (
     to_pair,
     to_plain,
 )
-from nasdet.spaces.nats.layers import Layer, Selector, exchange, find_layers
+from nasdet.spaces.nats.layers import Layer, Selector, check_own_weights, exchange, find_layers
 
 CHANNEL_GROUPS = 16
 
@@ -133,7 +133,8 @@ class NATSSpace:
         """``network`` with its layers searchable, changed in place; by default a fresh backbone of the space's name.
 
         Each layer becomes a :class:`nasdet.nn.MixedDilationConv2d` with a copy of its weight for every dilation and
-        alphas of zero. The layers must be the space's own; otherwise nothing is changed.
+        alphas of zero; one with several names has them still. The layers must be the space's own, and their weights no
+        other module's; otherwise nothing is changed.
         """
         if network is None:
             if self.backbone is None:
@@ -141,6 +142,7 @@ class NATSSpace:
             network = named_backbone(self.backbone, self.width)
         if (found := find_layers(network, self.selector)) != self.layers:
             raise ValueError(f"network must have the space's layers, {_summary(self.layers)}, got {_summary(found)}")
+        check_own_weights(network, self.layers)
         made: dict[str, nn.Module] = {}
         for layer in self.layers:
             conv = network.get_submodule(layer.name)
@@ -155,20 +157,38 @@ class NATSSpace:
         """The alphas, ``[N, G]`` for each layer."""
         return [part.alpha for part in supernet.modules() if isinstance(part, MixedDilationConv2d)]
 
-    @staticmethod
-    def alphas(supernet: nn.Module) -> dict[str, list[list[float]]]:
+    def alphas(self, supernet: nn.Module) -> dict[str, list[list[float]]]:
         """The raw alphas as plain numbers: per layer one row per channel group."""
-        return {name: mixed.alpha.detach().double().cpu().tolist() for name, mixed in _mixed(supernet).items()}
+        return {name: mixed.alpha.detach().double().cpu().tolist() for name, mixed in self._mixed(supernet).items()}
+
+    def _mixed(self, supernet: nn.Module) -> dict[str, MixedDilationConv2d]:
+        """The searchable layers by name; ``ValueError`` for anything but a supernet of this space, such as one inside a
+        detector or a wrapper, whose names are others."""
+        named = supernet.named_modules(remove_duplicate=False)
+        found = {name: part for name, part in named if isinstance(part, MixedDilationConv2d)}
+        mixed = {layer.name: found[layer.name] for layer in self.layers if layer.name in found}
+        others = [name for name, part in found.items() if part not in mixed.values()]
+        if others or len(mixed) < len(self.layers):
+            got = f"{type(supernet).__name__} with {repr(others[0]) if others else f'{len(mixed)} of them'}"
+            raise ValueError(f"supernet must have the space's layers searchable, {_summary(self.layers)}, got {got}")
+        for layer in self.layers:
+            ours, part = (self.groups_of(layer), self.dilations_of(layer)), mixed[layer.name]
+            if (theirs := (part.channel_groups, part.dilations)) != ours:
+                raise ValueError(
+                    f"{layer.name} must have the space's channel groups and dilations {ours}, got {theirs}"
+                )
+        return mixed
 
     def restrict(self, supernet: nn.Module, genotype: Mapping[str, Any]) -> None:
         """Set the alphas to one architecture: in each channel group its dilation gets weight 1."""
         self._check(genotype)
+        searchable = self._mixed(supernet)
         rows = {}
-        for name, mixed in _mixed(supernet).items():
+        for name, mixed in searchable.items():
             chosen = torch.tensor(choices(genotype[name], mixed.dilations))
             rows[name] = torch.full(mixed.alpha.shape, -1e4).scatter_(1, chosen[:, None], 0.0)
         with torch.no_grad():
-            for name, mixed in _mixed(supernet).items():
+            for name, mixed in searchable.items():
                 mixed.alpha.copy_(rows[name])
 
     def derive(
@@ -235,7 +255,8 @@ class NATSSpace:
 
         Each layer becomes a :class:`nasdet.nn.GroupedDilationConv2d` on the very parameters that it had, so names,
         number and multiply-accumulates of the network stay, and weights trained for the original load as they are.
-        ``prefix`` is where the card's layers lie in ``network``, such as ``"backbone.body."``.
+        ``prefix`` is where the card's layers lie in ``network``, such as ``"backbone.body."``. A convolution with
+        several names has them still.
 
         Raises ``ValueError`` or ``TypeError`` for a network without these layers, or whose channels cannot be cut so;
         nothing is changed then.
@@ -263,6 +284,22 @@ class NATSSpace:
         return exchange(network, made)
 
     @staticmethod
+    def retraining(detector: str) -> Retraining:
+        """As published (section 4.2): 13 epochs at 0.00125 per image, a tenth of it after 8 and again after 11, with a
+        warm-up, of which the paper says no more: linear, 500 steps. One-stage detectors have half the rate, as usual;
+        steps of 16 images are ours."""
+        from nasdet.detectors import TWO_STAGE
+
+        training = {
+            "batch": 16,
+            "reference_lr": 0.02 if detector in TWO_STAGE else 0.01,
+            "milestones": (8 / 13, 11 / 13),
+            "warmup": "linear",
+            "warmup_steps": None,
+        }
+        return Retraining({}, training, epochs=13)
+
+    @staticmethod
     def describe(card: Card) -> list[str]:
         """A line for each layer: its dilations with their intensities."""
         lines = []
@@ -282,10 +319,6 @@ def named_backbone(name: str | Mapping[str, Any], width: float = 1.0) -> nn.Modu
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
     made: nn.Module = BACKBONES[name](width=width)
     return made
-
-
-def _mixed(supernet: nn.Module) -> dict[str, MixedDilationConv2d]:
-    return {name: part for name, part in supernet.named_modules() if isinstance(part, MixedDilationConv2d)}
 
 
 def _check_method(card: Card) -> None:

@@ -203,3 +203,27 @@ def test_only_tables_of_tried_configurations_are_made(kernels: Kernels) -> None:
         with mock.patch.object(kernels.choice, "estimate", lambda *_: pytest.fail("estimated again")):
             kernels.mixed.forward(nhwc(1, 128, 99, 150), weight, mix, SET_C, 1, 1, 1, 0)
     assert tried == kernels.choice.MEASURED and len(made) == 1 and launches[-1][1]["BLOCK_M"] == fastest
+
+
+def test_rounds_are_queued_behind_a_wait(kernels: Kernels) -> None:
+    """Else a small product's launches would be timed at the speed of Python."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.0
+
+    patches = mock.patch.multiple(torch.cuda, Event=Event, _sleep=lambda cycles: order.append("sleep"))
+    with patches:
+        assert kernels.tuning._milliseconds("own", order.append) == 1.0
+    repeats, rounds = kernels.tuning.REPEATS, kernels.tuning.ROUNDS
+    assert order == ["own", *(["sleep", "event", *["own"] * repeats, "event", "wait"] * rounds)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -305,5 +306,8 @@ def on_device(rows: Rows, like: Tensor) -> Tensor:
         for place, value in zip(table.unbind(), values, strict=True):
             place.fill_(value)
         return table
-    table = torch.tensor(rows.values, dtype=torch.int32, device=like.device)
+    # Not from this thread: whoever warms up for a graph, such as Inductor, takes memory for this thread, or for its
+    # current stream, from the graph's own pool, and would miss what is kept.
+    with ThreadPoolExecutor(1) as thread:
+        table = thread.submit(torch.tensor, rows.values, dtype=torch.int32, device=like.device).result()
     return _on_device.setdefault((rows, like.device), table)

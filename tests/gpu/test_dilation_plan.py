@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -143,7 +144,7 @@ def test_a_second_call_prepares_nothing(kernels: Kernels) -> None:
     names = {
         kernels.run: ("Plan", "product_table", "weight_table", "magic"),
         kernels.choice: ("estimate", "weight_estimate", "fitting_on"),
-        kernels.plan: ("blocks",),
+        kernels.plan: ("blocks", "ThreadPoolExecutor"),
     }
     patches = [mock.patch.object(module, name, refuse) for module, own in names.items() for name in own]
     for patch in patches:
@@ -203,6 +204,23 @@ def test_only_tables_of_tried_configurations_are_made(kernels: Kernels) -> None:
         with mock.patch.object(kernels.choice, "estimate", lambda *_: pytest.fail("estimated again")):
             kernels.mixed.forward(nhwc(1, 128, 99, 150), weight, mix, SET_C, 1, 1, 1, 0)
     assert tried == kernels.choice.MEASURED and len(made) == 1 and launches[-1][1]["BLOCK_M"] == fastest
+
+
+def test_tables_are_made_by_a_thread_of_their_own(kernels: Kernels) -> None:
+    """Who warms up for a CUDA graph gives its thread's allocations to the graph's pool: see ``on_device``."""
+    makers = []
+    make = torch.tensor
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        makers.append(threading.get_ident())
+        return make(*args, **kwargs)
+
+    rows = kernels.plan.Rows(((1, 2), (3, 4)))
+    with mock.patch.object(torch, "tensor", noting):
+        table = kernels.plan.on_device(rows, torch.empty(0))
+        assert kernels.plan.on_device(rows, torch.empty(0)) is table
+    assert table.tolist() == [[1, 2], [3, 4]] and table.dtype == torch.int32
+    assert len(makers) == 1 and makers[0] != threading.get_ident()
 
 
 def test_rounds_are_queued_behind_a_wait(kernels: Kernels) -> None:

@@ -10,6 +10,8 @@ import torch
 from ._dilation_plan import LEAST, Piece, Problem, blocks, cdiv
 from ._tuning import Config
 
+NOWHERE = 1000  # as a compute capability
+
 # Tiles of (pixels, output channels, input channels), warps, stages. Of narrow parts tiles and steps are narrower. What
 # some processors are left out of would spill registers there.
 PRODUCTS = {
@@ -33,6 +35,8 @@ PRODUCTS = {
 WEIGHT_PRODUCTS = {
     "16-bit": (
         Config(128, 128, 64, 8, 3),
+        # With 8 warps and one width of tiles Triton 3.6's ptxas lets every product wait for the one before.
+        Config(128, 128, 64, 4, 3, least=90, uneven=NOWHERE),
         Config(128, 256, 64, 8, 3),
         Config(128, 64, 64, 4, 3),
         Config(64, 64, 64, 4, 4),
@@ -81,16 +85,15 @@ def candidates(
     costs: dict[Config, float] = {}
     for config in fitting_on(processor, PRODUCTS[kind], dtype.itemsize):
         own = config.cut(max(side(pixels), 64), rows, terms)
-        if processor[0] >= config.uneven or even(own, pieces):
+        steps = {width for piece in pieces for sums, _ in piece.sums for *_, width in blocks(*sums, own.block_k)}
+        if processor[0] >= config.uneven or len(steps) == len(widths(own, pieces)) == 1:
             costs[own] = estimate(own, pieces, pixels)
     return sorted(costs, key=costs.__getitem__)[:MEASURED]
 
 
-def even(config: Config, pieces: Iterable[Piece]) -> bool:
-    """Whether all tiles have one width, and all steps."""
-    rows = {width for piece in pieces for *_, width in blocks(*piece.rows, config.block_n)}
-    sums = {width for piece in pieces for sums, _ in piece.sums for *_, width in blocks(*sums, config.block_k)}
-    return len(rows) == len(sums) == 1
+def widths(config: Config, pieces: Iterable[Piece]) -> set[int]:
+    """Of the tiles."""
+    return {width for piece in pieces for *_, width in blocks(*piece.rows, config.block_n)}
 
 
 def weight_candidates(
@@ -104,9 +107,12 @@ def weight_candidates(
     """The same of the weights' gradient."""
     rows = side(max(last - first for piece in pieces for first, last in [piece.rows]))
     columns, pixels = max(side(pieces[0].sums[0][0][1]), 64), 64 if aligned else UNALIGNED_TERMS
-    fitting = fitting_on(processor_of(device), WEIGHT_PRODUCTS[kind], dtype.itemsize)
-    cut = [config.cut(columns, rows, pixels) for config in fitting]
-    costs = {config: weight_estimate(config, pieces, chunks) for config in cut}
+    processor = processor_of(device)
+    costs: dict[Config, float] = {}
+    for config in fitting_on(processor, WEIGHT_PRODUCTS[kind], dtype.itemsize):
+        own = config.cut(columns, rows, pixels)
+        if processor[0] >= config.uneven or len(widths(own, pieces)) == 1:
+            costs[own] = weight_estimate(own, pieces, chunks)
     return sorted(costs, key=costs.__getitem__)[:MEASURED]
 
 

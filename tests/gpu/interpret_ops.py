@@ -204,7 +204,7 @@ def bfloat16_as_on_a_device() -> None:
 # 16-bit maps differ in how they are loaded, stored and multiplied alone: cases for each of that; the others are fp32.
 CONVOLUTIONS_IN_16_BITS = {
     "one-dilation", "plain-dilated", "stride-2", "resnext", "1x1", "dilation-beyond-the-map", "channels-last", "sliced",
-    "kernels-channels-last", "joined-groups", "empty",
+    "kernels-channels-last", "joined-groups", "several-widths", "empty",
 }  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """What the dilation convolutions' kernels walk over: lists of tiles and of steps, made of shapes alone, on the host.
 
 A *part* is a range of output channels with its taps; the mixture is one part with the union of all branches' taps, the
-grouped form has a part per slice. A tile never reaches beyond a part or a convolution group.
+grouped form has a part per slice. A tile never reaches beyond a part or a convolution group, and is as wide as its rows
+need. Tables do not depend on the sizes of the maps, small ones excepted: training at many scales needs no more of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,7 +19,12 @@ from torch import Tensor
 Tap = tuple[int, int, int]  # vertical and horizontal offset into the source, index of its matrix among the weights
 Part = tuple[int, int, tuple[Tap, ...]]  # output channels [first, last), taps
 
+LEAST = 16  # of a tile's side
 MOST = 2**30  # of a map's height and width, so that sums of positions stay within 32 bits
+
+
+def cdiv(n: int, divisor: int) -> int:
+    return -(-n // divisor)
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,11 @@ class Problem:
 
     @property
     def out_height(self) -> int:
-        return -(-self.height // self.stride_h)
+        return cdiv(self.height, self.stride_h)
 
     @property
     def out_width(self) -> int:
-        return -(-self.width // self.stride_w)
+        return cdiv(self.width, self.stride_w)
 
     @property
     def out_pixels(self) -> int:
@@ -85,8 +92,8 @@ class Table:
     sum_align: int  # the same of the channels that are summed over
     rows_full: bool  # every tile is full, and needs no mask
     sum_full: bool
-    pixels: int  # the most of any tile's plane
-    longest: int  # steps of the longest sum
+    widths: tuple[int, ...]  # that the tiles have, in rows of the result, widest first
+    sums: tuple[int, ...]  # that the steps have, in channels; empty of the weights' gradient
 
 
 def kernel_taps(kernel: int, dilation: tuple[int, int]) -> list[tuple[int, int]]:
@@ -131,12 +138,39 @@ def joined(problem: Problem, width: int) -> Problem:
     return replace(problem, groups=problem.groups // count)
 
 
-def _blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, size):
-        yield start, min(start + size, last)
+def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(first, last, width) of blocks of at most ``size``, a power of two; the rest in the least width that is worth it.
+
+    Two narrower blocks read the other operand twice: worth it where one would be more than three eighths zeros.
+    """
+    while first < last:
+        rest = last - first
+        width = size
+        while width > LEAST and 8 * rest <= 5 * width:
+            width //= 2
+        yield first, min(first + width, last), width
+        first += width
 
 
-def _pieces(problem: Problem) -> Iterator[tuple[int, int, int, tuple[Tap, ...]]]:
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a result that have one sum in common, in one of its planes: at a stride, the gradient has several."""
+
+    rows: tuple[int, int]
+    base: int  # of the channels
+    sums: tuple[tuple[tuple[int, int], tuple[Tap, ...]], ...]  # channels of the source, and their taps
+    origin: tuple[int, int] = (0, 0)  # of the plane
+
+
+def canonical(problem: Problem) -> Problem:
+    """The problem of one small image that has the same pieces: those do not depend on the sizes of larger maps."""
+    reach = [max(abs(tap[axis]) for _, _, taps in problem.parts for tap in taps) for axis in (0, 1)]
+    height = min(problem.height, reach[0] + problem.stride_h + 1)
+    width = min(problem.width, reach[1] + problem.stride_w + 1)
+    return replace(problem, images=1, height=height, width=width)
+
+
+def _slices(problem: Problem) -> Iterator[tuple[int, int, int, tuple[Tap, ...]]]:
     """(group, first and last output channel, taps): the parts cut at the groups."""
     for first, last, taps in problem.parts:
         for group in range(first // problem.fan_out, (last - 1) // problem.fan_out + 1):
@@ -144,76 +178,36 @@ def _pieces(problem: Problem) -> Iterator[tuple[int, int, int, tuple[Tap, ...]]]
             yield group, max(first, low), min(last, high), taps
 
 
-def _common(numbers: Sequence[int]) -> int:
-    return math.gcd(16, *numbers)
-
-
-class _Builder:
-    def __init__(self, block_n: int, block_k: int):
-        self.block_n, self.block_k = block_n, block_k
-        self.tiles: list[tuple[int, ...]] = []
-        self.steps: list[tuple[int, ...]] = []
-        self.known: dict[tuple[tuple[tuple[int, int], tuple[Tap, ...]], ...], tuple[int, int]] = {}
-
-    def steps_of(self, sums: tuple[tuple[tuple[int, int], tuple[Tap, ...]], ...]) -> tuple[int, int]:
-        """Where the steps over these channels and taps stand. All taps of one block of channels come in a row, so
-        that what one tap reads is still in the caches for the next."""
-        if sums not in self.known:
-            first = len(self.steps)
-            for channels, taps in sums:
-                for block in _blocks(*channels, self.block_k):
-                    self.steps.extend((*tap, *block) for tap in taps)
-            self.known[sums] = first, len(self.steps)
-        return self.known[sums]
-
-    def add(self, rows: tuple[int, int], base: int, steps: tuple[int, int], plane: tuple[int, int, int, int]) -> None:
-        self.tiles.extend((*block, base, *steps, *plane) for block in _blocks(*rows, self.block_n))
-
-    def table(self, images: int) -> Table:
-        tiles, steps = self.tiles, self.steps
-        return Table(
-            tiles=Rows(tuple(tiles)),
-            steps=Rows((*steps, (0,) * 5)),  # kernels read one step ahead
-            rows_align=_common([v for tile in tiles for v in tile[:2]]),
-            sum_align=_common([v for tile in tiles for v in tile[2:3]] + [v for step in steps for v in step[3:]]),
-            rows_full=all(tile[1] - tile[0] == self.block_n for tile in tiles),
-            sum_full=all(step[4] - step[3] == self.block_k for step in steps),
-            pixels=max(images * tile[7] * tile[8] for tile in tiles),
-            longest=max(tile[4] - tile[3] for tile in tiles),
-        )
+@cache
+def forward_pieces(problem: Problem) -> tuple[Piece, ...]:
+    """Of a canonical problem: the result's channels."""
+    return tuple(
+        Piece((first, last), group * problem.fan_in, (((0, problem.fan_in), tuple(filter(problem.alive, taps))),))
+        for group, first, last, taps in _slices(problem)
+    )
 
 
 @cache
-def forward_table(problem: Problem, block_n: int, block_k: int) -> Table:
-    """Tiles (rows, first source channel, steps, origin and size of the plane) and steps (tap, source channels)."""
-    builder = _Builder(block_n, block_k)
-    for group, first, last, taps in _pieces(problem):
-        steps = builder.steps_of((((0, problem.fan_in), tuple(tap for tap in taps if problem.alive(tap))),))
-        builder.add((first, last), group * problem.fan_in, steps, (0, 0, problem.out_height, problem.out_width))
-    return builder.table(problem.images)
-
-
-@cache
-def gradient_table(problem: Problem, block_n: int, block_k: int) -> Table:
-    """The same of the map's gradient, a convolution of the upstream gradient.
+def gradient_pieces(problem: Problem) -> tuple[Piece, ...]:
+    """Of a canonical problem: the channels of the map's gradient, a convolution of the upstream gradient.
 
     With a stride, every phase of the map's positions is a plane of its own with the taps that reach it.
     """
-    builder = _Builder(block_n, block_k)
-    pieces: dict[int, list[tuple[tuple[int, int], tuple[Tap, ...]]]] = {}
-    for group, first, last, taps in _pieces(problem):
+    sums: dict[int, list[tuple[tuple[int, int], tuple[Tap, ...]]]] = {}
+    for group, first, last, taps in _slices(problem):
         base = group * problem.fan_out
-        alive = tuple(tap for tap in taps if problem.alive(tap))
-        pieces.setdefault(group, []).append(((first - base, last - base), alive))
-    for top in range(min(problem.stride_h, problem.height)):
-        for left in range(min(problem.stride_w, problem.width)):
-            rows = -(-(problem.height - top) // problem.stride_h)
-            columns = -(-(problem.width - left) // problem.stride_w)
-            for group, sums in pieces.items():
-                own = tuple((channels, _reaching(problem, taps, top, left)) for channels, taps in sums)
-                channels = group * problem.fan_in, (group + 1) * problem.fan_in
-                builder.add(channels, group * problem.fan_out, builder.steps_of(own), (top, left, rows, columns))
-    return builder.table(problem.images)
+        sums.setdefault(group, []).append(((first - base, last - base), tuple(filter(problem.alive, taps))))
+    return tuple(
+        Piece(
+            (group * problem.fan_in, (group + 1) * problem.fan_in),
+            group * problem.fan_out,
+            tuple((channels, _reaching(problem, taps, top, left)) for channels, taps in own),
+            (top, left),
+        )
+        for top in range(min(problem.stride_h, problem.height))
+        for left in range(min(problem.stride_w, problem.width))
+        for group, own in sums.items()
+    )
 
 
 def _reaching(problem: Problem, taps: Sequence[Tap], top: int, left: int) -> tuple[Tap, ...]:
@@ -225,25 +219,72 @@ def _reaching(problem: Problem, taps: Sequence[Tap], top: int, left: int) -> tup
 
 
 @cache
-def weight_table(problem: Problem, block_n: int, block_k: int) -> Table:
-    """Tiles of the weights' gradient: tap, whether it is alive, rows, first source channel, columns; no steps."""
+def weight_pieces(problem: Problem) -> tuple[Piece, ...]:
+    """Of a canonical problem: the output channels; what would be sums are the columns of the result."""
+    return tuple(
+        Piece((first, last), group * problem.fan_in, (((0, problem.fan_in), taps),))
+        for group, first, last, taps in _slices(problem)
+    )
+
+
+def _common(numbers: Iterable[int]) -> int:
+    return math.gcd(16, *numbers)
+
+
+@cache
+def product_table(pieces: tuple[Piece, ...], block_n: int, block_k: int) -> Table:
+    """Tiles (rows, their width, first source channel, origin of the plane, first step, where the steps of each width
+    end) and steps (tap, source channels)."""
+    cuts = {
+        piece: [(*cut, taps) for channels, taps in piece.sums for cut in blocks(*channels, block_k)] for piece in pieces
+    }
+    sums = tuple(sorted({cut[2] for own in cuts.values() for cut in own}, reverse=True))
     tiles: list[tuple[int, ...]] = []
-    for group, first, last, taps in _pieces(problem):
-        for rows in _blocks(first, last, block_n):
-            for columns in _blocks(0, problem.fan_in, block_k):
+    steps: list[tuple[int, ...]] = []
+    known: dict[tuple[object, ...], tuple[int, ...]] = {}
+    for piece in pieces:
+        if piece.sums not in known:
+            bounds = [len(steps)]
+            for width in sums:
+                # All taps of one block of channels come in a row: what one reads is in the caches for the next.
+                steps += [(*tap, first, last) for first, last, own, taps in cuts[piece] if own == width for tap in taps]
+                bounds.append(len(steps))
+            known[piece.sums] = tuple(bounds)
+        tiles += [(*rows, piece.base, *piece.origin, *known[piece.sums]) for rows in blocks(*piece.rows, block_n)]
+    return Table(
+        tiles=Rows(tuple(tiles)),
+        steps=Rows((*steps, (0,) * 5)),  # kernels read one step ahead
+        rows_align=_common(v for tile in tiles for v in tile[:2]),
+        sum_align=_common([tile[3] for tile in tiles] + [v for step in steps for v in step[3:]]),
+        rows_full=all(last - first == width for first, last, width, *_ in tiles),
+        sum_full=all(last - first == width for own in cuts.values() for first, last, width, _ in own),
+        widths=tuple(sorted({tile[2] for tile in tiles}, reverse=True)),
+        sums=sums,
+    )
+
+
+@cache
+def weight_table(problem: Problem, block_m: int, block_n: int) -> Table:
+    """Tiles of the weights' gradient (tap, whether it is alive, output channels, their width, first source channel,
+    columns) for a canonical problem; no steps."""
+    tiles: list[tuple[int, ...]] = []
+    for piece in weight_pieces(problem):
+        (((_, fan_in), taps),) = piece.sums
+        for rows in blocks(*piece.rows, block_n):
+            for first in range(0, fan_in, block_m):
                 for tap in taps:
                     alive = problem.alive(tap)
                     where = tap if alive else (0, 0, tap[2])
-                    tiles.append((*where, int(alive), *rows, group * problem.fan_in, *columns))
+                    tiles.append((*where, int(alive), *rows, piece.base, first, min(first + block_m, fan_in)))
     return Table(
         tiles=Rows(tuple(tiles)),
         steps=Rows(()),
-        rows_align=_common([v for tile in tiles for v in tile[4:6]]),
-        sum_align=_common([v for tile in tiles for v in tile[6:]]),
-        rows_full=all(tile[5] - tile[4] == block_n for tile in tiles),
-        sum_full=all(tile[8] - tile[7] == block_k for tile in tiles),
-        pixels=problem.out_pixels,
-        longest=0,
+        rows_align=_common(v for tile in tiles for v in tile[4:6]),
+        sum_align=_common(v for tile in tiles for v in tile[7:]),
+        rows_full=all(tile[5] - tile[4] == tile[6] for tile in tiles),
+        sum_full=all(tile[9] - tile[8] == block_m for tile in tiles),
+        widths=tuple(sorted({tile[6] for tile in tiles}, reverse=True)),
+        sums=(),
     )
 
 
@@ -253,7 +294,7 @@ _on_device: dict[tuple[Rows, torch.device], Tensor] = {}
 def on_device(rows: Rows, like: Tensor) -> Tensor:
     """The numbers as int32 on the device of ``like``. Kept for good: recorded CUDA graphs hold their address.
 
-    The first call with new shapes copies from the host, and waits for that. A graph must not: while one is recorded,
+    The first call with a new table copies from the host, and waits for that. A graph must not: while one is recorded,
     an unknown table becomes part of the graph, element by element. Warm up before recording, as for any Triton kernel.
     """
     table = _on_device.get((rows, like.device))
@@ -265,5 +306,8 @@ def on_device(rows: Rows, like: Tensor) -> Tensor:
         for place, value in zip(table.unbind(), values, strict=True):
             place.fill_(value)
         return table
-    table = _on_device[rows, like.device] = torch.tensor(rows.values, dtype=torch.int32, device=like.device)
-    return table
+    # Not from this thread: whoever warms up for a graph, such as Inductor, takes memory for this thread, or for its
+    # current stream, from the graph's own pool, and would miss what is kept.
+    with ThreadPoolExecutor(1) as thread:
+        table = thread.submit(torch.tensor, rows.values, dtype=torch.int32, device=like.device).result()
+    return _on_device.setdefault((rows, like.device), table)

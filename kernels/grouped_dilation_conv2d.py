@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from . import _dilation_run as run
-from ._dilation_plan import Part, Problem, Taps, kernel_taps, union_of_taps
+from ._dilation_plan import Part, Problem, kernel_taps, union_of_taps
 
 
 @cache
@@ -21,7 +22,37 @@ def _parts(kernel: int, dilations: tuple[int, ...], splits: tuple[int, ...]) -> 
     return tuple(zip([0, *ends[:-1]], ends, taps, strict=True))
 
 
-def _call(
+@lru_cache(maxsize=run.PLANS)
+def _plan(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    dilations: tuple[int, ...],
+    splits: tuple[int, ...],
+    stride_h: int,
+    stride_w: int,
+    groups: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> run.Plan:
+    kernel = weight[-1]
+    problem = Problem(
+        images=x[0],
+        in_channels=x[1],
+        out_channels=weight[0],
+        groups=groups,
+        height=x[2],
+        width=x[3],
+        stride_h=stride_h,
+        stride_w=stride_w,
+        matrices=kernel**2,
+        parts=_parts(kernel, dilations, splits),
+    )
+    one = union_of_taps(kernel, ((1, 1),))  # a matrix per element of the kernel
+    return run.Plan(problem, 1, one, kind, dtype, device)
+
+
+def plan_of(
     x: Tensor,
     weight: Tensor,
     dilations: Sequence[int],
@@ -29,22 +60,10 @@ def _call(
     stride_h: int,
     stride_w: int,
     groups: int,
-) -> tuple[run.Weights, Problem]:
-    kernel = weight.shape[-1]
-    problem = Problem(
-        images=x.shape[0],
-        in_channels=x.shape[1],
-        out_channels=weight.shape[0],
-        groups=groups,
-        height=x.shape[2],
-        width=x.shape[3],
-        stride_h=stride_h,
-        stride_w=stride_w,
-        matrices=kernel**2,
-        parts=_parts(kernel, tuple(dilations), tuple(splits)),
-    )
-    one: Taps = union_of_taps(kernel, ((1, 1),))  # a matrix per element of the kernel
-    return run.Weights.of(weight.unsqueeze(0), None, one.branches, one.matrices), problem
+) -> run.Plan:
+    """The plan of such a call, the same one for equal shapes."""
+    shapes, lists = (x.shape, weight.shape), (tuple(dilations), tuple(splits))
+    return _plan(*shapes, *lists, stride_h, stride_w, groups, run.kind_of(x), x.dtype, x.device)
 
 
 def forward(
@@ -59,7 +78,8 @@ def forward(
 ) -> Tensor:
     """The kernel of ``nasdet::grouped_dilation_conv2d_triton``."""
     run.check_direct(algorithm)
-    return run.forward(x, *_call(x, weight, dilations, splits, stride_h, stride_w, groups))
+    plan = plan_of(x, weight, dilations, splits, stride_h, stride_w, groups)
+    return run.forward(plan, x, weight.unsqueeze(0), None)
 
 
 def backward(
@@ -77,7 +97,6 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The kernel of ``nasdet::grouped_dilation_conv2d_backward_triton``: the gradients that are needed, else empty."""
     run.check_direct(algorithm)
-    weights, problem = _call(x, weight, dilations, splits, stride_h, stride_w, groups)
-    dx = run.map_gradient(grad, x, weights, problem) if need_x else x.new_empty(0)
-    dweight, _ = run.weight_gradient(grad, x, weights, problem, need_weight, False)
+    plan = plan_of(x, weight, dilations, splits, stride_h, stride_w, groups)
+    dx, dweight, _ = run.backward(plan, grad, x, weight.unsqueeze(0), None, (need_x, need_weight, False))
     return dx, dweight.squeeze(0)

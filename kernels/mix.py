@@ -12,8 +12,8 @@ from torch import Tensor
 from ._launch import all_in_layout_of, in_layout_of, launches, on_device_of
 
 FORWARD_BLOCK, FORWARD_WARPS = 1024, 4
-# One warp a program: its share of every <grad, x_p> then needs no barrier.
-BACKWARD_BLOCK, BACKWARD_WARPS = 1024, 1
+# One warp a program: its share of every <grad, x_p> then needs no barrier. Bytes of a map, for registers hold bytes.
+BACKWARD_BYTES, BACKWARD_WARPS = 2048, 1
 REDUCE_BLOCK, REDUCE_WARPS = 1024, 4
 
 
@@ -119,13 +119,14 @@ def backward(
     # Without need_weights the maps are not read: any tensors do as the arguments.
     maps = all_in_layout_of(xs, like) if need_weights else tuple(dxs)
     grad, weights = in_layout_of(grad, like), weights.contiguous()
-    programs = triton.cdiv(count, BACKWARD_BLOCK)
+    block = BACKWARD_BYTES // like.element_size()
+    programs = triton.cdiv(count, block)
     partial = weights.new_empty(len(xs), programs) if need_weights else weights
     with on_device_of(like):
         for group in launches(len(maps)):
             backward_kernel[(programs,)](
                 grad, maps[group], tuple(dxs[group]) if need_xs else maps[group], weights[group], partial[group], count,
-                NEED_XS=need_xs, NEED_WEIGHTS=need_weights, BLOCK=BACKWARD_BLOCK, num_warps=BACKWARD_WARPS,
+                NEED_XS=need_xs, NEED_WEIGHTS=need_weights, BLOCK=block, num_warps=BACKWARD_WARPS,
             )  # fmt: skip
         if need_weights:
             reduce_kernel[(len(xs),)](partial, dweights, programs, BLOCK=REDUCE_BLOCK, num_warps=REDUCE_WARPS)

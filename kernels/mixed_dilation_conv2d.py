@@ -7,30 +7,47 @@ exists, and the memory does not grow with the branches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from . import _dilation_run as run
 from ._dilation_plan import Problem, union_of_taps
 
 
-def _call(
-    x: Tensor, weight: Tensor, mix: Tensor, dilations: Sequence[int], stride_h: int, stride_w: int, groups: int
-) -> tuple[run.Weights, Problem]:
-    union = union_of_taps(weight.shape[-1], tuple(zip(dilations[::2], dilations[1::2], strict=True)))
+@lru_cache(maxsize=run.PLANS)
+def _plan(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    dilations: tuple[int, ...],
+    stride_h: int,
+    stride_w: int,
+    groups: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> run.Plan:
+    union = union_of_taps(weight[-1], tuple(zip(dilations[::2], dilations[1::2], strict=True)))
     problem = Problem(
-        images=x.shape[0],
-        in_channels=x.shape[1],
-        out_channels=weight.shape[1],
+        images=x[0],
+        in_channels=x[1],
+        out_channels=weight[1],
         groups=groups,
-        height=x.shape[2],
-        width=x.shape[3],
+        height=x[2],
+        width=x[3],
         stride_h=stride_h,
         stride_w=stride_w,
         matrices=len(union.taps),
-        parts=((0, weight.shape[1], union.taps),),
+        parts=((0, weight[1], union.taps),),
     )
-    return run.Weights.of(weight, mix, union.branches, union.matrices), problem
+    return run.Plan(problem, weight[0], union, kind, dtype, device)
+
+
+def plan_of(x: Tensor, weight: Tensor, dilations: Sequence[int], stride_h: int, stride_w: int, groups: int) -> run.Plan:
+    """The plan of such a call, the same one for equal shapes."""
+    kind = run.kind_of(x)
+    return _plan(x.shape, weight.shape, tuple(dilations), stride_h, stride_w, groups, kind, x.dtype, x.device)
 
 
 def forward(
@@ -45,7 +62,8 @@ def forward(
 ) -> Tensor:
     """The kernel of ``nasdet::mixed_dilation_conv2d_triton``."""
     run.check_direct(algorithm)
-    return run.forward(x, *_call(x, weight, mix, dilations, stride_h, stride_w, groups))
+    plan = plan_of(x, weight, dilations, stride_h, stride_w, groups)
+    return run.forward(plan, x, weight, mix.contiguous())
 
 
 def backward(
@@ -64,6 +82,5 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of ``nasdet::mixed_dilation_conv2d_backward_triton``: the gradients that are needed, else empty."""
     run.check_direct(algorithm)
-    weights, problem = _call(x, weight, mix, dilations, stride_h, stride_w, groups)
-    dx = run.map_gradient(grad, x, weights, problem) if need_x else x.new_empty(0)
-    return dx, *run.weight_gradient(grad, x, weights, problem, need_weight, need_mix)
+    plan = plan_of(x, weight, dilations, stride_h, stride_w, groups)
+    return run.backward(plan, grad, x, weight, mix.contiguous(), (need_x, need_weight, need_mix))

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,9 +27,9 @@ from triton.runtime.jit import JITFunction
 mix, norm_act_mix, sigmoid_focal_loss = (
     importlib.import_module(f"nasdet.kernels.{op}") for op in ("mix", "norm_act_mix", "sigmoid_focal_loss")
 )
-mixed, grouped, convolutions = (
+mixed, grouped, convolutions, choices = (
     importlib.import_module(f"nasdet.kernels.{name}")
-    for name in ("mixed_dilation_conv2d", "grouped_dilation_conv2d", "_dilation_run")
+    for name in ("mixed_dilation_conv2d", "grouped_dilation_conv2d", "_dilation_run", "_dilation_choice")
 )
 MAPS, SHAPE, GROUPS = 12, (2, 96, 100, 152), 32  # RepShare's node on P3
 NAMES = {
@@ -73,30 +73,48 @@ def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) ->
     return launches
 
 
-def every_candidate(key: Any, candidates: Sequence[Any], like: Any, launch: Callable[[Any], None]) -> None:
-    for config in candidates:
-        launch(config)
+def every_candidate(choice: Any, like: Any, launch: Callable[[Any], None]) -> None:
+    for config in choice.candidates:
+        launch(choice.prepared(config))
+
+
+@contextlib.contextmanager
+def as_on(arch: int, kind: str) -> Iterator[None]:
+    """Within the block, convolutions are planned as for a device of this architecture."""
+    mixed._plan.cache_clear()
+    grouped._plan.cache_clear()
+    with (
+        mock.patch.object(convolutions, "kind_of", lambda x: kind),
+        mock.patch.object(choices, "processor_of", lambda device: (arch, SHARED_MEMORY[arch])),
+    ):
+        yield
+    mixed._plan.cache_clear()
+    grouped._plan.cache_clear()
 
 
 def recorded_convolutions(dtype: torch.dtype, precision: str, arch: int) -> list[tuple[str, Launch]]:
-    """Every configuration of every product for a large map, and the first choice for ResNeXt's groups."""
+    """Every configuration of every product for a large map, and the first choice for ResNeXt's groups.
+
+    The grouped form has parts of several widths, so that its kernels hold code for each of them.
+    """
     x = torch.empty(4, 256, 50, 84, dtype=dtype, device="meta", memory_format=torch.channels_last)
     kernels, factors = torch.empty(5, 256, 256, 3, 3, dtype=dtype, device="meta"), torch.empty(5, 256, device="meta")
-    own = torch.empty(256, 8, 3, 3, dtype=dtype, device="meta")
-    set_c = [1, 1, 2, 2, 3, 3, 1, 3, 3, 1]
+    own, dense = (torch.empty(256, fan, 3, 3, dtype=dtype, device="meta") for fan in (8, 256))
+    set_c, narrow = [1, 1, 2, 2, 3, 3, 1, 3, 3, 1], [112, 80, 32, 16, 16]
     kind = "16-bit" if dtype != torch.float32 else precision
-    device = {"kind_of": lambda x: kind, "processor_of": lambda x: (arch, SHARED_MEMORY[arch])}
-    with mock.patch.multiple(convolutions, **device), recording() as launches:
-        most = 1 if dtype == torch.float16 else 100
-        with mock.patch.multiple(convolutions, run_fastest=every_candidate, MEASURED=most):
+    most = mock.patch.object(choices, "MEASURED", 1 if dtype == torch.float16 else 100)
+    with as_on(arch, kind), recording() as launches:
+        with mock.patch.object(convolutions, "run_fastest", every_candidate), most:
             mixed.forward(x, kernels, factors, set_c, 1, 1, 1, 0)
             mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, False, True, True)
+            grouped.forward(x, dense, set_c, narrow, 1, 1, 1, 0)
+            grouped.backward(x, x, dense, set_c, narrow, 1, 1, 1, 0, True, True)
         if dtype == torch.bfloat16:
             mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, True, False, False)
             splits = [96, 64, 32, 32, 32]
             grouped.forward(x, own, set_c, splits, 1, 1, 32, 0)
             grouped.backward(x, x, own, set_c, splits, 1, 1, 32, 0, True, True)
-    return [(f"{NAMES[dtype]}-{kind}" if "BLOCK_K" in launch[1] else NAMES[dtype], launch) for launch in launches]
+    return [(f"{NAMES[dtype]}-{kind}" if "WIDTHS" in launch[1] else NAMES[dtype], launch) for launch in launches]
 
 
 def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
@@ -161,9 +179,10 @@ def main(archs: list[int]) -> None:
         for dtype, precision in PRODUCTS:
             for label, (kernel, arguments, options) in recorded_convolutions(dtype, precision, arch):
                 name = f"dilation_conv.{kernel.fn.__name__}-{label}"
-                if "BLOCK_K" in arguments:
-                    tile = "x".join(str(arguments[f"BLOCK_{side}"]) for side in "MNK")
-                    name += f"-{tile}-{options['num_warps']}w-{options['num_stages']}s"
+                if "WIDTHS" in arguments:
+                    sums = arguments["SUMS"] if "SUMS" in arguments else (arguments["BLOCK_K"],)
+                    rows, terms = ("+".join(map(str, widths)) for widths in (arguments["WIDTHS"], sums))
+                    name += f"-{arguments['BLOCK_M']}x{rows}x{terms}-{options['num_warps']}w-{options['num_stages']}s"
                 if f"{name}-sm{arch}" not in report:
                     report[f"{name}-sm{arch}"] = resources(kernel, arguments, options, arch)
     print(json.dumps(report))

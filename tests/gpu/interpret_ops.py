@@ -136,9 +136,19 @@ def convolutions_pass_opcheck(op: str) -> None:
 
 
 def convolutions_do_not_depend_on_the_tiles(op: str) -> None:
-    """Every configuration of every kind gives what the chosen one gives, up to the order of its sums."""
-    run = importlib.import_module("nasdet.kernels._dilation_run")
-    operands, options = convolution(op)
+    """Every configuration of every kind gives what the chosen one gives, up to the order of its sums.
+
+    Of few channels; in the grouped form also of so many that tiles and steps have several widths.
+    """
+    choices = importlib.import_module("nasdet.kernels._dilation_choice")
+    cases = ("seventeen-in", "several-widths") if op == "grouped_dilation_conv2d" else ("seventeen-in",)
+    seen = {config for case in cases for config in compare_configurations(op, case)}
+    assert len(seen) == len({*sum(choices.PRODUCTS.values(), ()), *sum(choices.WEIGHT_PRODUCTS.values(), ())})
+
+
+def compare_configurations(op: str, case: str) -> set[Any]:
+    run, choices = (importlib.import_module(f"nasdet.kernels._dilation_{name}") for name in ("run", "choice"))
+    operands, options = convolution(op, case)
     forward, backward = (getattr(torch.ops.nasdet, f"{op}{suffix}_triton") for suffix in ("", "_backward"))
     grad = op_checks.upstream_of(forward(*operands, *options, 0))
 
@@ -146,18 +156,19 @@ def convolutions_do_not_depend_on_the_tiles(op: str) -> None:
         return [forward(*operands, *options, 0), *backward(grad, *operands, *options, 0, *(True for _ in operands))]
 
     expected, seen = results(), set()
-    for products, weight_products in zip(run.PRODUCTS.values(), run.WEIGHT_PRODUCTS.values(), strict=True):
+    for products, weight_products in zip(choices.PRODUCTS.values(), choices.WEIGHT_PRODUCTS.values(), strict=True):
         for index in range(max(len(products), len(weight_products))):
             pair = products[index % len(products)], weight_products[index % len(weight_products)]
 
-            def forced(key: Any, candidates: Any, like: Any, launch: Any, pair: Any = pair) -> None:
-                seen.add(pair[key[0] == "weights"])
-                launch(pair[key[0] == "weights"])
+            def forced(choice: Any, like: Any, launch: Any, pair: Any = pair) -> None:
+                config = pair[choice.key[0] == "weights"]
+                seen.add(config)
+                launch(choice.prepared(config))
 
             with mock.patch.object(run, "run_fastest", forced):
                 for ours, theirs in zip(results(), expected, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-    assert len(seen) == len({*sum(run.PRODUCTS.values(), ()), *sum(run.WEIGHT_PRODUCTS.values(), ())})
+    return seen
 
 
 def bfloat16_as_on_a_device() -> None:
@@ -193,7 +204,7 @@ def bfloat16_as_on_a_device() -> None:
 # 16-bit maps differ in how they are loaded, stored and multiplied alone: cases for each of that; the others are fp32.
 CONVOLUTIONS_IN_16_BITS = {
     "one-dilation", "plain-dilated", "stride-2", "resnext", "1x1", "dilation-beyond-the-map", "channels-last", "sliced",
-    "kernels-channels-last", "joined-groups", "empty",
+    "kernels-channels-last", "joined-groups", "several-widths", "empty",
 }  # fmt: skip
 
 

@@ -95,6 +95,7 @@ EXTRA_CASES = {
         Case(
             "kernels-channels-last", _grouped((2, 32, 5, 6), (48, 32, 3, 3), (1, 2), (16, 32), 2, 1, channels_last=True)
         ),
+        Case("several-widths", _grouped((1, 40, 2, 3), (48, 40, 3, 3), (2, (1, 2)), (40, 8), 1, 1)),
         Case("joined-groups", _grouped((1, 24, 6, 5), (48, 3, 3, 3), (1, 2), (24, 24), 2, 8)),
     ),
 }

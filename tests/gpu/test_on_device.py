@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import op_checks
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nasdet._dispatch import OPS, Backend, Op
 from nasdet.testing import Case, Inputs, has_data_dependent_size
@@ -183,6 +185,33 @@ def test_records_into_a_cuda_graph(op: Op, backend: Backend, deterministic: bool
             torch.testing.assert_close(replayed[1], list(gradients), rtol=1e-4, atol=1e-5)
         else:
             assert all(torch.equal(a, b) for a, b in zip(replayed[1], gradients, strict=True))
+
+
+@pytest.mark.parametrize(("op", "backend"), _rows_of("mixed_dilation_conv2d") + _rows_of("grouped_dilation_conv2d"))
+def test_compiles_to_cuda_graphs_for_shapes_not_seen_before(op: Op, backend: Backend) -> None:
+    """Inductor warms up on its graphs' own memory, and refuses what a kernel keeps of it for later calls."""
+    raw, kwargs = op_checks.typical_case(op).make(Inputs(torch.float32, DEVICE))
+    args, leaves = op_checks.with_leaves(op, raw)
+    flat, structure = tree_flatten(list(args))
+
+    def step(*inputs: Any) -> Tensor:
+        return op.call(*tree_unflatten(list(inputs), structure), **kwargs, backend=backend.name).sin()
+
+    def results(function: Callable[..., Tensor]) -> list[Tensor]:
+        y = function(*flat)
+        return [y.detach().clone(), *(g.clone() for g in torch.autograd.grad(y.sum(), leaves))]
+
+    tables = importlib.import_module("nasdet.kernels._dilation_plan")._on_device
+    torch._dynamo.reset()
+    with mock.patch.dict(tables, clear=True):  # put back afterwards: graphs that other tests recorded may read them
+        compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):  # warms up, records, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            found = results(compiled)
+            for actual, wanted in zip(found, results(step), strict=True):
+                torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+        assert tables
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))

@@ -105,13 +105,16 @@ test: $(ready)  ## the fast tests, on the installed wheel
 test-slow: $(ready)  ## the tests that take minutes
 	@$(pytest) $(python) -m pytest $(CURDIR)/tests -m "slow and not gpu" $(ARGS)
 
+# The files that have such tests: others may need packages that a machine with a GPU and no network lacks.
+gpu_tests = $(addprefix $(CURDIR)/,$(shell grep -rl --include='test_*.py' 'mark\.gpu' tests))
+
 # Most of the time goes into compiling: side by side where xdist is, and each worker on a core of its own. Then, one by
 # one, those that want the device's memory to themselves. 5 is pytest's word for none chosen, as ARGS="-k" may have it.
 test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure (WORKERS=auto)
 	@$(elsewhere) export $(installed) NASDET_REQUIRE=cuda,triton TORCHINDUCTOR_COMPILE_THREADS=1; \
 	  workers=$$($(python) -c 'import importlib.util as u; print("-n $(WORKERS)" * bool(u.find_spec("xdist")))'); \
-	  shared=0; $(python) -m pytest $(CURDIR)/tests -m "gpu and not whole_gpu" $$workers $(ARGS) || shared=$$?; \
-	  alone=0; $(python) -m pytest $(CURDIR)/tests -m whole_gpu $(ARGS) || alone=$$?; \
+	  shared=0; $(python) -m pytest $(gpu_tests) -m "gpu and not whole_gpu" $$workers $(ARGS) || shared=$$?; \
+	  alone=0; $(python) -m pytest $(gpu_tests) -m whole_gpu $(ARGS) || alone=$$?; \
 	  case $$shared,$$alone in 0,0|0,5|5,0) ;; *) echo "test-gpu: pytest said $$shared, $$alone" >&2; exit 1 ;; esac
 
 fuzz: $(ready)  ## random cases of every operator against float64 references (SEED=0 CASES=20000 MINUTES=20)

@@ -33,11 +33,13 @@ def chosen_backends() -> Iterator[dict[str, list[str]]]:
         yield found
 
 
-def check_backends(contestant: str, found: Mapping[str, list[str]], device: str) -> None:
+def check_backends(contestant: str, found: Mapping[str, list[str]], device: str, *, an_op: bool = False) -> None:
     """Raise WrongBackend where an op's kernels for a CUDA device were passed over. An op without such has no fallback:
-    its reference is all that there is."""
+    its reference is all that there is. ``an_op``: there must have been one."""
     if device != "cuda":
         return
+    if an_op and not found:
+        raise WrongBackend(f"{contestant}: must call an op of this library on {device}, got none")
     for op, names in found.items():
         offered = [backend.name for backend in _dispatch.OPS[op].backends if backend.name in ON_CUDA]
         if offered and not set(names) <= set(ON_CUDA):

@@ -197,7 +197,7 @@ def _admitted(
             call = contestant.make()
             with chosen_backends() if contestant.ours else contextlib.nullcontext({}) as chosen:
                 results = contestant.place(setting.results)(call, phase)
-            check_backends(name, chosen, device)
+            check_backends(name, chosen, device, an_op=contestant.ours)
             if contestant.same:
                 admitted.errors[name] = check_result(name, bench.comparable(results), expected, tolerance)[0]
         except Exception as error:

@@ -50,6 +50,13 @@ def test_a_fallback_on_a_cuda_device_is_an_error(found: dict[str, list[str]], ri
         backends.check_backends("nasdet", found, "cuda")
 
 
+def test_an_op_that_is_not_ours_is_not_timed_as_ours() -> None:
+    backends.check_backends("eager", {}, "cuda", an_op=False)
+    backends.check_backends("nasdet", {}, "cpu", an_op=True)
+    with pytest.raises(backends.WrongBackend, match="nasdet: must call an op of this library on cuda, got none"):
+        backends.check_backends("nasdet", {}, "cuda", an_op=True)
+
+
 def test_rows_keep_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants = (op_race.Contestant("nasdet", lambda: mix), op_race.Contestant("eager", lambda: OPS["mix"].reference))
     bench = op_race.OpBench(OPS["mix"], contestants, (), cases=(MIX,))
@@ -63,7 +70,9 @@ def test_rows_keep_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     info = [op_race.row_info(bench, outcome, name, "fp32", "forward", "cpu") for name in ("nasdet", "eager")]
     assert info[0]["backend"] == "reference" and "backend" not in info[1]
     monkeypatch.setattr(
-        op_race, "check_backends", lambda name, found, device: backends.check_backends(name, found, "cuda")
+        op_race,
+        "check_backends",
+        lambda name, found, device, **more: backends.check_backends(name, found, "cuda", **more),
     )
     with use_backend("reference"), pytest.raises(backends.WrongBackend, match="must be cuda or triton on cuda"):
         raced()

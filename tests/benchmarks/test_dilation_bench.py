@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from nasdet._cases import Inputs
 
+op_race = pytest.importorskip("op_race", reason="no benchmarks beside these tests")
 bench = pytest.importorskip("bench_dilation_conv", reason="no benchmarks beside these tests")
 
 
@@ -71,6 +73,50 @@ def test_the_cpus_rows_are_those_that_they_were() -> None:
     assert not own & {row[1] for row in cpu} and own <= {row[1] for row in cuda}
     assert {row[2] for row in cpu} == {"fp32", "bf16"} and {row[2] for row in cuda} == {"fp32", "bf16", "tf32"}
     assert all(row[2] == "bf16" for row in cuda if row[1] in own)
+
+
+def small(entry: Any, case: str, splits: tuple[int, ...] = ()) -> Any:
+    """The race of a GPU's case on a map for the CPU, with everybody in it; nothing is compiled."""
+    dilations = bench.BY_DILATIONS.get(case, bench.SET_C)
+    contestants = [
+        dataclasses.replace(c, devices=("cpu", "cuda"), make=(lambda: bench.eager) if "compile" in c.name else c.make)
+        for c in entry.contestants
+        if "cuda" in c.devices
+    ]
+    cases = (bench.gpu_case(case, (1, 10, 9, 10), dilations, splits),)
+    return dataclasses.replace(entry, contestants=contestants, cases=cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "phase", "expected"),
+    [
+        ("MIXED_BENCH", "c256-n4", "forward+backward", [("time", "eager"), ("time", "torch.compile")]),
+        ("MIXED_BENCH", "c256-n32", "forward", [("matrix_share", None)]),
+        ("MIXED_BENCH", "c128-n4-8-dilations", "forward+backward", [("kept_memory", None), ("peak_memory", None)]),
+        ("MIXED_BENCH", "c256-n4", "forward", []),
+        ("GROUPED_BENCH", "c128-n4", "forward", [("time", "one convolution")]),
+        ("GROUPED_BENCH", "c256-n32", "forward", [("matrix_share", None)]),
+    ],
+)
+def test_a_race_says_of_every_promise_whether_it_is_kept(
+    name: str, case: str, phase: str, expected: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ("peak_memory", None) not in expected:  # it takes most of the time to find out
+        monkeypatch.setattr(op_race, "_memory", lambda *_: {phase: 8, "graph kept": 8})
+    entry = small(getattr(bench, name), case, (2,) * 5 if name == "GROUPED_BENCH" else ())
+    outcome = op_race.run_op(entry, entry.cases[0], "bf16", phase, device="cpu", threads=1, rounds=1)
+    assert not outcome.entered.failed
+    peaks = {"copy_bytes_per_s": 1e12, "matrix_flops_per_s": {"bf16": 1e15}}
+    info = op_race.row_info(entry, outcome, "nasdet", "bf16", phase, "cuda", peaks)
+    assert [(target["quantity"], target.get("over")) for target in info["targets"]] == expected
+    assert all(isinstance(target["met"], bool) and "absent" not in target for target in info["targets"])
+    if "matrix_share" in dict(expected):
+        assert not info["targets"][0]["met"], "a CPU reaches no half of a petaflop"
+    if phase == "forward+backward":
+        outcome.entered.failed["eager"] = "OutOfMemoryError: x"
+        del outcome.race.seconds["eager"]
+        again = op_race.row_info(entry, outcome, "nasdet", "bf16", phase, "cuda", peaks)["targets"]
+        assert [t["met"] for t in again if t.get("over") == "eager"] == [False] * (("time", "eager") in expected)
 
 
 def test_a_stored_branch_would_break_the_promise_of_memory() -> None:

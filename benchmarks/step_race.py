@@ -29,7 +29,11 @@ class Worker:
         script = Path(__file__).with_name(options.get("worker", "search_worker.py"))
         command = [sys.executable, str(script), json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._answer()
+        try:
+            self.facts = self._answer()
+        except BaseException:  # an interruption too: nobody else knows of the process yet
+            self._process.kill()
+            raise
 
     def __enter__(self) -> Worker:
         return self

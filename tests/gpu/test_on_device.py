@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import op_checks
@@ -18,13 +19,20 @@ from nasdet.testing import Case, Inputs, has_data_dependent_size
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+# Their gradients are summed by atomics, in any order, unless torch is told to use deterministic algorithms.
+ATOMIC = ("roi_align", "multilevel_roi_align")
+
+
+def marks_of(op: Op, case: Case) -> Any:
+    """The reference's samples of a thousand RoIs take up to 10 GB in float64: not in sixteen processes at once."""
+    return pytest.mark.whole_gpu if case.large and op.name in ATOMIC else ()
+
+
 ROWS = [
-    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
+    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}", marks=marks_of(op, case))
     for op, backend in PAIRS
     for case in op_checks.cases_of(op, large=True)
 ]
-# Their gradients are summed by atomics, in any order, unless torch is told to use deterministic algorithms.
-ATOMIC = ("roi_align", "multilevel_roi_align")
 # Matrix products, which are made of float32 in TF32 where torch's own may be: by default.
 PRODUCTS = ("mixed_dilation_conv2d", "grouped_dilation_conv2d")
 PRODUCT_ROWS = [row for row in ROWS if row.values[0].name in PRODUCTS and row.values[1].name == "triton"]
@@ -40,10 +48,13 @@ DTYPES = {**op_checks.DTYPES, "fp64": torch.float64}
 
 
 @pytest.fixture(autouse=True)
-def _need(request: pytest.FixtureRequest, require: Callable[[str, str | None], None]) -> None:
+def _need(request: pytest.FixtureRequest, require: Callable[[str, str | None], None]) -> Iterator[None]:
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if backend := parameters.get("backend"):
         require(backend.name, backend.available())
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the other workers have no use for what this one keeps
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

@@ -11,6 +11,10 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 BASE_PYTHON ?= python3
 ARGS ?=
+BENCHES ?=
+BENCH_MINUTES ?=
+OUT ?= .benchmarks
+WORKERS ?= auto
 RIVALS ?= .venv-rivals
 SEED ?= 0
 CASES ?= 20000
@@ -35,8 +39,9 @@ python := $(bin)/python
 endif
 
 # Tests run from an empty folder, so that what they import is what was installed.
-pytest := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
-  NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
+elsewhere := folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder";
+installed := NASDET_INSTALLED=1 NASDET_DIST=$(CURDIR)/dist
+pytest := $(elsewhere) $(installed)
 
 .PHONY: help install wheel wheel-portable demo test test-slow test-gpu test-asan fuzz rivals bench bench-gpu bench-rivals lint \
   format clean existing
@@ -100,8 +105,17 @@ test: $(ready)  ## the fast tests, on the installed wheel
 test-slow: $(ready)  ## the tests that take minutes
 	@$(pytest) $(python) -m pytest $(CURDIR)/tests -m "slow and not gpu" $(ARGS)
 
-test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure
-	@$(pytest) NASDET_REQUIRE=cuda,triton $(python) -m pytest $(CURDIR)/tests -m gpu $(ARGS)
+# The files that have such tests: others may need packages that a machine with a GPU and no network lacks.
+gpu_tests = $(addprefix $(CURDIR)/,$(shell grep -rl --include='test_*.py' 'mark\.gpu' tests))
+
+# Most of the time goes into compiling: side by side where xdist is, and each worker on a core of its own. Then, one by
+# one, those that want the device's memory to themselves. 5 is pytest's word for none chosen, as ARGS="-k" may have it.
+test-gpu: $(ready)  ## the tests that need a CUDA device; a missing one is a failure (WORKERS=auto)
+	@$(elsewhere) export $(installed) NASDET_REQUIRE=cuda,triton TORCHINDUCTOR_COMPILE_THREADS=1; \
+	  workers=$$($(python) -c 'import importlib.util as u; print("-n $(WORKERS)" * bool(u.find_spec("xdist")))'); \
+	  shared=0; $(python) -m pytest $(gpu_tests) -m "gpu and not whole_gpu" $$workers $(ARGS) || shared=$$?; \
+	  alone=0; $(python) -m pytest $(gpu_tests) -m whole_gpu $(ARGS) || alone=$$?; \
+	  case $$shared,$$alone in 0,0|0,5|5,0) ;; *) echo "test-gpu: pytest said $$shared, $$alone" >&2; exit 1 ;; esac
 
 fuzz: $(ready)  ## random cases of every operator against float64 references (SEED=0 CASES=20000 MINUTES=20)
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd "$$folder"; \
@@ -121,25 +135,19 @@ test-asan: install  ## the operators' tests under the sanitizers (SANITIZE=avx2:
 	  LD_PRELOAD="$$preload" $(bin)/python -m pytest $(CURDIR)/tests/ops $(CURDIR)/tests/python_module \
   -m "not slow and not gpu" $(ARGS)
 
-benchmark = $(python) -m pytest $(CURDIR)/benchmarks -q -p no:cacheprovider --benchmark-sort=name \
-  --benchmark-columns=median,iqr,rounds --benchmark-json=$(CURDIR)/.benchmarks/latest.json
-tables = $(python) benchmarks/record.py && $(python) benchmarks/tables.py
+# One pytest per file, each with a JSON of its own in OUT; ARGS are pytest's.
+benchmark = $(python) $(CURDIR)/benchmarks/run.py --out $(abspath $(OUT)) $(addprefix --bench ,$(BENCHES)) \
+  $(addprefix --minutes ,$(BENCH_MINUTES)) --
 
-bench: $(ready)  ## the benchmarks, speed and peak memory; rewrites the results and the tables
-	@mkdir -p .benchmarks
+bench: $(ready)  ## the benchmarks, speed and peak memory; rewrites the results and the tables (BENCHES="mix nms")
 	@$(pytest) $(benchmark) $(ARGS)
-	@$(tables)
 
-bench-gpu: $(ready)  ## the same on a CUDA device; a missing one is a failure
-	@mkdir -p .benchmarks
+bench-gpu: $(ready)  ## the same on a CUDA device; a missing one is a failure (OUT=FOLDER BENCH_MINUTES=9)
 	@$(pytest) NASDET_REQUIRE=cuda,triton $(benchmark) --bench-device cuda $(ARGS)
-	@$(tables)
 
 bench-rivals: python = $(rivals_bin)/python
 bench-rivals: $(RIVALS)/.installed  ## the benchmarks with torchvision among the contestants, in RIVALS
-	@mkdir -p .benchmarks
 	@$(pytest) NASDET_REQUIRE=cpp,torchvision $(benchmark) $(ARGS)
-	@$(tables)
 
 cplusplus = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 

@@ -49,7 +49,7 @@ def contestants_of(detector: str, phase: str, images: int) -> tuple[dict[str, di
 
 def complete(info: dict[str, Any], outcome: Any) -> None:
     info["images_per_s"] = info["images"] / info["median_s"]
-    if info["contestant"] == "nasdet":
+    if info["contestant"] == "nasdet" and info["case"].partition(",")[0] in TORCHVISION_DETECTORS:
         info["targets"] = time_target(info, "torchvision", AIM)
 
 

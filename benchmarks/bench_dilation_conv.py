@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from op_race import DTYPES, FORWARD, PHASES, TRAINING, Call, Contestant, OpBench, Setting, Target, compiled
+import torch
+from op_race import DTYPES, FORWARD, PHASES, TF32, TRAINING, Call, Contestant, OpBench, Setting, Target, compiled
 from torch import Tensor
 
-from nasdet._cases import Case
+from nasdet._cases import Case, Inputs
 from nasdet._dispatch import OPS
 from nasdet.ops._dilation import Pair, pair, same_conv2d
 from nasdet.ops.grouped_dilation_conv2d import grouped_dilation_conv2d
@@ -18,9 +19,43 @@ from nasdet.ops.mixed_dilation_conv2d import mixed_dilation_conv2d
 MIXED, GROUPED = OPS["mixed_dilation_conv2d"], OPS["grouped_dilation_conv2d"]
 CHANNELS = (128, 256, 512)
 SHAPES = {c: (f"c{c}-n1", f"c{c}-n2") for c in CHANNELS}
-HALVES = ("c128-n1", "c256-n1", "x101-stage-3", "batch-8-small-maps")  # the cases that are run in bfloat16 as well
+HALVES = ("c128-n1", "c256-n1", "x101-stage-3", "batch-8-small-maps")  # the cases that are run in other dtypes as well
+
+# On a CUDA device alone: what was promised there, by shapes that fill it. The last has several waves of tiles.
+GPU_MAPS = {"c128-n4": (4, 128, 100, 168), "c256-n4": (4, 256, 50, 84), "c256-n32": (32, 256, 50, 84)}
+PROMISED, LARGE_N = ("c128-n4", "c256-n4"), "c256-n32"
+SPLITS = {128: (64, 16, 16, 16, 16), 256: (112, 48, 32, 32, 32)}
+SET_C: tuple[int | Pair, ...] = (1, 2, 3, (1, 3), (3, 1))
+# Memory by the number of dilations G: kernels grow with it, what a call takes beside them must not.
+BY_DILATIONS = {f"c128-n4-{count}-dilations": tuple(range(1, count + 1)) for count in (2, 4, 8)}
+MAP_BYTES = 2 * 4 * 128 * 100 * 168  # one bfloat16 map of these
+# Output, the map's gradient, and of all taps together sums in float32, which are cut into as many chunks as fill the
+# device: about a map. Three maps, and room for a fourth; the branches of eight dilations alone would be eight.
+MOST_MAPS = 4
 
 Dilations = Sequence[int | Pair]
+
+
+def gpu_case(name: str, shape: Sequence[int], dilations: Dilations, splits: Sequence[int] = ()) -> Case:
+    """A channels_last map and kernels to convolve it with: of the grouped form where ``splits`` are given."""
+
+    def make(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        channels, scale = shape[1], (9 * shape[1]) ** -0.5
+        x = inputs.randn(*shape, layout="channels_last")
+        if splits:
+            return (x, inputs.randn(channels, channels, 3, 3, scale=scale), dilations, splits, 1, 1), {}
+        mix = torch.stack([inputs.weights(len(dilations)) for _ in range(channels)], dim=1)
+        kernels = inputs.randn(len(dilations), channels, channels, 3, 3, scale=scale)
+        return (x, kernels, mix, dilations, 1, 1), {}
+
+    return Case(name, make, large=True)
+
+
+MIXED_ON_GPU = [
+    *(gpu_case(name, shape, SET_C) for name, shape in GPU_MAPS.items()),
+    *(gpu_case(name, GPU_MAPS["c128-n4"], dilations) for name, dilations in BY_DILATIONS.items()),
+]
+GROUPED_ON_GPU = [gpu_case(name, shape, SET_C, SPLITS[shape[1]]) for name, shape in GPU_MAPS.items()]
 
 
 def eager(x: Tensor, weight: Tensor, mix: Tensor, dilations: Dilations, stride: Any = 1, groups: int = 1) -> Tensor:
@@ -101,6 +136,17 @@ def _never_slower(over: str, cases: Sequence[str]) -> list[Target]:
     return [Target("nasdet", phase, over, 1.0, cases=cases, dtypes=DTYPES) for phase in PHASES]
 
 
+ON_GPU: dict[str, Any] = {"device": "cuda", "dtypes": ("bf16",)}
+
+
+def _on_gpu(phase: str, over: str, factor: float) -> Target:
+    return Target("nasdet", phase, over, factor, cases=PROMISED, **ON_GPU)
+
+
+def _share_of_matrix_peak() -> Target:
+    return Target("nasdet", FORWARD, quantity="matrix_share", at_least=0.55, cases=(LARGE_N,), **ON_GPU)
+
+
 ALL = tuple(case for cases in SHAPES.values() for case in cases)
 MIXED_BENCH = OpBench(
     MIXED,
@@ -111,7 +157,14 @@ MIXED_BENCH = OpBench(
         # PyTorch 2.13's bfloat16 weight gradient of a grouped convolution is wrong on some CPUs.
         Contestant("eager", lambda: eager, may_fail=True),
         Contestant("eager, folded kernels", lambda: eager_folded, may_fail=True),
-        Contestant("torch.compile", lambda: compiled(eager), may_fail=True, devices=("cuda",)),
+        # Where it is promised something, and beside the smallest maps: it takes long to compile.
+        Contestant(
+            "torch.compile",
+            lambda: compiled(eager),
+            may_fail=True,
+            devices=("cuda",),
+            cases=("c128-n1", "c256-n1", *GPU_MAPS),
+        ),
     ),
     [
         *_times("nasdet", "eager", (8.0, 6.0, 3.8), (10.0, 7.5, 5.5)),
@@ -121,13 +174,15 @@ MIXED_BENCH = OpBench(
         *_never_slower("eager", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps", "c128-n1-nchw")),
         *_never_slower("eager, folded kernels", ("c128-stride-2", "x101-stage-3", "batch-8-small-maps")),
         *(Target("nasdet", phase, "eager", 1.0, cases=ALL, dtypes=("bf16",)) for phase in PHASES),
+        *(_on_gpu(TRAINING, rival, factor) for rival, factor in (("eager", 3.0), ("torch.compile", 2.0))),
+        _share_of_matrix_peak(),
         *(
-            Target("nasdet", TRAINING, rival, factor, device="cuda", cases=SHAPES[c], dtypes=("bf16",))
-            for c in CHANNELS[:2]
-            for rival, factor in (("eager", 3.0), ("torch.compile", 2.0))
+            Target("nasdet", phase, quantity=quantity, at_most=maps * MAP_BYTES, cases=tuple(BY_DILATIONS), **ON_GPU)
+            for phase, quantity, maps in ((TRAINING, "kept_memory", 1.25), (TRAINING, "peak_memory", MOST_MAPS))
         ),
     ],
     work=_least_work,
+    cases=[*MIXED.cases, *MIXED_ON_GPU],
 )
 GROUPED_BENCH = OpBench(
     GROUPED,
@@ -146,27 +201,43 @@ GROUPED_BENCH = OpBench(
             for c, factor in zip(CHANNELS, (2.5, 2.8, 2.3), strict=True)
         ),
         *_never_slower("split and concatenated", ("x101-stage-3",)),
-        *(
-            Target("nasdet", FORWARD, "one convolution", 1 / 1.15, device="cuda", cases=SHAPES[c], dtypes=("bf16",))
-            for c in CHANNELS[:2]
-        ),
+        _on_gpu(FORWARD, "one convolution", 1 / 1.15),
+        _share_of_matrix_peak(),
     ],
     work=_least_work,
+    cases=[*GROUPED.cases, *GROUPED_ON_GPU],
 )
-ROWS = [
-    pytest.param(
-        bench, case, dtype, phase, contestant.name, id=f"{bench.name}-{case.id}-{dtype}-{phase}-{contestant.name}"
-    )
-    for bench in (MIXED_BENCH, GROUPED_BENCH)
-    for case in bench.large_cases()
-    for dtype in (("fp32", "bf16") if case.id in HALVES else ("fp32",))
-    for phase in PHASES
-    for contestant in bench.contestants
-    if contestant.enters(case)
-]
+ON_GPU_ALONE = (*GPU_MAPS, *BY_DILATIONS)
 
 
-@pytest.mark.parametrize(("bench", "case", "dtype", "phase", "contestant"), ROWS)
+def dtypes_of(case: Case, device: str) -> tuple[str, ...]:
+    """What a case is raced in on a device: () where it is not for it."""
+    if case.id in ON_GPU_ALONE:
+        return ("bf16",) if device == "cuda" else ()
+    if case.id not in HALVES:
+        return ("fp32",)
+    return ("fp32", TF32, "bf16") if device == "cuda" else ("fp32", "bf16")
+
+
+def rows(device: str) -> list[Any]:
+    return [
+        pytest.param(
+            bench, case, dtype, phase, contestant.name, id=f"{bench.name}-{case.id}-{dtype}-{phase}-{contestant.name}"
+        )
+        for bench in (MIXED_BENCH, GROUPED_BENCH)
+        for case in bench.large_cases()
+        for dtype in dtypes_of(case, device)
+        for phase in PHASES
+        for contestant in bench.contestants
+        if contestant.enters(case) and device in contestant.devices
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = ("bench", "case", "dtype", "phase", "contestant")
+    metafunc.parametrize(names, rows(metafunc.config.getoption("--bench-device")))
+
+
 def test_dilation_conv(
     op_row: Callable[..., None], bench: OpBench, case: Case, dtype: str, phase: str, contestant: str
 ) -> None:

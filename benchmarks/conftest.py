@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # this folder only: the repository's root would hide an installed nasdet
 
-from machine import environment, keep_freed_blocks, measured_peaks  # noqa: E402  (needs the line above)
+from machine import environment, keep_freed_blocks, lacking, measured_peaks  # noqa: E402  (needs the line above)
 from op_race import OpBench, row_info, run_op  # noqa: E402
 from rows import CLOCK, race_once, replay  # noqa: E402
 from step_race import run_workers, step_info, step_threads  # noqa: E402
@@ -26,9 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-step-threads", type=int, default=0, help="threads of a search step (0: all processors)")
     group.addoption("--bench-step-rounds", type=int, default=3, help="rounds of a step at 1 image (3); at 4: a third")
     group.addoption("--bench-step-scale", type=float, default=1.0, help="of the papers' widths in a step (1)")
-    group.addoption(
-        "--bench-detector-rounds", type=int, default=3, help="rounds of a detector (3)"
-    )
+    group.addoption("--bench-detector-rounds", type=int, default=3, help="rounds of a detector (3)")
     group.addoption("--bench-detector-size", default="800x1333", help="of a detector's pictures (800x1333)")
     group.addoption("--bench-large-step", action="store_true", help="also a NATS step at 800 x 1216 px")
 
@@ -37,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     if target := config.getoption("benchmark_json", None):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if missing := lacking(os.environ.get("NASDET_REQUIRE", "")):
+        raise pytest.UsageError("; ".join(f"NASDET_REQUIRE has {name}, but: {why}" for name, why in missing.items()))
 
 
 @pytest.fixture(scope="session")
@@ -96,10 +97,7 @@ def op_row(
         if contestant in outcome.absent:
             benchmark.skipped = True
             pytest.skip(outcome.absent[contestant])
-        info = row_info(bench, outcome, contestant, dtype, phase, bench_device)
-        for of, rate in (("copy", "bytes_per_s"), ("fma", "flops_per_s")):
-            if rate in info:
-                info[f"{of}_share"] = info[rate] / bench_machine["peaks"][f"{of}_{rate}"]
+        info = row_info(bench, outcome, contestant, dtype, phase, bench_device, bench_machine["peaks"])
         info |= {"bench": bench.name, "case": case.id, "environment": bench_machine}
         replay(benchmark, " ".join(key), outcome.race.seconds[contestant], info)
 

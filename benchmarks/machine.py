@@ -18,7 +18,7 @@ import torch
 from interleave import Clock, make_clock
 
 import nasdet
-from nasdet import _library
+from nasdet import _dispatch, _library
 from nasdet.measure.memory import trim_heap
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,10 @@ def build_info() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the source tree, with ``+`` when tracked files differ from it."""
+    """The commit of the source tree, with ``+`` when tracked files differ from it; NASDET_COMMIT where that is set, for
+    a tree that came without its history."""
+    if given := os.environ.get("NASDET_COMMIT"):
+        return given
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -91,6 +94,18 @@ def _version(package: str) -> str | None:
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
+
+
+def lacking(required: str) -> dict[str, str]:
+    """What is missing of the comma-separated names in ``NASDET_REQUIRE`` that a benchmark can depend on, and why."""
+    reasons = {
+        "cpp": _library.why_not("cpu"),
+        "cuda": "no CUDA device" if not torch.cuda.is_available() else _library.why_not("cuda"),
+        "triton": _dispatch.TRITON_MISSING,
+        "torchvision": None if _version("torchvision") else "torchvision is not installed",
+    }
+    wanted = required.replace(" ", "").split(",")
+    return {name: reason for name in wanted if (reason := reasons.get(name))}
 
 
 @contextlib.contextmanager
@@ -166,20 +181,42 @@ def large_blocks_kept() -> Iterator[None]:
         trim_heap()
 
 
-def measured_peaks(device: str, threads: int) -> dict[str, float]:
-    """The machine's own peaks: bytes/s of a large copy (read + write) and FLOP/s of a float32 matrix product.
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Whether convolutions and matrix products of float32 may drop bits of their operands on a CUDA device, for whoever
+    asks torch: its convolutions may by default, and so do this library's then; its matrix products may not.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
-    The product stands for the multiply-add peak: BLAS reaches 90 to 100 % of it. TF32 is off.
+
+def measured_peaks(device: str, threads: int) -> dict[str, Any]:
+    """The machine's own peaks: bytes/s of a large copy (read + write) and FLOP/s of a matrix product in each dtype.
+
+    The product stands for the multiply-add peak: BLAS reaches 90 to 100 % of it. Of random numbers, for a GPU's clock
+    falls with the bits that change, and maps are no ones.
     """
     clock = make_clock(device)
-    side = 8192 if device == "cuda" else 1536
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    a = torch.ones(side, side, device=device)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({"tf32": torch.float32} if device == "cuda" else {})
     with pinned(threads):
         copy = _median(clock, lambda: target.copy_(source))
-        product = _median(clock, lambda: torch.mm(a, a))
-    return {"copy_bytes_per_s": 2 * source.nbytes / copy, "fma_flops_per_s": 2 * side**3 / product}
+        matrix = {name: _matrix_peak(clock, device, dtype, name == "tf32") for name, dtype in dtypes.items()}
+    rates = {"copy_bytes_per_s": 2 * source.nbytes / copy, "fma_flops_per_s": matrix["fp32"]}
+    return {**rates, "matrix_flops_per_s": matrix}
+
+
+def _matrix_peak(clock: Clock, device: str, dtype: torch.dtype, tf32: bool) -> float:
+    side = 8192 if device == "cuda" else 1536 if dtype == torch.float32 else 768  # some CPUs emulate the 16-bit one
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    with float32_products(tf32=tf32):
+        return 2 * side**3 / _median(clock, lambda: torch.mm(a, b))
 
 
 def _median(clock: Clock, call: Any, rounds: int = 7) -> float:

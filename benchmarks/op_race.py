@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from backends import check_backends, chosen_backends
 from interleave import Clock, Race, check_result, make_clock, run_race
-from machine import large_blocks_kept, on_threads, pinned, processors
-from op_setting import DTYPES, FORWARD, PHASES, TRAINING, Call, Setting
+from machine import float32_products, large_blocks_kept, on_threads, pinned, processors
+from op_setting import DTYPES, FORWARD, PHASES, TF32, TRAINING, Call, Setting
+from promises import KEPT, Measured, Target, verdict
 from torch import Tensor
 
 import nasdet
@@ -18,12 +22,26 @@ from nasdet import _dispatch
 from nasdet._cases import Case
 from nasdet.measure.memory import peak_memory
 
-__all__ = ["DTYPES", "FORWARD", "PHASES", "TRAINING", "Call", "Contestant", "OpBench", "Setting", "Target", "compiled"]
+__all__ = [
+    "DTYPES",
+    "FORWARD",
+    "PHASES",
+    "TF32",
+    "TRAINING",
+    "Call",
+    "Contestant",
+    "OpBench",
+    "Setting",
+    "Target",
+    "compiled",
+]
 
 # Relative L2 distance to the float64 reference. Rivals get more room: eager in bfloat16 rounds every intermediate map,
-# and PyTorch's channels_last group norm puts some activations on the other side of ReLU's kink.
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-RIVAL_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}
+# and PyTorch's channels_last group norm puts some activations on the other side of ReLU's kink. TF32 has 10 bits of
+# mantissa, and a matrix unit drops the others of both operands: a product is off by less than 2 * 2^-10 of itself, and
+# so is, over many outputs, the L2 norm of a sum of products with random signs.
+TOLERANCE = {"fp32": 1e-4, TF32: 2**-9, "bf16": 1e-2}
+RIVAL_TOLERANCE = {"fp32": 1e-2, TF32: 1e-2, "bf16": 5e-2}
 SHORTEST = 2e-3  # seconds that one timing takes at least, where calls may be repeated
 
 
@@ -39,6 +57,11 @@ class Contestant:
     cases: Sequence[str] = ()  # runs in these only; in all when empty
     threads: int = 0  # runs on so many, whatever the others do (CPU); 0: as the others
     same: bool = True  # computes the op; a yardstick that computes something else of the same cost is not checked
+    library: str = ""  # that it needs; on the CPU it is raced in an environment of its own (`make bench-rivals`)
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("nasdet")
 
     def enters(self, case: Case) -> bool:
         """Whether it races in this case at all."""
@@ -54,28 +77,13 @@ class Contestant:
             return f"only beside contestants on fewer than {self.threads} threads"
         if self.threads > len(processors()):
             return f"fewer than {self.threads} processors"
+        if self.library and device == "cpu" and importlib.util.find_spec(self.library) is None:
+            return f"{self.library} is not installed"
         return None
 
     def place(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """``call`` on the contestant's own threads, if it has any."""
         return on_threads(self.threads)(call) if self.threads else call
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the project promises: ``contestant`` ``factor`` times better than ``over``; without a rival, at most
-    ``at_most`` seconds or bytes.
-    """
-
-    contestant: str
-    phase: str
-    over: str = ""
-    factor: float = 0.0
-    quantity: str = "time"  # "peak_memory" of the tensors; "resident_memory" of the process, or of the tensors if more
-    at_most: float = 0.0
-    cases: Sequence[str] = ()  # in these only; in all when empty
-    device: str = "cpu"
-    dtypes: Sequence[str] = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,30 @@ class OpBench:
 
 
 @dataclass
+class Admitted:
+    """Who takes part in a race, and who does not: by its rules, or because it ``failed``."""
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)  # relative L2, of the first output
+    backends: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Outcome:
-    """A finished race: times, peak bytes over the inputs by contestant and phase, the work, who could not run, and the
-    relative L2 errors of the outputs."""
+    """A finished race: times, peak bytes over the inputs by contestant and phase, the work, and who was in it."""
 
     case: str
     race: Race
     memory: dict[str, dict[str, int]]
     bytes_moved: int | None
     flops: float | None
-    absent: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    entered: Admitted = field(default_factory=Admitted)
+
+    @property
+    def absent(self) -> dict[str, str]:
+        return self.entered.absent | self.entered.failed
 
 
 def compiled(reference: Call, mode: str | None = None) -> Call:
@@ -130,11 +151,19 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
 
     Before each timing the inputs are written anew, so that everyone finds them in the same state of the caches. Where
     calls may be repeated a timing of short ones is a mean, and finds the caches as the call before it left them.
+    Products of float32 are float32's in ``"fp32"``, and may be TF32's for everyone in ``"tf32"``.
     """
     torch._dynamo.reset()  # otherwise the cases share one function's limit of recompilations
-    setting = Setting(case, dtype, device, bench.op.differentiable)
-    calls, absent, errors = _admitted(bench, setting, case, dtype, phase, device, threads)
-    step = setting.forward if phase == FORWARD else setting.train
+    with float32_products(tf32=dtype == TF32):
+        setting = Setting(case, dtype, device, bench.op.differentiable)
+        admitted = _admitted(bench, setting, case, dtype, phase, device, threads)
+        return _raced(bench, setting, admitted, phase, device, threads, rounds)
+
+
+def _raced(
+    bench: OpBench, setting: Setting, admitted: Admitted, phase: str, device: str, threads: int, rounds: int
+) -> Outcome:
+    calls, step = admitted.calls, setting.forward if phase == FORWARD else setting.train
     places = {c.name: c.place for c in bench.contestants}
     timed = {name: places[name](functools.partial(step, call)) for name, call in calls.items()}
     clock = make_clock(device)
@@ -145,39 +174,41 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
             race = run_race(timed, rounds=rounds, clock=clock, prepare=setting.restore)
         memory = {name: places[name](_memory)(setting, call, phase, device) for name, call in calls.items()}
     seconds = {name: [time / repeats[name] for time in times] for name, times in race.seconds.items()}
-    moved, flops = _work(bench, setting, phase)
-    return Outcome(case.id, Race(seconds), memory, moved, flops, absent, errors)
+    return Outcome(setting.case, Race(seconds), memory, *_work(bench, setting, phase), admitted)
 
 
 def _admitted(
     bench: OpBench, setting: Setting, case: Case, dtype: str, phase: str, device: str, threads: int
-) -> tuple[dict[str, Call], dict[str, str], dict[str, float]]:
-    """The contestants whose results are the reference's, why others are absent, and errors. Raises WrongResult."""
+) -> Admitted:
+    """The contestants whose results are the reference's, why others are absent, and errors.
+
+    Raises WrongResult and WrongBackend.
+    """
     reference = bench.reference or bench.op.reference
-    exact = bench.exact
-    expected = bench.comparable((setting if exact else setting.in_float64()).results(reference, phase))
-    calls: dict[str, Call] = {}
-    absent: dict[str, str] = {}
-    errors: dict[str, float] = {}
+    expected = bench.comparable((setting if bench.exact else setting.in_float64()).results(reference, phase))
+    admitted = Admitted()
     for contestant in bench.contestants:
+        name = contestant.name
         if reason := contestant.why_not(case, phase, device, threads):
-            absent[contestant.name] = reason
+            admitted.absent[name] = reason
             continue
-        ours = contestant.name.startswith("nasdet")
-        tolerance = 0.0 if exact else (TOLERANCE if ours else RIVAL_TOLERANCE)[dtype]
+        tolerance = 0.0 if bench.exact else (TOLERANCE if contestant.ours else RIVAL_TOLERANCE)[dtype]
         try:
             call = contestant.make()
-            results = contestant.place(setting.results)(call, phase)
+            with chosen_backends() if contestant.ours else contextlib.nullcontext({}) as chosen:
+                results = contestant.place(setting.results)(call, phase)
+            check_backends(name, chosen, device, an_op=contestant.ours)
             if contestant.same:
-                distances = check_result(contestant.name, bench.comparable(results), expected, tolerance)
-                errors[contestant.name] = distances[0]
+                admitted.errors[name] = check_result(name, bench.comparable(results), expected, tolerance)[0]
         except Exception as error:
             if not contestant.may_fail:
                 raise
-            absent[contestant.name] = f"{type(error).__name__}: {str(error)[:200]}"
+            admitted.failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
-        calls[contestant.name] = call
-    return calls, absent, errors
+        admitted.calls[name] = call
+        if chosen:
+            admitted.backends[name] = ", ".join(sorted({backend for names in chosen.values() for backend in names}))
+    return admitted
 
 
 def _repeats(clock: Clock, call: Callable[[], Any]) -> int:
@@ -202,57 +233,46 @@ def _work(bench: OpBench, setting: Setting, phase: str) -> tuple[int | None, flo
     return moved * maps[0].nbytes, bench.flops_per_value[phase] * len(maps) * maps[0].numel()
 
 
-def row_info(bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str, device: str) -> dict[str, Any]:
-    """What a row says beside its times: work, memory, ratios to every rival, promises kept or not."""
-    seconds = outcome.race.median(name)
+def row_info(
+    bench: OpBench,
+    outcome: Outcome,
+    name: str,
+    dtype: str,
+    phase: str,
+    device: str,
+    peaks: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a row says beside its times: backend, work, memory, ratios to every rival, promises kept or not.
+
+    ``peaks``: the machine's own, as :func:`machine.measured_peaks` gives them.
+    """
+    seconds, entered = outcome.race.median(name), outcome.entered
     rivals = [rival for rival in outcome.race.seconds if rival != name]
     info: dict[str, Any] = {"contestant": name, "dtype": dtype, "phase": phase}
     info |= {"median_s": seconds, "iqr_s": outcome.race.iqr(name)}
-    if name in outcome.errors:
-        info["error"] = outcome.errors[name]
+    if name in entered.backends:
+        info["backend"] = entered.backends[name]
+    if name in entered.errors:
+        info["error"] = entered.errors[name]
     if outcome.bytes_moved is not None:
         info |= {"bytes_floor": outcome.bytes_moved, "bytes_per_s": outcome.bytes_moved / seconds}
+        if peaks:
+            info["copy_share"] = info["bytes_per_s"] / peaks["copy_bytes_per_s"]
     if outcome.flops is not None:
         info |= {"flops": outcome.flops, "flops_per_s": outcome.flops / seconds}
+        if peaks and dtype in peaks["matrix_flops_per_s"]:
+            info["matrix_share"] = info["flops_per_s"] / peaks["matrix_flops_per_s"][dtype]
+    measured = Measured(outcome.race, outcome.memory, entered.failed, info.get("matrix_share"))
+    verdicts = [
+        verdict(target, measured)
+        for target in bench.targets
+        if target.concerns(name, outcome.case, dtype, phase, device)
+    ]
     return info | {
         "peak_memory": outcome.memory[name],
         "speedup_over": {rival: outcome.race.speedup(name, rival) for rival in rivals},
-        "targets": _targets(bench, outcome, name, dtype, phase, device),
+        "targets": [row for row in verdicts if row is not None],
     }
-
-
-def _targets(
-    bench: OpBench, outcome: Outcome, name: str, dtype: str, phase: str, device: str
-) -> list[dict[str, Any]]:
-    rows = []
-    for target in bench.targets:
-        if (target.contestant, target.phase, target.device) != (name, phase, device) or dtype not in target.dtypes:
-            continue
-        if target.cases and outcome.case not in target.cases:
-            continue
-        if not target.over:
-            own = outcome.race.median(name) if target.quantity == "time" else _most(outcome.memory[name], phase)
-            row = {"quantity": target.quantity, "at_most": target.at_most, "value": own}
-            rows.append(row | {"met": own <= target.at_most})
-        elif target.over in outcome.race.seconds:
-            row = {"quantity": target.quantity, "over": target.over, "at_least": target.factor}
-            ratio = _ratio(outcome, name, target, phase)
-            rows.append(row | {"ratio": ratio, "met": ratio >= target.factor})
-    return rows
-
-
-def _ratio(outcome: Outcome, name: str, target: Target, phase: str) -> float:
-    if target.quantity == "time":
-        return outcome.race.speedup(name, target.over)
-    theirs, ours = outcome.memory[target.over], outcome.memory[name]
-    if target.quantity == "resident_memory":
-        return _most(theirs, phase) / max(_most(ours, phase), 1)
-    return theirs[phase] / max(ours[phase], 1)
-
-
-def _most(memory: Mapping[str, int], phase: str) -> int:
-    """The peak with what an op takes from malloc beside its tensors, where that is known."""
-    return max(memory[phase], memory.get(f"{phase}, resident", 0))
 
 
 def _memory(setting: Setting, call: Call, phase: str, device: str) -> dict[str, int]:
@@ -260,7 +280,7 @@ def _memory(setting: Setting, call: Call, phase: str, device: str) -> dict[str, 
     probes: dict[str, Callable[[], Any]] = {FORWARD: functools.partial(setting.forward, call)}
     if phase == TRAINING:
         probes = {
-            "graph kept": functools.partial(setting.graph, call),
+            KEPT: functools.partial(setting.graph, call),
             TRAINING: functools.partial(setting.train, call),
         }
     return {name: _peak(setting, probe, device, True) for name, probe in probes.items()} | {

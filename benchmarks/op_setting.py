@@ -12,6 +12,7 @@ from torch import Tensor
 from nasdet._cases import Case, Inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TF32 = "tf32"  # float32 maps, of which a CUDA device's products may drop bits
 PHASES = ("forward", "forward+backward")
 FORWARD, TRAINING = PHASES
 
@@ -43,8 +44,8 @@ class Setting:
     """
 
     def __init__(self, case: Case, dtype: str, device: str, differentiable: Sequence[int]) -> None:
-        arguments, self.options = case.make(Inputs(DTYPES[dtype], device))
-        self.dtype = DTYPES[dtype]
+        self.case, self.dtype = case.id, torch.float32 if dtype == TF32 else DTYPES[dtype]
+        arguments, self.options = case.make(Inputs(self.dtype, device))
         self.differentiable = tuple(differentiable)
         self.pristine = [list(a) if isinstance(a, (list, tuple)) else a for a in arguments]
         self.anchor = torch.ones((), device=device, requires_grad=True)

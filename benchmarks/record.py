@@ -1,6 +1,6 @@
 """Turns pytest-benchmark's JSON into compact result files: ``results/<machine>/<bench>.json``.
 
-    python benchmarks/record.py [.benchmarks/latest.json] [--results FOLDER]
+    python benchmarks/record.py .benchmarks/mix.json ... [--results FOLDER]
 
 One file per benchmark and machine; rows of a case that was measured again replace the older ones, others stay. What was
 measured with torchvision in the environment stands beside what was measured without. No host name and no path is
@@ -19,7 +19,6 @@ from typing import Any
 from nasdet._files import read_json, write_json
 
 FOLDER = Path(__file__).resolve().parent
-LATEST = FOLDER.parent / ".benchmarks" / "latest.json"
 RACE = ("case", "dtype", "phase")
 _LEFT_OUT = ("bench", "environment")
 _SAFE = re.compile(r"[a-z0-9_-]+")
@@ -79,11 +78,11 @@ def _compact(value: Any) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Turn pytest-benchmark's JSON into benchmarks/results/.")
-    parser.add_argument("source", nargs="?", type=Path, default=LATEST, help="pytest-benchmark's JSON")
+    parser.add_argument("sources", nargs="+", type=Path, help="pytest-benchmark's JSON")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder of the result files")
     options = parser.parse_args(arguments)
     try:
-        written = record(options.source, options.results)
+        written = [path for source in options.sources for path in record(source, options.results)]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         sys.stderr.write(f"record: {error}\n")
         return 1

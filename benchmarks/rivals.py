@@ -21,7 +21,7 @@ def torchvision_contestant(make: Callable[[Any], Call], **options: Any) -> Conte
 
         return make(torchvision.ops)
 
-    return Contestant("torchvision", build, may_fail=True, **options)
+    return Contestant("torchvision", build, may_fail=True, library="torchvision", **options)
 
 
 def pooler(ops: Any) -> Call:

@@ -10,6 +10,7 @@ from table_parts import (
     Row,
     cells,
     has_rivals,
+    is_plain,
     machine_and_versions,
     peak,
     race_name,
@@ -40,12 +41,13 @@ DEPTHWISE = [
 ]
 # Whom a convolution is compared with: the fastest of its rivals.
 CONVOLUTIONS = {
-    "mixed_dilation_conv2d": ("eager", "eager, folded kernels"),
+    "mixed_dilation_conv2d": ("eager", "eager, folded kernels", "torch.compile"),
     "grouped_dilation_conv2d": ("one convolution",),
     "depthwise_conv2d": ("eager",),
 }
 HEADLINE_CONVOLUTIONS = [
     *((f"c{c}-n1", "fp32", phase) for c in (128, 256, 512) for phase in ("forward", "forward+backward")),
+    *((f"c{c}-n4", "bf16", phase) for c in (128, 256) for phase in ("forward", "forward+backward")),
     *((f"plain-c{c}", "fp32", "forward") for c in (128, 256, 512)),
     *DEPTHWISE,
 ]
@@ -138,7 +140,7 @@ def _convolutions(files: dict[str, list[Row]], keys: Sequence[tuple[str, str, st
     lines = [cells(["", "nasdet", "PyTorch", "", "peak memory nasdet", "PyTorch", "error nasdet", "PyTorch"])]
     rows: list[Row] = []
     for bench, names in CONVOLUTIONS.items():
-        found = races([row for row in files.get(bench, []) if not has_rivals(row)])
+        found = races([row for row in files.get(bench, []) if is_plain(row)])
         for key in keys or found:
             race = found.get(key, {})
             rivals = [race[name] for name in names if name in race]
@@ -158,7 +160,7 @@ def _maps(files: dict[str, list[Row]]) -> str:
     lines = [cells(["", "time", "against eager", "against torch.compile", "memory against eager"])]
     rows: list[Row] = []
     for bench, key in MAPS:
-        race = races([row for row in files.get(bench, []) if not has_rivals(row)]).get(key, {})
+        race = races([row for row in files.get(bench, []) if is_plain(row)]).get(key, {})
         best = race.get("nasdet overwrite_inputs") or race.get("nasdet")
         if best is not None and "eager" in race:
             lines.append(cells([f"`{bench}` {race_name(key)}", *_against_eager(best, race)]))
@@ -210,7 +212,7 @@ def _rate(row: Row) -> str:
 
 def _steps(files: dict[str, list[Row]]) -> str:
     """A line per number of images; times of every contestant with the memory of its tensors."""
-    found = races([row for row in files.get("search_step", []) if not has_rivals(row)])
+    found = races([row for row in files.get("search_step", []) if is_plain(row)])
     if not found:
         return ""
     names = list(dict.fromkeys(name for race in found.values() for name in race))
@@ -224,7 +226,7 @@ def _steps(files: dict[str, list[Row]]) -> str:
 def _supernets(files: dict[str, list[Row]]) -> str:
     """A line per picture size: a NATS step fused and by reference, and their ratios."""
     lines = [cells(["one NATS search step, ResNet-50", "nasdet", "reference", "", ""])]
-    found = races([row for row in files.get("supernet_nats", []) if not has_rivals(row)])
+    found = races([row for row in files.get("supernet_nats", []) if is_plain(row)])
     rows: list[Row] = []
     for key, race in found.items():
         if not {"nasdet", "reference"} <= set(race):

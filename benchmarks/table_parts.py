@@ -50,6 +50,10 @@ _CONV = {f"c{c}-n{n}": f"{n}x{c}x{sides}" for c, sides in _SIDES.items() for n i
     "c128-stride-2": "1x128x200x304 stride 2",
     "x101-stage-3": "1x256x100x152 in 32 groups",
     "batch-8-small-maps": "8x64x16x24",
+    "c128-n4": "4x128x100x168",
+    "c256-n4": "4x256x50x84",
+    "c256-n32": "32x256x50x84",
+    **{f"c128-n4-{count}-dilations": f"4x128x100x168, {count} dilations" for count in (2, 4, 8)},
 }
 _MASKS = {"paste_masks-100x28": "paste and encode"}
 CASES = _MAPS | _NMS | _ROI | _FOCAL | _CONV | _MASKS | {"100 sum": "`sigmoid_focal_loss` 100 sum"}
@@ -72,6 +76,11 @@ def by_environment(files: dict[str, list[Row]]) -> list[dict[str, list[Row]]]:
 
 def has_rivals(row: Row) -> bool:
     return bool(row["environment"].get("torchvision"))
+
+
+def is_plain(row: Row) -> bool:
+    """Measured without rival libraries, or where there is one environment for everything: on a GPU."""
+    return not has_rivals(row) or row["environment"]["device"] != "cpu"
 
 
 def races(rows: list[Row]) -> dict[tuple[str, str, str], Race]:

@@ -33,7 +33,7 @@ README = FOLDER.parent / "README.md"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 GUIDE = FOLDER.parent / "docs" / "your-detector.md"
 THEORY = FOLDER.parent / "docs" / "multi_dilation_conv.md"
-SOURCE = "`make bench` and `make bench-rivals` repeat and rewrite these."
+SOURCE = "`make bench`, `make bench-rivals` and `make bench-gpu` repeat and rewrite these."
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "mixed_dilation_conv2d": "`mixed_dilation_conv2d`: NATS's set C (five dilations; nine at 512 channels)",
@@ -65,6 +65,11 @@ RESIDENT = (
     "depthwise_conv2d",
 )
 
+# Shares of measured peaks beside the times; of matrix products where an op consists of them.
+SHARES = {"copy_share": "copy peak used", "matrix_share": "matrix peak used"}
+MATRIX = ("mixed_dilation_conv2d", "grouped_dilation_conv2d")
+PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16"}
+
 
 def render(results: Path) -> str:
     """Markdown of all results: per machine, environment and benchmark a line per race, a column per contestant.
@@ -87,12 +92,17 @@ def _heading(files: dict[str, list[Row]]) -> str:
     commits = ", ".join(sorted({row["environment"]["commit"] for row in rows}))
     return (
         f"{machine_and_versions(rows)}, {newest['date']}, commit {commits}. Measured on the same machine: copy"
-        f" {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 matrix product"
-        f" {peaks['fma_flops_per_s'] / 1e9:.0f} GFLOP/s."
+        f" {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s, {_matrix_peaks(peaks)}."
         " Medians of interleaved rounds; in brackets how many times faster nasdet is (median of the ratios within each"
         " round), with freed memory kept for the next call, as a caching allocator does. Memory: peak of the tensors"
         " beyond the inputs; *resident*: of the process."
     )
+
+
+def _matrix_peaks(peaks: dict[str, Any]) -> str:
+    """Older results have the one in float32 alone."""
+    rates = peaks.get("matrix_flops_per_s", {"fp32": peaks["fma_flops_per_s"]})
+    return ", ".join(f"{PRECISIONS[name]} matrix product {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
 
 
 def _table(name: str, rows: list[Row]) -> str:
@@ -100,7 +110,9 @@ def _table(name: str, rows: list[Row]) -> str:
     title = (
         f"**{TITLES.get(name, f'`{name}`')}**, {' or '.join(map(str, threads))} thread{'s' if threads != [1] else ''}"
     )
-    parts = [title, _times(rows), _memory(rows, resident=name in RESIDENT)]
+    backends = sorted({row["backend"] for row in rows if "backend" in row})
+    title += f"; nasdet by {' and '.join(f'`{backend}`' for backend in backends)}" if backends else ""
+    parts = [title, _times(name, rows), _memory(rows, resident=name in RESIDENT)]
     kept = _targets(rows)
     return "\n\n".join(part for part in [*parts, kept] if part)
 
@@ -110,21 +122,29 @@ def _contestants(rows: list[Row]) -> list[str]:
     return sorted(names, key=lambda name: not name.startswith("nasdet"))
 
 
-def _times(rows: list[Row]) -> str:
+def _times(name: str, rows: list[Row]) -> str:
     names = _contestants(rows)
-    shares = any("copy_share" in row for row in rows)
-    lines = [cells(["time", *names, *(["copy peak used"] if shares else [])])]
+    offered = SHARES if name in MATRIX else {"copy_share": SHARES["copy_share"]}
+    shares = {share: label for share, label in offered.items() if any(_share(row, share) is not None for row in rows)}
+    lines = [cells(["time", *names, *shares.values()])]
     for key, race in races(rows).items():
         ours = _own(race)
         line = [race_name(key)]
-        for name in names:
-            row = race.get(name)
-            ratio = ours["speedup_over"].get(name) if ours and row else None
+        for contestant in names:
+            row = race.get(contestant)
+            ratio = ours["speedup_over"].get(contestant) if ours and row else None
             line.append("" if row is None else seconds(row["median_s"]) + (f" ({ratio:.2f}x)" if ratio else ""))
-        share = ours.get("copy_share") if ours else None
-        used = [] if not shares else ["" if share is None else f"{100 * share:.0f} %"]
-        lines.append(cells([*line, *used]))
+        used = [_share(ours, share) if ours else None for share in shares]
+        lines.append(cells([*line, *("" if share is None else f"{100 * share:.0f} %" for share in used)]))
     return with_rule(lines)
+
+
+def _share(row: Row, share: str) -> float | None:
+    """Of the machine's measured peak. Of its matrix products on a GPU alone: on the CPU some of the library's
+    algorithms take fewer operations than are counted."""
+    if share == "matrix_share" and row["environment"]["device"] == "cpu":
+        return None
+    return row.get(share)
 
 
 def _memory(rows: list[Row], resident: bool) -> str:
@@ -161,12 +181,19 @@ def _promise(target: dict[str, Any]) -> str:
     """What was measured, and what was promised: a ratio to a rival, or a limit."""
     if "within" in target:
         return f"{target['quantity']} off by {target['off']:.0%}; promised within {target['within']:.0%}"
+    kept = target["quantity"] == "kept_memory"
     memory = target["quantity"].endswith("memory")
+    if target["quantity"] == "matrix_share":
+        found = target["absent"] if "absent" in target else f"{target['value']:.0%} of the measured matrix peak"
+        return f"{found}; promised {target['at_least']:.0%}"
     if "at_most" in target:
-        unit = size if memory else seconds
-        return f"{unit(target['value'])}{' at the peak' if memory else ''}; promised at most {unit(target['at_most'])}"
-    what = "less peak memory" if memory else "faster"
-    return f"{target['ratio']:.2f}x {what} than {target['over']}; promised {target['at_least']:g}x"
+        unit, when = (size, " kept for backward" if kept else " at the peak") if memory else (seconds, "")
+        return f"{unit(target['value'])}{when}; promised at most {unit(target['at_most'])}"
+    what = ("less memory kept" if kept else "less peak memory") if memory else "faster"
+    promised = f"promised {target['at_least']:g}x"
+    if "absent" in target:
+        return f"not compared with {target['over']} ({target['absent']}); {promised}"
+    return f"{target['ratio']:.2f}x {what} than {target['over']}; {promised}"
 
 
 def _own(race: dict[str, Row]) -> Row | None:

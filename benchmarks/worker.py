@@ -5,14 +5,16 @@ Speaks JSON lines: the options as the only argument; ``{"ready": ...}``, then on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from backends import chosen_backends
 from interleave import make_clock
-from machine import keep_freed_blocks
+from machine import float32_products, keep_freed_blocks
 from torch import nn
 
 from nasdet.measure.memory import peak_memory, trim_heap
@@ -28,10 +30,15 @@ class Contestant(Protocol):
 
 
 def serve(make: Callable[[dict[str, Any]], Contestant]) -> None:
-    """Make a contestant from the options, and step until the input ends."""
+    """Make a contestant from the options, and step until the input ends. Products of float32 are float32's."""
     options = json.loads(sys.argv[1])
     torch.set_num_threads(options["threads"])
     keep_freed_blocks()
+    with float32_products(tf32=False):
+        _serve(make, options)
+
+
+def _serve(make: Callable[[dict[str, Any]], Contestant], options: dict[str, Any]) -> None:
     contestant = make(options)
     clock = make_clock(options["device"])
     parameters = sum(p.numel() for p in contestant.model.parameters())
@@ -49,9 +56,10 @@ def serve(make: Callable[[dict[str, Any]], Contestant]) -> None:
         def timed(into: list[float] = seconds, inner: Callable[[], None] = step) -> None:
             into.append(clock(inner))
 
-        peak = peak_memory(timed, device=options["device"], tensors_only=probing)
+        with chosen_backends() if probing else contextlib.nullcontext({}) as backends:
+            peak = peak_memory(timed, device=options["device"], tensors_only=probing)
         trim_heap()  # or four contestants' freed memory would not fit beside each other
-        _say({"seconds": seconds[0], "peak_memory": peak, "values": values})
+        _say({"seconds": seconds[0], "peak_memory": peak, "values": values, "backends": backends})
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -11,8 +11,10 @@ import importlib
 import importlib.util
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +46,28 @@ def _program(name: str) -> Callable[[], str | None]:
     return lambda: None if shutil.which(name) else f"{name} is not on PATH"
 
 
+def _interpreter() -> str | None:
+    try:
+        return interpreter_fault(metadata.version("triton"), metadata.version("numpy"))
+    except metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+
+
+def interpreter_fault(triton: str, numpy: str) -> str | None:
+    """Why kernels cannot be interpreted with these versions: older Tritons make numbers of arrays with one element."""
+    versions = [tuple(map(int, re.findall(r"\d+", version)[:2])) for version in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of Triton {triton} needs NumPy < 2.4, got {numpy}; that of 3.7 takes any"
+    return None
+
+
 # name -> why it is not here, or None
 NEEDS: dict[str, Callable[[], str | None]] = {
     "cpp": _cpp,
     "cuda": lambda: None if torch.cuda.is_available() else "no CUDA device",
+    "two_gpus": lambda: None if torch.cuda.device_count() > 1 else f"{torch.cuda.device_count()} CUDA devices",
     "triton": lambda: None if importlib.util.find_spec("triton") else "triton is not installed",
+    "interpreter": _interpreter,  # Triton's
     "torchvision": _torchvision,
     "nvcc": _program("nvcc"),
     "g++": _program("g++"),

@@ -206,43 +206,6 @@ def test_a_contestant_has_threads_of_its_own() -> None:
         torch.set_num_threads(before[0])
 
 
-def test_promises_of_a_ratio_and_of_a_limit() -> None:
-    target = op_race.Target
-    targets = (
-        target("nasdet", "forward", "rival", 3.0),
-        target("nasdet", "forward", "rival", 5.0),
-        target("nasdet", "forward", at_most=2.0),
-        target("nasdet", "forward", quantity="peak_memory", at_most=999),
-        target("nasdet", "forward", "rival", 2.0, quantity="peak_memory"),
-        target("nasdet", "forward", "rival", 2.0, quantity="resident_memory"),
-        target("nasdet", "forward", "rival", 1.0, cases=("another",)),
-        target("nasdet", "forward", "nobody", 1.0),
-        target("nasdet", "forward+backward", "rival", 1.0),
-        target("rival", "forward", "nasdet", 1.0),
-        target("nasdet", "forward", at_most=0.5, device="cuda"),
-        target("nasdet", "forward", at_most=1.5, dtypes=("bf16",)),
-    )
-    what = bench(top, top_case(), {}, targets=targets)
-    race = interleave.Race({"nasdet": [1.0, 1.0], "rival": [4.0, 4.0]})
-    memory = {"nasdet": {"forward": 1000, "forward, resident": 1500}, "rival": {"forward": 3000}}
-    outcome = op_race.Outcome("top", race, memory, None, None)
-    info = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cpu")
-    assert "bytes_per_s" not in info and info["speedup_over"] == {"rival": 4.0}
-    kept = [(row.get("over"), row.get("ratio", row.get("value")), row["met"]) for row in info["targets"]]
-    assert kept == [
-        ("rival", 4.0, True),
-        ("rival", 4.0, False),
-        (None, 1.0, True),
-        (None, 1500, False),
-        ("rival", 3.0, True),
-        ("rival", 2.0, True),
-    ]
-    narrow = op_race.row_info(what, outcome, "nasdet", "bf16", "forward", "cpu")["targets"]
-    assert narrow == [{"quantity": "time", "at_most": 1.5, "value": 1.0, "met": True}]
-    on_gpu = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cuda")["targets"]
-    assert on_gpu == [{"quantity": "time", "at_most": 0.5, "value": 1.0, "met": False}]
-
-
 def test_work_is_counted_per_map_or_by_the_bench() -> None:
     setting = op_race.Setting(maps_case(), "fp32", "cpu", (0, 2))
     size = 4 * 2 * 6 * 3 * 4
@@ -252,3 +215,64 @@ def test_work_is_counted_per_map_or_by_the_bench() -> None:
     own = bench(scaled_sum, maps_case(), {}, work=lambda setting, phase: (7, 8.0))
     assert op_race._work(own, setting, "forward") == (7, 8.0)
     assert op_race._work(bench(scaled_sum, maps_case(), {}), setting, "forward") == (None, None)
+
+
+def test_products_of_float32_drop_bits_for_all_or_for_none() -> None:
+    """A stub that is as exact as torch lets it be: beside full float32 nobody runs in TF32."""
+    seen: list[tuple[bool, bool]] = []
+
+    def as_torch_has_it(xs: list[Tensor], *rest: Any, **options: Any) -> Tensor:
+        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        seen.append((matmul, cudnn))
+        return scaled_sum(xs, *rest, **options) * (1 + 7e-4 * cudnn)
+
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    assert before == (False, True), "torch's own defaults"
+    what = bench(scaled_sum, maps_case(), {"nasdet": as_torch_has_it, "rival": as_torch_has_it})
+    exact = run(what, dtype="fp32")
+    assert set(seen) == {(False, False)} and max(exact.entered.errors.values()) < 1e-6
+    seen.clear()
+    rounded = run(what, dtype=op_race.TF32)
+    assert set(seen) == {(True, True)} and set(rounded.race.seconds) == {"nasdet", "rival"}
+    assert rounded.entered.errors["nasdet"] == pytest.approx(7e-4, rel=0.01)
+    with pytest.raises(interleave.WrongResult, match="within 0.00195312 of the reference"):
+        wrong = bench(scaled_sum, maps_case(), {"nasdet": lambda *a, **o: 1.003 * scaled_sum(*a, **o)})
+        run(wrong, dtype=op_race.TF32)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_who_fails_is_told_from_who_has_no_place() -> None:
+    def broken(scores: Tensor, threshold: float) -> Tensor:
+        return top(scores, threshold + 1)
+
+    entered = [
+        op_race.Contestant("rival", lambda: broken, may_fail=True),
+        op_race.Contestant("other device", lambda: top, devices=("cuda",)),
+        op_race.Contestant("other environment", lambda: top, library="a_library_that_nobody_has", may_fail=True),
+    ]
+    targets = [op_race.Target("nasdet", "forward", entry.name, 2.0) for entry in entered]
+    what = bench(top, top_case(), {"nasdet": top}, entered=entered, targets=targets, exact=True)
+    outcome = run(what)
+    assert set(outcome.entered.failed) == {"rival"}
+    assert outcome.absent["other environment"] == "a_library_that_nobody_has is not installed"
+    rows = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cpu")["targets"]
+    assert [(row["over"], row["met"]) for row in rows] == [("rival", False)]
+    assert rows[0]["absent"].startswith("WrongResult: rival")
+    assert entered[2].why_not(top_case(), "forward", "cuda", 1) is None, "on a GPU there is one environment for all"
+
+
+def test_shares_are_of_the_peak_in_the_rows_own_dtype() -> None:
+    race = interleave.Race({"nasdet": [2.0, 2.0]})
+    outcome = op_race.Outcome("top", race, {"nasdet": {"forward": 8}}, 10, 600.0)
+    peaks = {"copy_bytes_per_s": 20.0, "fma_flops_per_s": 400.0, "matrix_flops_per_s": {"fp32": 400.0, "bf16": 500.0}}
+    target = op_race.Target(
+        "nasdet", "forward", quantity="matrix_share", at_least=0.55, dtypes=("bf16", "tf32"), cases=("top",)
+    )
+    what = bench(top, top_case(), {}, targets=[target])
+    halves = op_race.row_info(what, outcome, "nasdet", "bf16", "forward", "cpu", peaks)
+    assert (halves["copy_share"], halves["matrix_share"]) == (0.25, 0.6)
+    assert halves["targets"] == [{"quantity": "matrix_share", "at_least": 0.55, "value": 0.6, "met": True}]
+    whole = op_race.row_info(what, outcome, "nasdet", "fp32", "forward", "cpu", peaks)
+    assert whole["matrix_share"] == 0.75 and not whole["targets"]
+    unknown = op_race.row_info(what, outcome, "nasdet", "tf32", "forward", "cpu", peaks)
+    assert "matrix_share" not in unknown and unknown["targets"][0]["met"] is False

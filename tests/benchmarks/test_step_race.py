@@ -9,6 +9,7 @@ import pytest
 
 step_race = pytest.importorskip("step_race", reason="no benchmarks beside these tests")
 interleave = pytest.importorskip("interleave", reason="no benchmarks beside these tests")
+backends = pytest.importorskip("backends", reason="no benchmarks beside these tests")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,9 @@ class FakeWorker:
     def ask(self, what: str) -> dict[str, Any]:
         self.log.append(f"{self.options['name']} {what}")
         seconds = self.options["seconds"]
-        return {"seconds": seconds, "peak_memory": int(100 * seconds), "values": {"loss": self.options["loss"]}}
+        chosen = {"nms": [self.options.get("runs_on", "cpp")]}
+        answer = {"seconds": seconds, "peak_memory": int(100 * seconds), "values": {"loss": self.options["loss"]}}
+        return answer | {"backends": chosen if what == "probe" else {}}
 
 
 def test_workers_step_in_turns_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +54,7 @@ def test_workers_step_in_turns_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeWorker, "log", [])
     fast, slow = ({"name": name, "seconds": seconds} for name, seconds in (("fast", 1.0), ("slow", 4.0)))
     contestants = {"fast": fast, "slow": slow}
-    outcome = step_race.run_workers(contestants, {"loss": 1.0}, {"fast": "slow"}, rounds=2)
+    outcome = step_race.run_workers(contestants, {"loss": 1.0, "device": "cpu"}, {"fast": "slow"}, rounds=2)
     steps = ["fast step", "slow step", "slow step", "fast step"]
     warm = ["fast step", "slow step", "fast probe", "slow probe"]
     assert FakeWorker.log == [*warm, *steps, "slow gone", "fast gone"]
@@ -59,12 +62,33 @@ def test_workers_step_in_turns_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     info = step_race.step_info(outcome, "fast", bench="b", environment=environment)
     assert (info["median_s"], info["speedup_over"]) == (1.0, {"slow": 4.0})
     assert info["peak_memory"] == {"step": 100, "step, resident": 100} and info["bench"] == "b"
+    assert info["backends"] == {"nms": ["cpp"]}
     wrong = {"fast": {**fast, "loss": 1.1}, "slow": {**slow, "loss": 1.0}}
     with pytest.raises(interleave.WrongResult):
         step_race.run_workers(wrong, {}, {"fast": "slow"}, rounds=2)
     assert FakeWorker.log[-2:] == ["slow gone", "fast gone"] and FakeWorker.log.count("fast step") == 4, (
         "none after the check"
     )
+
+
+def test_a_step_on_a_fallback_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_race, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "log", [])
+    common = {"loss": 1.0, "device": "cuda", "seconds": 1.0}
+    ours = {"name": "ours", "backend": None, "runs_on": "reference"}
+    asked = {"name": "asked", "backend": "reference", "runs_on": "reference"}
+    with pytest.raises(backends.WrongBackend, match="ours: backend of nms must be cuda on cuda, got reference"):
+        step_race.run_workers({"ours": ours, "asked": asked}, common, {}, rounds=1)
+    assert FakeWorker.log.count("ours step") == 1, "none after the check"
+    step_race.run_workers({"ours": ours | {"runs_on": "cuda"}, "asked": asked}, common, {}, rounds=1)
+
+
+def test_a_promise_over_one_who_took_no_part() -> None:
+    info = {"speedup_over": {"here": 2.0}, "environment": {"device": "A GPU"}}
+    assert step_race.time_target(info, "here", 1.5)[0]["met"]
+    missed = {"quantity": "time", "over": "gone", "at_least": 1.5, "absent": "gone took no part", "met": False}
+    assert step_race.time_target(info, "gone", 1.5) == [missed]
+    assert step_race.time_target(info | {"environment": {"device": "cpu"}}, "gone", 1.5) == []
 
 
 def test_a_nats_worker_makes_a_step_of_each_side(monkeypatch: pytest.MonkeyPatch) -> None:

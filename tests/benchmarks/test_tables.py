@@ -180,6 +180,71 @@ def test_promised_limits_are_shown_in_their_units(results: Path, tmp_path: Path)
     assert "50 MB at the peak; promised at most 55 MB: met" in text
 
 
+GPU = (
+    ENVIRONMENT
+    | RIVALS
+    | {
+        "machine": "some-gpu",
+        "device": "Some GPU",
+        "peaks": ENVIRONMENT["peaks"] | {"matrix_flops_per_s": {"fp32": 5e10, "bf16": 8e14, "tf32": 4e14}},
+    }
+)
+
+
+def gpu_row(contestant: str, seconds: float, **more: Any) -> dict[str, Any]:
+    options = {"bench": "mixed_dilation_conv2d", "dtype": "bf16", "environment": GPU, "speedup_over": {"eager": 3.5}}
+    return row(contestant, seconds, "c256-n4", **(options | more))
+
+
+def test_a_gpus_promises_are_shown_with_what_they_are_held_against(results: Path, tmp_path: Path) -> None:
+    failed = {"quantity": "time", "over": "torch.compile", "at_least": 2.0, "absent": "WrongResult: x", "met": False}
+    targets = [
+        {"quantity": "matrix_share", "at_least": 0.55, "value": 0.613, "met": True},
+        {"quantity": "matrix_share", "at_least": 0.55, "absent": "no peak was measured for this row", "met": False},
+        {"quantity": "kept_memory", "at_most": 21.5e6, "value": 17.2e6, "met": True},
+        failed,
+    ]
+    rows = [
+        gpu_row("nasdet", 1e-3, targets=targets, matrix_share=0.613, backend="triton", error=2e-3),
+        gpu_row("eager", 3.5e-3, matrix_share=0.2, error=3e-3),
+    ]
+    record.record(document(tmp_path / "gpu.json", *rows), results)
+    page = tables.render(results)
+    assert "bfloat16 matrix product 800000 GFLOP/s, TF32 matrix product 400000 GFLOP/s" in page
+    assert "nasdet by `triton`" in page
+    assert "| time | nasdet | eager | copy peak used | matrix peak used |" in page
+    assert "| 4x256x50x84 bf16, forward | 1.0 ms | 3.5 ms (3.50x) | 88 % | 61 % |" in page
+    assert "61% of the measured matrix peak; promised 55%: met" in page
+    assert "no peak was measured for this row; promised 55%: **missed**" in page
+    assert "17 MB kept for backward; promised at most 22 MB: met" in page
+    assert "not compared with torch.compile (WrongResult: x); promised 2x: **missed**" in page
+    assert "Promises: 2 of 4 met" in page
+    assert json.loads((results / "some-gpu" / "mixed_dilation_conv2d.json").read_text())["rows"][0]["backend"]
+
+
+def test_a_gpu_has_one_environment_for_all_tables(results: Path, tmp_path: Path) -> None:
+    rows = [gpu_row("nasdet", 1e-3, error=2e-3), gpu_row("eager", 3.5e-3, error=3e-3)]
+    record.record(document(tmp_path / "gpu.json", *rows), results)
+    line = "| `mixed_dilation_conv2d` 4x256x50x84 bf16, forward | 1.0 ms | 3.5 ms | **3.5x** faster |"
+    assert line in tables.convolutions(results) and line in tables.headline(results)
+
+
+def test_shares_of_matrix_products_are_not_shown_for_a_cpus_faster_algorithms(results: Path, tmp_path: Path) -> None:
+    fast = row("nasdet", 0.01, "c128-n1", bench="mixed_dilation_conv2d", matrix_share=5.9)
+    record.record(document(tmp_path / "cpu.json", fast), results)
+    assert "matrix peak used" not in tables.render(results) and "590 %" not in tables.render(results)
+
+
+def test_several_files_are_recorded_at_once(tmp_path: Path, capsys: Any) -> None:
+    sources = [
+        document(tmp_path / "a.json", row("nasdet", 0.5)),
+        document(tmp_path / "b.json", detection_row("x", 1.0)),
+    ]
+    assert record.main([*map(str, sources), "--results", str(tmp_path / "results")]) == 0
+    written = capsys.readouterr().out.split()
+    assert [Path(path).name for path in written] == ["mix.json", "nms.json"]
+
+
 def test_ratios_name_what_torchvision_does_not_offer(results: Path, tmp_path: Path) -> None:
     rows = [
         detection_row("nasdet", 0.002, speedup_over={"torchvision": 10.5}),

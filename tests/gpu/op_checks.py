@@ -172,9 +172,9 @@ def deterministic_algorithms(on: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """float32 products as exact as the tolerances expect: torch's convolutions use TF32 unless told otherwise."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+def tf32_products(on: bool) -> Iterator[None]:
+    """Convolutions of float32 in TF32, as torch has them by default, or as exact as :func:`check` expects them."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, on
     try:
         yield
     finally:
@@ -196,12 +196,12 @@ def gradients_of(op: Op, outputs: Sequence[Tensor], leaves: Sequence[Tensor]) ->
 
 
 def run(
-    op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, **more: Any
+    op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, tf32: bool = False, **more: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients, between guards."""
     raw, kwargs = tree_map_only(Tensor, embedded, tuple(case.make(Inputs(dtype, device))))
     args, leaves = with_leaves(op, raw)
-    with without_tf32(), guarded_allocations() as buffers:
+    with tf32_products(tf32), guarded_allocations() as buffers:
         outputs = tensors(op.call(*args, **kwargs, **more, backend=backend))
         gradients = gradients_of(op, outputs, leaves)
         assert buffers or backend != "triton", "no allocation went through the guards"
@@ -210,34 +210,91 @@ def run(
     return [y.detach() for y in outputs], list(gradients)
 
 
+def in_float64(
+    op: Op, raw: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor], size_of: bool = False
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the reference gives in float64: outputs, the gradients of ``upstream_of(outputs)``, and these.
+
+    ``size_of``: of the magnitudes of all that is multiplied and summed, which bound how far a rounding can go.
+    """
+    exact_raw: list[Any] = double(list(raw))
+    if size_of:
+        exact_raw = [value.abs() if isinstance(value, Tensor) else value for value in exact_raw]
+    args, leaves = with_leaves(op, exact_raw)
+    exact = tensors(op.reference(*args, **double(dict(kwargs))))
+    if not op.differentiable:
+        return exact, [], []
+    ups = [upstream_of(y).double() for y, e in zip(outputs, exact, strict=True) if e.requires_grad]
+    ups = [up.abs() for up in ups] if size_of else ups
+    found = torch.autograd.grad([e for e in exact if e.requires_grad], leaves, ups, allow_unused=True)
+    gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return [e.detach() for e in exact], gradients, ups
+
+
 def check(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str, deterministic: bool = False) -> None:
     """Outputs and every gradient against the reference in float64; integer outputs to the bit."""
     raw, kwargs = case.make(Inputs(dtype, device))
     with deterministic_algorithms(deterministic):  # not for the reference: torch's own products may have no such form
         outputs, gradients = run(op, case, dtype, device, backend)
-    exact_args, exact_leaves = with_leaves(op, double(list(raw)))
-    exact_outputs = tensors(op.reference(*exact_args, **double(dict(kwargs))))
+    exact_outputs, wanted, upstream = in_float64(op, raw, dict(kwargs), outputs)
     assert outputs
     for index, (y, exact) in enumerate(zip(outputs, exact_outputs, strict=True)):
         if not exact.is_floating_point():
             assert y.dtype == exact.dtype and torch.equal(y, exact), f"output {index}: got {y}, expected {exact}"
             continue
-        scale = exact.detach().abs().max().item() if exact.numel() else 0.0
+        scale = exact.abs().max().item() if exact.numel() else 0.0
         bound = tolerance(dtype, op.reduce_len(*raw), scale * case.condition)
-        assert_close(y, exact.detach(), bound, f"output {index}")
+        assert_close(y, exact, bound, f"output {index}")
     if not op.differentiable:
         return
-    exacts = [exact for exact in exact_outputs if exact.requires_grad]
-    upstream = [upstream_of(y).double() for y, exact in zip(outputs, exact_outputs, strict=True) if exact.requires_grad]
-    wanted = torch.autograd.grad(exacts, exact_leaves, upstream, allow_unused=True)
-    for index, (actual, expected, leaf) in enumerate(zip(gradients, wanted, exact_leaves, strict=True)):
-        expected = torch.zeros_like(leaf) if expected is None else expected
+    terms = sum(up.numel() for up in upstream)
+    for index, (actual, expected) in enumerate(zip(gradients, wanted, strict=True)):
         size = max((t.abs().max().item() for t in (expected, *upstream) if t.numel()), default=0.0)
-        bound = tolerance(actual.dtype, sum(exact.numel() for exact in exacts), size * case.condition)
+        bound = tolerance(actual.dtype, terms, size * case.condition)
         what = f"gradient of leaf {index}"
         if case.large and actual.shape == outputs[0].shape:
             actual = ignoring_flips(actual, expected, bound, what)
         assert_gradient_matches(actual, expected, bound, what)
+
+
+def check_tf32(op: Op, case: Case, device: str, backend: str, deterministic: bool = False) -> None:
+    """Outputs and gradients of a multilinear op whose float32 products are made in TF32."""
+    raw, kwargs = case.make(Inputs(torch.float32, device))
+    with deterministic_algorithms(deterministic):
+        outputs, gradients = run(op, case, torch.float32, device, backend, tf32=True)
+    exact, wanted, _ = in_float64(op, raw, dict(kwargs), outputs)
+    sizes, gradient_sizes, _ = in_float64(op, raw, dict(kwargs), outputs, size_of=True)
+    names = [*(f"output {i}" for i in range(len(outputs))), *(f"gradient of leaf {i}" for i in range(len(gradients)))]
+    results = zip([*outputs, *gradients], [*exact, *wanted], [*sizes, *gradient_sizes], names, strict=True)
+    for actual, expected, size, name in results:
+        assert_tf32(actual, expected, size, max(op.reduce_len(*raw), sum(y.numel() for y in outputs)), name)
+
+
+# TF32 has 10 bits of mantissa. The kernels hand float32 to the matrix units, which read these bits and drop the 13
+# others (no `cvt.rna` stands before a product): an operand is off by less than 2^-10 of itself, a product of two by
+# less than TF32_PRODUCT of itself, and a sum by less than that of the sum of magnitudes. With random signs the L2 norm
+# of many sums is off by no more than the root mean square of the products' errors, the largest being TF32_PRODUCT.
+TF32_PRODUCT = 2 * 2**-10 + 2**-20
+ENOUGH = 64  # values for a norm to be near its mean
+LEAST_TF32 = 2**-14  # relative L2; random operands lose 2^-11 to 2^-10, and float32's sums 2^-20
+
+
+def assert_tf32(actual: Tensor, expected: Tensor, size: Tensor, terms: int, what: str) -> None:
+    """``actual`` is ``expected`` but for TF32's rounding, and shows it. ``size``: the sums of magnitudes."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    error = (actual.double() - expected).abs()
+    bound = TF32_PRODUCT * size + tolerance(torch.float32, terms, 1.0) * size
+    wrong = ~(error <= bound)  # a NaN is wrong
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} elements beyond what TF32 may do, the first {wrong.nonzero()[0]}"
+    )
+    if expected.numel() < ENOUGH:
+        return
+    distance = (error.norm() / expected.norm()).item()
+    assert distance <= TF32_PRODUCT, f"{what}: relative L2 error {distance:.2e}, TF32 explains {TF32_PRODUCT:.2e}"
+    assert distance >= LEAST_TF32, f"{what}: relative L2 error {distance:.2e}, so it was not computed in TF32"
 
 
 def ignoring_flips(actual: Tensor, expected: Tensor, bound: float, what: str) -> Tensor:

@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import op_checks
 import pytest
+import tiles
 import torch
+from pairs import BACKENDS, PAIRS, rows_of
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nasdet._dispatch import OPS, Backend, Op
+from nasdet._dispatch import Backend, Op
 from nasdet.testing import Case, Inputs, has_data_dependent_size
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-SOURCES = {"cuda": ("csrc/cuda", ".cu"), "triton": ("kernels", ".py")}
+# Their gradients are summed by atomics, in any order, unless torch is told to use deterministic algorithms.
+ATOMIC = ("roi_align", "multilevel_roi_align")
 
 
-def _is_written(op: Op, backend: Backend) -> bool:
-    """Whether the source tree has a kernel of this op for this backend; then one that did not build is a failure."""
-    folder, suffix = SOURCES[backend.name]
-    name = op.call.__module__.rpartition(".")[2]  # ops of one module share a file
-    return (Path(__file__).resolve().parents[2] / folder / f"{name}{suffix}").is_file()
+def marks_of(op: Op, case: Case) -> Any:
+    """The reference's samples of a thousand RoIs take up to 10 GB in float64: not in sixteen processes at once."""
+    return pytest.mark.whole_gpu if case.large and op.name in ATOMIC else ()
 
 
-PAIRS = [
-    (op, backend)
-    for op in OPS.values()
-    for backend in op.backends
-    if backend.name in SOURCES and _is_written(op, backend)
-]
-BACKENDS = [pytest.param(op, backend, id=f"{op.name}-{backend.name}") for op, backend in PAIRS]
 ROWS = [
-    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}")
+    pytest.param(op, backend, case, id=f"{op.name}-{backend.name}-{case.id}", marks=marks_of(op, case))
     for op, backend in PAIRS
     for case in op_checks.cases_of(op, large=True)
 ]
-# Their gradients are summed by atomics, in any order, unless torch is told to use deterministic algorithms.
-ATOMIC = ("roi_align", "multilevel_roi_align")
+# Matrix products, which are made of float32 in TF32 where torch's own may be: by default.
+PRODUCTS = ("mixed_dilation_conv2d", "grouped_dilation_conv2d")
+PRODUCT_ROWS = [row for row in ROWS if row.values[0].name in PRODUCTS and row.values[1].name == "triton"]
 ATOMIC_ROWS = [row for row in ROWS if row.values[0].name in ATOMIC]
 # For graphs: an op whose size depends on the data has to wait for it, which no graph can hold.
 FORMS = [
@@ -55,25 +50,13 @@ DTYPES = {**op_checks.DTYPES, "fp64": torch.float64}
 
 
 @pytest.fixture(autouse=True)
-def _need(request: pytest.FixtureRequest, require: Callable[[str, str | None], None]) -> None:
+def _need(request: pytest.FixtureRequest, require: Callable[[str, str | None], None]) -> Iterator[None]:
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if backend := parameters.get("backend"):
         require(backend.name, backend.available())
-
-
-def _rows_of(name: str) -> list[Any]:
-    return [row for row, (op, _) in zip(BACKENDS, PAIRS, strict=True) if op.name == name]
-
-
-def _chunks(count: int, size: int = 1 << 27) -> list[slice]:
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def _need_memory(gigabytes: float) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of device memory, {free:.0f} are free")
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the other workers have no use for what this one keeps
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -91,6 +74,18 @@ def test_matches_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize(("op", "backend", "case"), ATOMIC_ROWS)
 def test_deterministic_form_matches_float64(op: Op, backend: Backend, case: Case, dtype: torch.dtype) -> None:
     op_checks.check(op, case, dtype, DEVICE, backend.name, deterministic=True)
+
+
+@pytest.mark.parametrize(("op", "backend", "case"), PRODUCT_ROWS)
+def test_tf32_is_float64_but_for_its_roundings(op: Op, backend: Backend, case: Case) -> None:
+    op_checks.check_tf32(op, case, DEVICE, backend.name)
+
+
+@pytest.mark.needs("triton")
+@pytest.mark.parametrize("shape", tiles.CHANNELS)
+@pytest.mark.parametrize(("name", "kind", "index"), tiles.configurations())
+def test_every_tile_matches_float64(name: str, kind: str, index: int, shape: str) -> None:
+    tiles.check(name, kind, index, shape, DEVICE)
 
 
 @pytest.mark.parametrize(("op", "backend", "case"), ROWS)
@@ -187,7 +182,7 @@ def test_records_into_a_cuda_graph(op: Op, backend: Backend, deterministic: bool
             assert all(torch.equal(a, b) for a, b in zip(replayed[1], gradients, strict=True))
 
 
-@pytest.mark.parametrize(("op", "backend"), _rows_of("mixed_dilation_conv2d") + _rows_of("grouped_dilation_conv2d"))
+@pytest.mark.parametrize(("op", "backend"), rows_of("mixed_dilation_conv2d", "grouped_dilation_conv2d"))
 def test_compiles_to_cuda_graphs_for_shapes_not_seen_before(op: Op, backend: Backend) -> None:
     """Inductor warms up on its graphs' own memory, and refuses what a kernel keeps of it for later calls."""
     raw, kwargs = op_checks.typical_case(op).make(Inputs(torch.float32, DEVICE))
@@ -214,14 +209,14 @@ def test_compiles_to_cuda_graphs_for_shapes_not_seen_before(op: Op, backend: Bac
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+@pytest.mark.parametrize(("op", "backend"), rows_of("mix"))
 def test_zero_weight_keeps_a_nan_out(op: Op, backend: Backend) -> None:
     xs = [torch.randn(2, 3, 50, device=DEVICE), torch.full((2, 3, 50), float("nan"), device=DEVICE)]
     y = op.call(xs, torch.tensor([0.5, 0.0], device=DEVICE), backend=backend.name)
     assert torch.equal(y, 0.5 * xs[0])
 
 
-@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+@pytest.mark.parametrize(("op", "backend"), rows_of("mix"))
 def test_unaligned_maps(op: Op, backend: Backend) -> None:
     xs = [torch.randn(1001, device=DEVICE)[1:], torch.randn(1003, device=DEVICE)[3:]]
     weights = torch.tensor([0.25, 0.75], device=DEVICE)
@@ -229,43 +224,7 @@ def test_unaligned_maps(op: Op, backend: Backend) -> None:
     torch.testing.assert_close(y, 0.25 * xs[0] + 0.75 * xs[1])
 
 
-@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
-def test_mix_beyond_2_to_the_31_elements(op: Op, backend: Backend) -> None:
-    _need_memory(36)
-    count = 2**31 + 1029
-    xs = [torch.empty(count, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
-    for p, x in enumerate(xs):
-        for chunk in _chunks(count):
-            x[chunk].copy_((torch.arange(chunk.start, chunk.stop, device=DEVICE) // (p + 1)) % 5 - 2)
-    weights = torch.tensor([0.5, 2.0], device=DEVICE)
-    args, leaves = op_checks.with_leaves(op, (xs, weights))
-    y = op.call(*args, backend=backend.name)
-    assert all(torch.equal(y[c], (0.5 * xs[0][c].float() + 2 * xs[1][c].float()).bfloat16()) for c in _chunks(count))
-    # As the gradient: 1 in the last thousand elements alone, so that every sum is small and exact.
-    grad = torch.zeros_like(y)
-    grad[-1000:] = 1
-    dx0, dx1, dweights = torch.autograd.grad(y, leaves, grad)
-    assert all(torch.equal(dx0[c], 0.5 * grad[c]) and torch.equal(dx1[c], 2 * grad[c]) for c in _chunks(count))
-    assert dweights.tolist() == [x[-1000:].double().sum().item() for x in xs]
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(("op", "backend"), _rows_of("norm_act_mix"))
-def test_norm_act_mix_beyond_2_to_the_31_elements(op: Op, backend: Backend, memory_format: torch.memory_format) -> None:
-    """Every channel is half +1, half -1: its mean is 0 and its variance 1, whatever the size."""
-    _need_memory(16)
-    x = torch.empty(1, 2, 2**15 + 2, 2**15, dtype=torch.bfloat16, device=DEVICE, memory_format=memory_format)
-    x[..., 0::2] = 1
-    x[..., 1::2] = -1
-    ones, zeros = torch.ones(1, 2, device=DEVICE), torch.zeros(1, 2, device=DEVICE)
-    y = op.call([x], torch.ones(1, device=DEVICE), ones, zeros, 2, backend=backend.name)
-    assert y.is_contiguous(memory_format=memory_format)
-    for row in range(0, x.shape[2], 4096):
-        part = y[:, :, row : row + 4096]
-        assert bool((part[..., 0::2] == 1).all()) and bool((part[..., 1::2] == 0).all())
-
-
-@pytest.mark.parametrize(("op", "backend"), _rows_of("norm_act_mix"))
+@pytest.mark.parametrize(("op", "backend"), rows_of("norm_act_mix"))
 def test_backward_over_the_maps_is_the_same(op: Op, backend: Backend) -> None:
     for name in ("repshare", "repshare-nhwc", "mixed-layouts"):
         raw, kwargs = op_checks.case_named(op.name, name).make(Inputs(torch.bfloat16, DEVICE))
@@ -278,7 +237,7 @@ def test_backward_over_the_maps_is_the_same(op: Op, backend: Backend) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.needs("two_gpus")
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_runs_on_the_tensors_device(op: Op, backend: Backend) -> None:
     with torch.cuda.device(0):
@@ -286,7 +245,7 @@ def test_runs_on_the_tensors_device(op: Op, backend: Backend) -> None:
         assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize(("op", "backend"), _rows_of("mix"))
+@pytest.mark.parametrize(("op", "backend"), rows_of("mix"))
 def test_sums_in_float32(op: Op, backend: Backend) -> None:
     """300 bfloat16 maps of 1: a sum kept in bfloat16 would stop growing at 256."""
     xs = [torch.ones(129, dtype=torch.bfloat16, device=DEVICE) for _ in range(300)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import interpret_ops
 import op_checks
@@ -53,6 +55,7 @@ def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[st
     return of
 
 
+@pytest.mark.needs("interpreter")
 @pytest.mark.parametrize(
     ("name", "test", "dtype"),
     [
@@ -75,3 +78,32 @@ def test_guards_notice_a_write_outside_and_a_hole() -> None:
     x = op_checks.embedded(torch.arange(6.0).reshape(2, 3).t())
     assert x.stride() == (1, 3) and torch.equal(x, torch.arange(6.0).reshape(2, 3).t())
     assert x.as_strided((1,), (1,), x.storage_offset() - 1).isnan()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git1", "2.10.1", False),
+        ("3.6.0", "2.3.5", True),
+        ("3.7.1", "2.4.6", True),
+        ("3.10.0", "3.0.0", True),
+    ],
+)
+def test_only_old_tritons_are_excused(repository: Path, triton: str, numpy: str, works: bool) -> None:
+    fault = conftest_of(repository).interpreter_fault(triton, numpy)
+    assert (fault is None) == works and (works or f"Triton {triton}" in fault)
+
+
+def test_the_pinned_version_is_not_excused(repository: Path) -> None:
+    """With it NASDET_REQUIRE=triton holds the interpreter's tests too, whatever NumPy is the newest."""
+    pinned = dict(line.split("==") for line in (repository / "constraints.txt").read_text().split() if "==" in line)
+    assert conftest_of(repository).interpreter_fault(pinned["triton"], "99.0") is None
+
+
+def conftest_of(repository: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("conftest_of_tests", repository / "tests" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

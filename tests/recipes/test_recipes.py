@@ -28,7 +28,7 @@ def test_one_more_operator(tree: Any, repository: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.needs("triton")
+@pytest.mark.needs("triton", "interpreter")
 def test_one_more_backend(tree: Any) -> None:
     add_scale(tree, "scale_with_triton.py")
     tree.add("scale_kernel.py", "kernels/scale.py")

@@ -102,11 +102,20 @@ def assert_ran(launches: Sequence[Launch], name: str, config: Any) -> None:
     assert len(own) == (1 if weights else 2) and set(own) == {expected}, f"launched {launches}, expected {expected}"
 
 
-def why_not_here(config: Any, like: Tensor) -> str | None:
+def why_not_on(capability: int, config: Any, shape: str) -> str | None:
+    """Why a compute capability has no use for a configuration; shapes with a rest have tiles of several widths."""
+    if not config.least <= capability <= config.most:
+        return f"{config} is for compute capabilities {config.least} to {config.most}, this is {capability}"
+    if capability < config.uneven and shape != "whole":
+        return f"{config} has tiles of several widths from compute capability {config.uneven} on, this is {capability}"
+    return None
+
+
+def why_not_here(config: Any, like: Tensor, shape: str) -> str | None:
     """Why a device has no use for a configuration."""
     major, minor = torch.cuda.get_device_capability(like.device)
-    if not config.least <= 10 * major + minor <= config.most:
-        return f"{config} is for compute capabilities {config.least} to {config.most}, this is {10 * major + minor}"
+    if reason := why_not_on(10 * major + minor, config, shape):
+        return reason
     properties = torch.cuda.get_device_properties(like.device)
     if config.shared_memory(like.element_size()) > getattr(properties, "shared_memory_per_block_optin", 101376):
         return f"{config} needs more shared memory than this device has"
@@ -116,7 +125,7 @@ def why_not_here(config: Any, like: Tensor) -> str | None:
 def check(name: str, kind: str, index: int, shape: str, device: str) -> None:
     """Forward and all gradients with this configuration, against float64; skips what is not for the device."""
     (dtype, tf32), config = KINDS[kind], config_of(name, kind, index)
-    if reason := why_not_here(config, torch.empty(0, dtype=dtype, device=device)):
+    if reason := why_not_here(config, torch.empty(0, dtype=dtype, device=device), shape):
         pytest.skip(reason)
     op, case = case_of(shape, name, kind, index)
     with forced(name, kind, index) as launches:

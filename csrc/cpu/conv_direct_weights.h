@@ -33,10 +33,6 @@ template <class T> NASDET_INLINE void transpose(vec<T>* v) {
   if constexpr (W > 8) swap_blocks<T, 8>(v);
 }
 
-template <class S> NASDET_INLINE vec<arithmetic_t<S>> load_up_to(const S* p, int64_t count) {
-  return count >= kWidth<S> ? load(p) : load_part(p, count);
-}
-
 // v[j][i] = p[i * stride + j] for i < rows, j < columns; zero elsewhere.
 template <class S>
 NASDET_INLINE void load_transposed(const S* p, int64_t stride, int64_t rows, int64_t columns, vec<arithmetic_t<S>>* v) {

@@ -7,15 +7,6 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-// By the load itself: splat(*p) adds it to a zero first, on the units that the products need.
-NASDET_INLINE Lane broadcast(const float* p) {
-#if defined(__AVX512F__)
-  return (Lane)_mm512_set1_ps(*p);
-#else
-  return (Lane)_mm256_broadcast_ss(p);
-#endif
-}
-
 constexpr int most_rows(int vectors) {
   return kFloats == 16 && vectors > 2 ? 24 / vectors : vectors == 2 && kFloats == 8 ? 6 : 12;
 }

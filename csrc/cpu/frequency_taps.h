@@ -129,7 +129,7 @@ template <int kGrid> struct Block {
           });
         else
           for (int o = 0; o < kFloats; ++o)
-            rows[o] = o >= p.first && o < p.last ? load_lanes(from + o * stride(), count) : Lane{};
+            rows[o] = o >= p.first && o < p.last ? load_up_to(from + o * stride(), count) : Lane{};
         transpose(rows);
         const int* const at = p.at + chunk * kFloats;
         unroll<kFloats>([&](auto e) { store(grids + at[e], load(grids + at[e]) + rows[e] * factor); });
@@ -156,13 +156,13 @@ template <int kGrid> struct Block {
         for (int o = p.first; o < p.last; ++o) {
           const int64_t at_row = from + o * stride();
           if (b.mix_grad_part) {
-            sums[o] += rows[o] * load_lanes(b.weight + at_row, count);
+            sums[o] += rows[o] * load_up_to(b.weight + at_row, count);
             __builtin_prefetch(b.weight + at_row + ahead, 0, 2);
           }
           const Lane gradient = b.mix ? rows[o] * b.mix[out + o - b.first] : rows[o];
           if (!b.weight_grad) continue;
           if (lines) store_plane(b.weight_grad + at_row, gradient, true);
-          else store_lanes(b.weight_grad + at_row, gradient, count);
+          else store_up_to(b.weight_grad + at_row, gradient, count);
         }
       }
       for (int o = p.first; o < p.last && b.mix_grad_part; ++o)

@@ -9,14 +9,6 @@ namespace {
 
 #define NASDET_APART __attribute__((noinline, flatten))
 
-NASDET_INLINE Lane load_lanes(const float* p, int64_t count) {
-  return count == kFloats ? load(p) : load_part(p, count);
-}
-NASDET_INLINE void store_lanes(float* p, Lane v, int64_t count) {
-  if (count == kFloats) store(p, v);
-  else store_part(p, v, count);
-}
-
 // Half a cache line past the caches would be worse than into them.
 NASDET_INLINE void store_plane(float* p, Lane v, bool streaming) {
   if (kBytes == 64 && streaming) store_streaming(p, v);
@@ -46,7 +38,7 @@ template <int T> struct Tile {
                                    int row) {
     Reals<T> x;
     unroll<T>([&](auto j) {
-      x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_lanes(p + j * pixel, count) : Lane{};
+      x.at[j] = kInside ? load(p + j * pixel) : j >= first && j < last ? load_up_to(p + j * pixel, count) : Lane{};
     });
     keep_row(real_fft<T>(x), half, row);
   }
@@ -121,7 +113,7 @@ template <int T> struct Tile {
     const Reals<T> y = real_ifft<T>(x);
     unroll<T>([&](auto j) {
       if (j >= first && j < last)
-        store_lanes(p + j * pixel, kAdd ? y.at[j] + load_lanes(p + j * pixel, count) : y.at[j], count);
+        store_up_to(p + j * pixel, kAdd ? y.at[j] + load_up_to(p + j * pixel, count) : y.at[j], count);
     });
   }
 };

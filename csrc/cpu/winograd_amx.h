@@ -63,7 +63,7 @@ struct AmxOperands {
 };
 
 template <int kRows, int kColumns>
-NASDET_INLINE void multiply_block(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks,
+NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const char* a, int64_t a_tile, const char* b, int64_t blocks,
                                   float* sums, int64_t row, bool accumulate, const char* ahead, int64_t lines) {
   const int64_t stride = row * 4;
   float* const below = sums + kAmxSide * row;
@@ -100,11 +100,11 @@ NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t
       float* const sums = o.sums + row * kAmxSide * o.sum_row + column / 2 * o.sum_panel;
       const bool two_rows = row + 1 < rows, two_columns = column + 1 < columns;
       if (two_rows && two_columns)
-        multiply_block<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
-      else if (two_rows) multiply_block<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+        multiply_tiles<2, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else if (two_rows) multiply_tiles<2, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
       else if (two_columns)
-        multiply_block<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
-      else multiply_block<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+        multiply_tiles<1, 2>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
+      else multiply_tiles<1, 1>(tiles, a, o.a_tile, b, blocks, sums, o.sum_row, accumulate, ahead, lines);
     }
 }
 

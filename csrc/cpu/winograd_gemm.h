@@ -12,16 +12,6 @@ inline constexpr int kMostVectors = 2, kAccumulators = 12;
 #endif
 constexpr int most_rows(int vectors) { return vectors == 1 ? 12 : kAccumulators / vectors; }
 
-NASDET_INLINE vec<float> spread(const float* p) {
-#if defined(__AVX512F__)
-  return (vec<float>)_mm512_set1_ps(*p);
-#elif defined(__AVX2__)
-  return (vec<float>)_mm256_set1_ps(*p);
-#else
-  return splat(*p);
-#endif
-}
-
 // Sums run over k in order from zero, or from C: an element's bits depend neither on its row nor on its panel. Each k
 // also asks for one line at `ahead`.
 template <int kRows, int kVectors>
@@ -48,7 +38,7 @@ __attribute__((noinline)) void multiply_block(const float* a, int64_t a_row, int
     for (int v = 0; v < kVectors; ++v) line[v] = load(b + v * W);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const vec<float> factor = spread(a + r * a_row);
+      const vec<float> factor = broadcast(a + r * a_row);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * line[v];
     }
@@ -65,25 +55,16 @@ __attribute__((noinline)) void multiply_block(const float* a, int64_t a_row, int
 using MultiplyBlock = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool,
                                const float*);
 
-template <int kVectors> MultiplyBlock block_of(int64_t rows) {
-  static constexpr MultiplyBlock kBlocks[] = {multiply_block<1, kVectors>,
-                                              multiply_block<2, kVectors>,
-                                              multiply_block<3, kVectors>,
-                                              multiply_block<4, kVectors>,
-                                              multiply_block<5, kVectors>,
-                                              multiply_block<6, kVectors>,
-                                              multiply_block < most_rows(kVectors) < 7 ? 1 : 7,
-                                              kVectors >,
-                                              multiply_block < most_rows(kVectors) < 8 ? 1 : 8,
-                                              kVectors >,
-                                              multiply_block < most_rows(kVectors) < 9 ? 1 : 9,
-                                              kVectors >,
-                                              multiply_block < most_rows(kVectors) < 10 ? 1 : 10,
-                                              kVectors >,
-                                              multiply_block < most_rows(kVectors) < 11 ? 1 : 11,
-                                              kVectors >
-                                              , multiply_block < most_rows(kVectors) < 12 ? 1 : 12, kVectors > };
-  return kBlocks[rows - 1];
+// For so many rows; more than the registers hold are never asked for.
+template <int kRows, int kVectors>
+constexpr MultiplyBlock kMultiply = multiply_block<(kRows <= most_rows(kVectors) ? kRows : 1), kVectors>;
+
+template <int kVectors> MultiplyBlock kernel_for(int64_t rows) {
+  static constexpr MultiplyBlock kKernels[] = {
+      kMultiply<1, kVectors>, kMultiply<2, kVectors>,  kMultiply<3, kVectors>,  kMultiply<4, kVectors>,
+      kMultiply<5, kVectors>, kMultiply<6, kVectors>,  kMultiply<7, kVectors>,  kMultiply<8, kVectors>,
+      kMultiply<9, kVectors>, kMultiply<10, kVectors>, kMultiply<11, kVectors>, kMultiply<12, kVectors>};
+  return kKernels[rows - 1];
 }
 
 // Any number of rows, in blocks of about equal size. `ahead` is what comes next: of the first block; `ahead_row` further per row.
@@ -93,8 +74,8 @@ void multiply_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, i
   const int64_t blocks = (rows + most_rows(kVectors) - 1) / most_rows(kVectors);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-    block_of<kVectors>(count)(a + first * a_row, a_row, a_k, b, b_k, c + first * c_row, c_row, depth, accumulate,
-                              ahead + first * ahead_row);
+    kernel_for<kVectors>(count)(a + first * a_row, a_row, a_k, b, b_k, c + first * c_row, c_row, depth, accumulate,
+                                ahead + first * ahead_row);
   }
 }
 

@@ -76,7 +76,7 @@ void collect_gradient(const WinogradGradient& g, int64_t v) {
   const WinogradChannels& y = g.y.vectors[v];
   const WinogradPanel& panel = g.panels[panel_of(g.panels, v)];
   const float* const sums = g.sums + (panel.first * g.sum_rows + (v - panel.first)) * W;
-  const Vector factor = y.mix ? load_some(y.mix, y.count) : splat(1.f);
+  const Vector factor = y.mix ? load_up_to(y.mix, y.count) : splat(1.f);
   Vector taps[9 * W], kernels[9 * W], dot = {};
   for (int64_t c = 0; c < g.ins; c += W) {
     const int64_t in = g.first_in + c, valid = g.ins - c < W ? g.ins - c : W, length = valid * 9;
@@ -95,10 +95,10 @@ void collect_gradient(const WinogradGradient& g, int64_t v) {
       for (int i = 0; i < W; ++i) rows[i] *= factor;
       transpose(rows);
       for (int64_t o = 0; o < y.count; ++o)
-        store_some(y.weight_grad + (o * g.in_channels + in) * 9 + q * W, rows[o], length - q * W);
+        store_up_to(y.weight_grad + (o * g.in_channels + in) * 9 + q * W, rows[o], length - q * W);
     }
   }
-  if (y.mix_grad) store_some(y.mix_grad, dot, y.count);
+  if (y.mix_grad) store_up_to(y.mix_grad, dot, y.count);
 }
 
 }  // namespace

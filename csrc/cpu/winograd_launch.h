@@ -207,16 +207,12 @@ int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t 
   return ((tiles + steps - 1) / steps + unit - 1) / unit * unit;
 }
 
-// The gradient of the weights of some of the channels of one dilation, `step` tiles at a time.
-void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x,
-                  const float* grad) {
-  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(),
-                                 [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
-  const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixed);
-  const int64_t tiles = int64_t(d.tiles.size()), part_count = int64_t(parts.size());
+// For `step` tiles at a time.
+GradientScratch gradient_scratch(const Work& work, const Dilated& d, const std::vector<GradientPart>& parts,
+                                 int64_t step) {
   GradientScratch most;
   for (const GradientPart& part : parts) {
-    const WinogradGradient g = gradient_of(work, d, part, step, x, grad, {});
+    const WinogradGradient g = gradient_of(work, d, part, step, nullptr, nullptr, {});
     most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane));
     most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
     most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
@@ -225,6 +221,19 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
                             size_t((step + kAmxTerms - 1) / kAmxTerms *
                                    (amx_tiles(g.ins) + amx_tiles(g.y.count * work.kernels.lanes) + 1) * kAmxRowBlock));
   }
+  return most;
+}
+
+// The gradient of the weights of some of the channels of one dilation, `step` tiles at a time, or fewer if padding wants room.
+void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x,
+                  const float* grad) {
+  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(),
+                                 [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
+  const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixed);
+  const int64_t tiles = int64_t(d.tiles.size()), part_count = int64_t(parts.size());
+  const int64_t unit = d.on_tiles ? kAmxTerms : 1;
+  GradientScratch most = gradient_scratch(work, d, parts, step);
+  while (step > unit && int64_t(most.bytes()) > scratch_limit()) most = gradient_scratch(work, d, parts, step -= unit);
   const int64_t workers =
       std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));

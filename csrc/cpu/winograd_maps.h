@@ -7,14 +7,6 @@ namespace {
 
 constexpr int W = kLanes<float>;
 
-NASDET_INLINE Vector load_some(const float* p, int64_t count) {
-  return count >= W ? load(p) : count > 0 ? load_part(p, count) : Vector{};
-}
-NASDET_INLINE void store_some(float* p, Vector v, int64_t count) {
-  if (count >= W) store(p, v);
-  else if (count > 0) store_part(p, v, count);
-}
-
 // The kernels of a vector of y's channels and of W input channels from `c` on: taps[(c * 9 + tap)] over y's channels, with
 // zeros for what is not there.
 NASDET_INLINE void load_taps(const WinogradChannels& y, int64_t in_channels, int64_t c, bool mixed, Vector* taps) {
@@ -22,11 +14,11 @@ NASDET_INLINE void load_taps(const WinogradChannels& y, int64_t in_channels, int
   for (int q = 0; q < 9; ++q) {
     Vector* const rows = taps + q * W;
     for (int64_t o = 0; o < W; ++o)
-      rows[o] = o < y.count ? load_some(y.weight + (o * in_channels + c) * 9 + q * W, length - q * W) : Vector{};
+      rows[o] = o < y.count ? load_up_to(y.weight + (o * in_channels + c) * 9 + q * W, length - q * W) : Vector{};
     transpose(rows);
   }
   if (!mixed || y.mix == nullptr) return;
-  const Vector factor = load_some(y.mix, y.count);
+  const Vector factor = load_up_to(y.mix, y.count);
   for (int i = 0; i < 9 * W; ++i) taps[i] *= factor;
 }
 
@@ -76,7 +68,7 @@ NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int6
     }
     for (int64_t r = rows.begin; r < rows.end; ++r)
       for (int64_t c = columns.begin; c < columns.end; ++c)
-        local[r * kSize + c] = load_some(start + r * down + c * right + channels.first, channels.count);
+        local[r * kSize + c] = load_up_to(start + r * down + c * right + channels.first, channels.count);
     transform(reinterpret_cast<const float*>(local), int64_t(kSize * W), int64_t(W), out + v * W, plane);
   }
 }
@@ -104,7 +96,7 @@ NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& pan
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c) {
         float* const to = start + r * down + c * right + channels.first;
-        store_some(to, p.accumulate ? out[r][c] + load_some(to, channels.count) : out[r][c], channels.count);
+        store_up_to(to, p.accumulate ? out[r][c] + load_up_to(to, channels.count) : out[r][c], channels.count);
       }
   }
 }

@@ -125,6 +125,17 @@ NASDET_INLINE void load_pair<BFloat16>(const BFloat16* p, vec<float>& a, vec<flo
   b = (vec<float>)(both & 0xffff0000u);
 }
 
+// *p in every lane, by the load itself: splat(*p) subtracts a zero, on the units that products need.
+NASDET_INLINE vec<float> broadcast(const float* p) {
+#if defined(__AVX512F__)
+  return (vec<float>)_mm512_set1_ps(*p);
+#elif defined(__AVX2__)
+  return (vec<float>)_mm256_broadcast_ss(p);
+#else
+  return splat(*p);
+#endif
+}
+
 // A vector in its stored form.
 template <class Stored> struct Narrow { using type = vec_u16; };
 template <> struct Narrow<float> { using type = vec<float>; };
@@ -214,6 +225,15 @@ template <class Stored> NASDET_INLINE void store_part(Stored* p, vec<arithmetic_
   Stored padded[kWidth<Stored>];
   store(padded, v);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+// The first `count` elements, all of a vector or none included.
+template <class Stored> NASDET_INLINE vec<arithmetic_t<Stored>> load_up_to(const Stored* p, int64_t count) {
+  return count >= kWidth<Stored> ? load(p) : count > 0 ? load_part(p, count) : vec<arithmetic_t<Stored>>{};
+}
+template <class Stored> NASDET_INLINE void store_up_to(Stored* p, vec<arithmetic_t<Stored>> v, int64_t count) {
+  if (count >= kWidth<Stored>) store(p, v);
+  else if (count > 0) store_part(p, v, count);
 }
 
 template <class T> NASDET_INLINE T horizontal_sum(vec<T> v) {

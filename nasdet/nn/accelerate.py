@@ -149,7 +149,8 @@ def _why_not(conv: nn.Conv2d) -> str | None:
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         return "its forward was replaced"
     try:
-        check_depthwise(conv, "it") if _is_depthwise(conv) else check_same_conv2d(conv, "it", kept=True)
+        check = check_depthwise if _is_depthwise(conv) else check_same_conv2d
+        check(conv, "it", kept=True)
     except (TypeError, ValueError) as error:
         return str(error)
     if conv.weight.device.type != "cpu":

@@ -84,10 +84,26 @@ class DepthwiseConv2d(nn.Conv2d):
         return add_bias(depthwise_conv2d(input, weight, *options, backend=self.backend), bias)
 
 
-def check_depthwise(conv: nn.Module, name: str = "conv") -> nn.Conv2d:
-    """``conv``, if it is a plain depthwise ``nn.Conv2d`` that the op can stand for; ``name`` is for the error."""
+def beside_the_weight(conv: nn.Module) -> str | None:
+    """What a module in the place of ``conv`` would lack, in words, or None."""
+    if changed := [name for name in ("forward", "_conv_forward") if name in vars(conv)]:
+        return f"a {changed[0]} of its own"
+    if hooks := [name for name, value in vars(conv).items() if name.endswith("_hooks") and value]:
+        return hooks[0].strip("_").replace("_", " ")
+    if conv._parameters.get("weight") is None:  # weight norm, spectral norm, pruning
+        return "a weight that is computed"
+    own = [*conv._parameters, *conv._buffers, *conv._modules]
+    return ", ".join(repr(name) for name in own if name not in ("weight", "bias")) or None
+
+
+def check_depthwise(conv: nn.Module, name: str = "conv", *, kept: bool = False) -> nn.Conv2d:
+    """``conv``, if it is a plain depthwise ``nn.Conv2d`` that the op can stand for; ``name`` is for the error.
+
+    Unless the module itself is ``kept``, it has nothing either that another in its place would lack."""
     if type(conv) is not nn.Conv2d:
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
+    if not kept and (own := beside_the_weight(conv)):
+        raise ValueError(f"{name} must have nothing but a weight and a bias, got {own}, which would be lost")
     if not conv.groups == conv.in_channels == conv.out_channels:
         raise ValueError(
             f"{name} must have as many groups as input and output channels, got {conv.groups}, {conv.in_channels} and "

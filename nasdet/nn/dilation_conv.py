@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nasdet._checks import check_whole
-from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias
+from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, beside_the_weight
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair
 
@@ -27,7 +27,7 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False
 
     if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d, AcceleratedConv2d):
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
-    if not kept and (own := _beside_the_weight(conv)):
+    if not kept and (own := beside_the_weight(conv)):
         raise ValueError(f"{name} must have nothing but a weight and a bias, got {own}, which would be lost")
     height, width = conv.kernel_size
     if height != width or height % 2 == 0:
@@ -55,18 +55,6 @@ def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **ho
 
 torch.fx.wrap("_grouped")  # one node each in a graph that torch.fx traces: the ops look at real tensors
 torch.fx.wrap("_mixed")
-
-
-def _beside_the_weight(conv: nn.Module) -> str | None:
-    """What a module in the place of ``conv`` would lack, in words, or None."""
-    if changed := [name for name in ("forward", "_conv_forward") if name in vars(conv)]:
-        return f"a {changed[0]} of its own"
-    if hooks := [name for name, value in vars(conv).items() if name.endswith("_hooks") and value]:
-        return hooks[0].strip("_").replace("_", " ")
-    if conv._parameters.get("weight") is None:  # weight norm, spectral norm, pruning
-        return "a weight that is computed"
-    own = [*conv._parameters, *conv._buffers, *conv._modules]
-    return ", ".join(repr(name) for name in own if name not in ("weight", "bias")) or None
 
 
 class _DilationConv2d(nn.Module):

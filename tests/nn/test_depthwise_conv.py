@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import nasdet
 from nasdet.measure import count, total
 from nasdet.nn import DepthwiseConv2d
 
@@ -83,6 +84,15 @@ def test_autocast_takes_both_operands_in_its_dtype() -> None:
 def test_refuses_other_convolutions(conv: nn.Conv2d, message: str) -> None:
     with pytest.raises(ValueError, match=f"layer.dw must .*{message}"):
         DepthwiseConv2d.from_conv(conv, "layer.dw")
+
+
+def test_refuses_what_would_be_lost() -> None:
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    conv.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="dw must have nothing but a weight and a bias, got forward hooks"):
+        DepthwiseConv2d.from_conv(conv, "dw")
+    with nasdet.accelerate(nn.Sequential(conv)) as report:  # where the module itself stays, so does its hook
+        assert report.swapped == ("0",)
 
 
 def test_refuses_what_is_no_plain_convolution() -> None:

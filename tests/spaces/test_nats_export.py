@@ -65,6 +65,13 @@ def test_a_copy_trains_what_the_original_trains() -> None:
     torch.testing.assert_close(copied(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_of_a_derived_layer_are_not_lost_in_silence() -> None:
+    part = GroupedDilationConv2d(4, 4, 3, [1, 2])
+    part.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(ValueError, match="0 must have nothing but a weight and a bias, got forward hooks"):
+        to_plain_torch(nn.Sequential(part))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_convolution_alone_in_plain_torch(training: bool) -> None:
     conv = GroupedDilationConv2d(4, 8, 3, [1, (2, 3)], stride=2, groups=2).train(training)

@@ -11,6 +11,7 @@ from torch import nn
 from nasdet._files import write_atomic
 from nasdet.arch import Card
 from nasdet.nn import GroupedDilationConv2d
+from nasdet.nn.depthwise_conv import beside_the_weight
 from nasdet.spaces.nats import plain
 from nasdet.spaces.nats.genotype import check_genotype
 from nasdet.spaces.nats.layers import exchange
@@ -29,10 +30,12 @@ def to_plain_torch(network: nn.Module) -> nn.Module:
     parts = {name: part for name, part in network.named_modules() if isinstance(part, GroupedDilationConv2d)}
     if not parts:
         raise ValueError(f"network must be a derived one, got {type(network).__name__} without a GroupedDilationConv2d")
-    return exchange(network, {name: _split(part) for name, part in parts.items()})
+    return exchange(network, {name: _split(part, name) for name, part in parts.items()})
 
 
-def _split(part: GroupedDilationConv2d) -> nn.Module:
+def _split(part: GroupedDilationConv2d, name: str = "network") -> nn.Module:
+    if own := beside_the_weight(part):
+        raise ValueError(f"{name} must have nothing but a weight and a bias, got {own}, which would be lost")
     made = plain.SplitConv2d(part.weight, part.bias, part.dilations, part.splits, part.stride, part.groups)
     return made.train(part.training)
 

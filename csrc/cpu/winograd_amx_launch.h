@@ -25,36 +25,12 @@ int64_t fitting_tiles(int64_t most, int64_t bytes, int64_t tile_bytes) {
 
 // All that does not depend on the cut.
 WinogradAmx amx_of(const Work& work, const Dilated& d, const float* from, float* to, bool transposed) {
-  const ConvProblem& p = work.p;
-  const std::vector<WinogradChannels>& deep = transposed ? d.channels : work.inputs;
-  const std::vector<WinogradChannels>& wide = transposed ? work.inputs : d.channels;
-  const WinogradSide in{from, transposed ? p.out_channels : p.in_channels, deep.data(), int64_t(deep.size())};
-  const WinogradSide out{nullptr, transposed ? p.in_channels : p.out_channels, wide.data(), int64_t(wide.size())};
-  const WinogradProduct product{p.height,
-                                p.width,
-                                d.h,
-                                d.w,
-                                d.tiles.data(),
-                                in,
-                                out,
-                                to,
-                                p.in_channels,
-                                rows_of(deep, work.kernels.lanes),
-                                transposed,
-                                transposed && &d != work.dilations.data(),
-                                nullptr,
-                                0,
-                                nullptr,
-                                0,
-                                0,
-                                0};
-  return {product,
-          int64_t(d.tiles.size()),
-          blocks_of(in.count * work.kernels.lanes),
-          amx_tiles(out.count * work.kernels.lanes),
-          nullptr,
-          0,
-          nullptr};
+  WinogradAmx job{};
+  job.product = product_of(work, d, from, to, transposed);
+  job.tiles = int64_t(d.tiles.size());
+  job.blocks = blocks_of(job.product.deep.count * work.kernels.lanes);
+  job.columns = amx_tiles(job.product.wide.count * work.kernels.lanes);
+  return job;
 }
 
 // The weights first, and then chunks of map tiles with all of them.

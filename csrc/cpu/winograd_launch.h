@@ -19,43 +19,24 @@ struct Piece {
 
 // A piece of each dilation that is not multiplied on matrix tiles, or several where the weights of one would not stay in the caches.
 std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, bool transposed) {
-  const ConvProblem& p = work.p;
   const int64_t lanes = work.kernels.lanes, bytes = std::min(kWeightBytes, scratch_limit() / 2);
   std::vector<Piece> pieces;
   for (const Dilated& d : work.dilations) {
     if (d.on_tiles) continue;
-    const std::vector<WinogradChannels>& deep = transposed ? d.channels : work.inputs;
-    const std::vector<WinogradChannels>& wide = transposed ? work.inputs : d.channels;
-    const int64_t depth = rows_of(deep, lanes);
+    const WinogradProduct whole = product_of(work, d, from, to, transposed);
+    const int64_t depth = whole.depth, vectors = whole.wide.count, tiles = int64_t(d.tiles.size());
     const int64_t step = piece_vectors(work.kernels, depth, bytes);
-    const int64_t vectors = int64_t(wide.size());
-    const int64_t tiles = int64_t(d.tiles.size());
     const int64_t widest = std::min({work.kernels.most_vectors, step, vectors});
     const int64_t chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
     for (int64_t first = 0; first < vectors; first += step) {
-      const int64_t count = std::min(step, vectors - first);
-      const WinogradSide in{from, transposed ? p.out_channels : p.in_channels, deep.data(), int64_t(deep.size())};
-      const WinogradSide out{nullptr, transposed ? p.in_channels : p.out_channels, wide.data() + first, count};
-      const WinogradProduct product{p.height,
-                                    p.width,
-                                    d.h,
-                                    d.w,
-                                    d.tiles.data(),
-                                    in,
-                                    out,
-                                    to,
-                                    p.in_channels,
-                                    depth,
-                                    transposed,
-                                    transposed && &d != work.dilations.data(),
-                                    nullptr,
-                                    0,
-                                    nullptr,
-                                    plane_floats(depth * count * lanes),
-                                    plane_floats(chunk * int64_t(deep.size()) * lanes),
-                                    plane_floats(chunk * widest * lanes)};
-      pieces.push_back({product, panels_of(count, work.kernels.most_vectors), tiles, chunks_of(tiles, chunk),
-                        kWinogradPlanes * (product.deep_plane + product.wide_plane)});
+      WinogradProduct product = whole;
+      product.wide.vectors += first;
+      product.wide.count = std::min(step, vectors - first);
+      product.weight_plane = plane_floats(depth * product.wide.count * lanes);
+      product.deep_plane = plane_floats(chunk * product.deep.count * lanes);
+      product.wide_plane = plane_floats(chunk * widest * lanes);
+      pieces.push_back({product, panels_of(product.wide.count, work.kernels.most_vectors), tiles,
+                        chunks_of(tiles, chunk), kWinogradPlanes * (product.deep_plane + product.wide_plane)});
     }
   }
   return pieces;

@@ -147,6 +147,27 @@ int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) {
   return int64_t(channels.size() - 1) * lanes + channels.back().count;
 }
 
+// The product of one dilation with all of its channels, but for the cut: panels, weights and planes.
+WinogradProduct product_of(const Work& work, const Dilated& d, const float* from, float* to, bool transposed) {
+  const ConvProblem& p = work.p;
+  const std::vector<WinogradChannels>& deep = transposed ? d.channels : work.inputs;
+  const std::vector<WinogradChannels>& wide = transposed ? work.inputs : d.channels;
+  WinogradProduct product{};
+  product.height = p.height;
+  product.width = p.width;
+  product.dilation_h = d.h;
+  product.dilation_w = d.w;
+  product.tiles = d.tiles.data();
+  product.deep = {from, transposed ? p.out_channels : p.in_channels, deep.data(), int64_t(deep.size())};
+  product.wide = {nullptr, transposed ? p.in_channels : p.out_channels, wide.data(), int64_t(wide.size())};
+  product.out = to;
+  product.in_channels = p.in_channels;
+  product.depth = rows_of(deep, work.kernels.lanes);
+  product.transposed = transposed;
+  product.accumulate = transposed && &d != work.dilations.data();
+  return product;
+}
+
 // `vectors` in panels of about equal width.
 std::vector<WinogradPanel> panels_of(int64_t vectors, int64_t most) {
   std::vector<WinogradPanel> panels;

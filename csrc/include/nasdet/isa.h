@@ -112,7 +112,7 @@ inline Isa cpu_capability() {
   return chosen;
 }
 
-// To be called where tiles are about to be used: the first call asks the system for them.
+// The first call asks the system for its tiles, which it may refuse.
 inline Tiles tiles() {
   static const Tiles chosen = [] {
     const char* const name = std::getenv("NASDET_CPU_CAPABILITY");

@@ -10,6 +10,7 @@ from torch import nn
 
 from nasdet.detectors.backbone import Backbone
 from nasdet.nn import check_same_conv2d
+from nasdet.spaces.nats.plain import replace_modules
 
 #: network -> {module path of a convolution: stage (3, 4 or 5)}
 Selector = Callable[[nn.Module], Mapping[str, int]]
@@ -117,9 +118,4 @@ def check_own_weights(network: nn.Module, layers: Sequence[Layer]) -> None:
 def exchange(network: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     """Put each module in its place, by all the names that the old one has; all were made before, so that nothing fails
     halfway."""
-    made = {network.get_submodule(name): module for name, module in replacements.items()}
-    for parent in list(network.modules()):
-        for child, module in list(parent._modules.items()):
-            if module in made:
-                setattr(parent, child, made[module])
-    return network
+    return replace_modules(network, {network.get_submodule(name): module for name, module in replacements.items()})

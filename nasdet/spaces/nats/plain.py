@@ -77,9 +77,14 @@ def transform(network: nn.Module, genotype: Mapping[str, Sequence[Sequence[Any]]
             raise ValueError(f"{name} must be cut between convolution groups of {width} channels, got {splits}")
         split = SplitConv2d(conv.weight, conv.bias, dilations, splits, conv.stride, conv.groups)
         made[conv] = split.train(conv.training)
+    return replace_modules(network, made)
+
+
+def replace_modules(network: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Each of some modules by another, in place, by every name that it has."""
     for parent in list(network.modules()):
         for child, module in list(parent._modules.items()):
-            if module in made:  # by every name that it has
+            if module is not None and module in made:
                 setattr(parent, child, made[module])
     return network
 

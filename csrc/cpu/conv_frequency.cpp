@@ -46,12 +46,12 @@ void frequency_add_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes
   for_tile(tile, [&](auto size) { add_maps<size>(t, in, map, phase, phases, begin, end); });
 }
 
-void frequency_weights(int tile, int grid, const FrequencyWeights& w, int64_t begin, int64_t end) {
-  for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weights<size, taps>(w, begin, end); });
+void frequency_weights(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
+  weights(tile, w, begin, end);
 }
 
-void frequency_weight_gradients(int tile, int grid, const FrequencyWeights& w, int64_t begin, int64_t end) {
-  for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_gradients<size, taps>(w, begin, end); });
+void frequency_weight_gradients(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
+  weight_gradients(tile, w, begin, end);
 }
 
 void frequency_weight_planes(int tile, int grid, const FrequencyWeights& w, const FrequencyStep& s) {

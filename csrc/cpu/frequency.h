@@ -32,14 +32,14 @@ struct FrequencyPlanes {
   bool streaming;         // too large for the caches: store past them
 };
 
-// A convolution's outputs [first, last) and its taps at (i - 1) * dilation from the centre of a grid.
+// A convolution's outputs [first, last).
 struct FrequencyBranch {
   int64_t first, last;
-  int32_t dilation_h, dilation_w;
   const float* weight;   // [last - first][in][3][3]
   const float* mix;      // null: 1
   float* weight_grad;    // null: not wanted
   float* mix_grad_part;  // [blocks of in-channels][last - first] sums over a block; null: not wanted
+  int32_t terms[9];      // of its taps, folded: those of (0, 0), (0, x), (y, 0) and (y, x)
 };
 
 // Taps folded about the centre of their grid: for each place (y, x >= 0) that any branch has a tap at, what is even or odd in
@@ -64,7 +64,6 @@ struct FrequencyWeights {
   int64_t first_in, ins, first_out, outs;  // the chunk; firsts are multiples of the lanes
   bool transposed;                         // for the map's gradient
   float* folded;
-  float* grids;  // 2 x lanes x lanes x (grid area) elements of scratch for each call
 };
 
 // Some columns of the spectra of `depth` rows of a chunk's weights as planes: [plane of the step][depth][width], in panels of
@@ -123,11 +122,10 @@ NASDET_DECLARE_KERNEL(void, frequency_maps, int tile, const FrequencyTiles&, con
                       int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_add_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map,
                       int phase, int phases, int64_t begin, int64_t end)
-NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, int grid, const FrequencyWeights&, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, const FrequencyWeights&, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&,
                       const FrequencyStep&)
-NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, int grid, const FrequencyWeights&, int64_t begin,
-                      int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, const FrequencyWeights&, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_multiply, const FrequencyProduct&)
 NASDET_DECLARE_KERNEL(void, frequency_multiply_gradients, const FrequencyGradientProduct&)

@@ -16,7 +16,7 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, cons
   const int64_t depth = w.transposed ? w.outs : w.ins;
   const int64_t width = padded_to(w.transposed ? w.ins : w.outs, frequency_costs().lanes);
   const int64_t tile = s.sizes.g.tile;
-  s.run_blocks(NASDET_FREQUENCY_KERNEL(frequency_weights), w);
+  s.fold(w);
   s.run_steps([&](int step, float* planes) {
     const int64_t first = step * frequency_step_planes(tile);
     for (int64_t row = 0; row < depth; row += m.from_block) {
@@ -81,8 +81,8 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
   const int64_t lanes = frequency_costs().lanes, in_padded = padded_to(in, lanes);
   const FrequencyGeometry& g = plan.g;
   const FrequencySizes sizes = plan.sizes();
-  const std::vector<FrequencyBranch> branches = frequency_branches(p);
   const TapFold fold(p);
+  const std::vector<FrequencyBranch> branches = frequency_branches(p, fold);
   std::vector<int32_t> ends;
   const int64_t block = block_of(in_padded);
   const int64_t from_plane = sizes.plane(block);
@@ -104,7 +104,6 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
                        0,
                        0,
                        gradient,
-                       nullptr,
                        nullptr};
   if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {

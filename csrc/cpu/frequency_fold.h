@@ -26,6 +26,15 @@ class TapFold {
 
   int64_t terms() const { return terms_; }
 
+  // FrequencyBranch::terms of these dilations.
+  void terms_of(int32_t dilation_h, int32_t dilation_w, int32_t (&terms)[9]) const {
+    int32_t* next = terms;
+    for (int32_t y : {0, dilation_h})
+      for (int32_t x : {0, dilation_w})
+        for (int32_t term : place_at(y, x).term)
+          if (term >= 0) *next++ = term;
+  }
+
   // The terms of a grid of so many rows; valid while this and the vector live.
   FrequencyFold of(int grid, std::vector<int32_t>& ends) const {
     const int rows = grid / 2 + 1;
@@ -38,6 +47,10 @@ class TapFold {
   }
 
  private:
+  const FrequencyPlace& place_at(int32_t y, int32_t x) const {
+    return *std::find_if(places_.begin(), places_.end(), [&](const auto& p) { return p.y == y && p.x == x; });
+  }
+
   std::vector<FrequencyPlace> places_;  // by y, then x
   int64_t terms_ = 0;
 };

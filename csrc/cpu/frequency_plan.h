@@ -175,8 +175,8 @@ class FrequencyPlanner {
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
         plan.rows = pieces_of(plan.g.all_rows, parts);
         const FrequencySizes s = plan.sizes();
-        plan.bytes = bytes({grids(plan.g), s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs),
-                            s.folded(plan.ins, plan.outs), s.step(plan.outs)});
+        plan.bytes = bytes({s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs), s.folded(plan.ins, plan.outs),
+                            s.step(plan.outs)});
         plan.seconds = seconds(plan, in, out);
         if (better(plan, best)) best = plan;
         if (plan.rows == 1) break;
@@ -218,10 +218,9 @@ class FrequencyPlanner {
     const FrequencySizes s = plan.sizes();
     // Sums over tiles in several goes: then those of all that is in hand are kept.
     const bool goes = plan.rows < plan.g.all_rows;
-    plan.bytes =
-        bytes({grids(plan.g), s.spectra(plan.ins, block_of(plan.ins)), s.spectra(plan.outs, block_of(plan.outs)),
-               goes ? s.folded(plan.ins, plan.outs) : s.folded(plan.part_ins, plan.part_outs),
-               s.gradient_step(plan.part_outs)});
+    plan.bytes = bytes({s.spectra(plan.ins, block_of(plan.ins)), s.spectra(plan.outs, block_of(plan.outs)),
+                        goes ? s.folded(plan.ins, plan.outs) : s.folded(plan.part_ins, plan.part_outs),
+                        s.gradient_step(plan.part_outs)});
     plan.seconds = seconds(plan);
     if (better(plan, best)) best = plan;
   }
@@ -244,7 +243,6 @@ class FrequencyPlanner {
     const int64_t most = kFoldedBytes / (terms_ * outs * 4) / kFrequencyBlock * kFrequencyBlock;
     return std::min(in, std::max(most, kFrequencyBlock));
   }
-  int64_t grids(const FrequencyGeometry& g) const { return 2 * c_.lanes * c_.lanes * g.grid * g.grid; }
   static int64_t bytes(std::initializer_list<int64_t> pieces) {
     int64_t total = 0;
     for (int64_t elements : pieces) total += int64_t(Scratch::padded(size_t(elements) * 4));

@@ -66,42 +66,6 @@ template <int T, int R> struct TapTransform {
     });
   }
 
-  // The places of a grid [kGrid][kGrid][lane] to their terms.
-  static NASDET_INLINE void fold_grid(const FrequencyFold& fold, const float* grid, float* terms) {
-    for (int64_t i = 0; i < fold.place_count; ++i) {
-      const FrequencyPlace& p = fold.places[i];
-      const float* const below = grid + ((R + p.y) * kGrid + R) * kFloats;
-      const float* const above = grid + ((R - p.y) * kGrid + R) * kFloats;
-      const int64_t x = p.x * kFloats;
-      const Lane right = load(below + x), right_above = p.y ? load(above + x) : Lane{};
-      const Lane left = p.x ? load(below - x) : Lane{}, left_above = p.x && p.y ? load(above - x) : Lane{};
-      const Lane even_right = right + right_above, even_left = left + left_above, odd_right = right - right_above,
-                 odd_left = left - left_above;
-      const Lane parts[4] = {even_right + even_left, even_right - even_left, odd_right + odd_left,
-                             odd_right - odd_left};
-      unroll<4>([&](auto parity) {
-        if (p.term[parity] >= 0) store(terms + p.term[parity] * kFloats, parts[parity]);
-      });
-    }
-  }
-  static NASDET_INLINE void unfold_grid(const FrequencyFold& fold, const float* terms, float* grid) {
-    for (int64_t i = 0; i < fold.place_count; ++i) {
-      const FrequencyPlace& p = fold.places[i];
-      float* const below = grid + ((R + p.y) * kGrid + R) * kFloats;
-      float* const above = grid + ((R - p.y) * kGrid + R) * kFloats;
-      const int64_t x = p.x * kFloats;
-      Lane parts[4];
-      unroll<4>(
-          [&](auto parity) { parts[parity] = p.term[parity] >= 0 ? load(terms + p.term[parity] * kFloats) : Lane{}; });
-      const Lane even_right = parts[0] + parts[1], even_left = parts[0] - parts[1], odd_right = parts[2] + parts[3],
-                 odd_left = parts[2] - parts[3];
-      store(below + x, even_right + odd_right);
-      if (p.x) store(below - x, even_left + odd_left);
-      if (p.y) store(above + x, even_right - odd_right);
-      if (p.x && p.y) store(above - x, even_left - odd_left);
-    }
-  }
-
   // sum += term cos(tau K / T), or with the sine.
   template <bool kSine, int K> static NASDET_INLINE void add(Lane& sum, Lane term) {
     constexpr float factor = float(kSine ? sine(K, T) : cosine(K, T));

@@ -6,8 +6,8 @@ namespace nasdet {
 namespace {
 
 // Branches with room for each block of inputs' part of the gradient of mix, in `parts`.
-std::vector<FrequencyBranch> gradient_branches(const ConvProblem& p, std::vector<float>& parts) {
-  std::vector<FrequencyBranch> branches = frequency_branches(p);
+std::vector<FrequencyBranch> gradient_branches(const ConvProblem& p, const TapFold& fold, std::vector<float>& parts) {
+  std::vector<FrequencyBranch> branches = frequency_branches(p, fold);
   const int64_t in_vectors = vectors_of(p.in_channels);
   int64_t count = 0;
   for (const ConvBranch& b : p.branches) count += b.mix_grad ? in_vectors * (b.last - b.first) : 0;
@@ -33,7 +33,7 @@ void sum_mix_gradients(const ConvProblem& p, const std::vector<FrequencyBranch>&
 struct GradientCrew {
   const FrequencySizes sizes;
   int64_t ins, outs, part_ins, part_outs, parts, threads, kept;
-  int64_t grid_elements, step_elements;
+  int64_t step_elements;
   size_t shared;  // bytes of the spectra
 
   GradientCrew(const FrequencyGradientPlan& plan, size_t held)
@@ -42,8 +42,7 @@ struct GradientCrew {
     for (int64_t* part : {&part_ins, &part_outs})
       while (most > 1 && count() < 2 * most && *part > kFrequencyBlock) *part = padded_to(*part / 2, kFrequencyBlock);
     parts = count(), threads = std::min(most, parts);
-    const int64_t lanes = frequency_costs().lanes, grid = sizes.g.grid;
-    grid_elements = 2 * lanes * lanes * grid * grid, step_elements = sizes.gradient_step(part_outs);
+    step_elements = sizes.gradient_step(part_outs);
     shared = Scratch::padded(size_t(sizes.spectra(ins, block_of(ins))) * 4) +
              (held ? 0 : Scratch::padded(size_t(sizes.spectra(outs, block_of(outs))) * 4));
     while (kept = plan.rows < plan.g.all_rows ? parts : threads,
@@ -53,7 +52,7 @@ struct GradientCrew {
   int64_t count() const { return pieces_of(ins, part_ins) * pieces_of(outs, part_outs); }
   size_t bytes() const {
     return shared + size_t(kept) * Scratch::padded(size_t(sizes.folded(part_ins, part_outs)) * 4) +
-           size_t(threads) * (Scratch::padded(size_t(grid_elements) * 4) + Scratch::padded(size_t(step_elements) * 4));
+           size_t(threads) * Scratch::padded(size_t(step_elements) * 4);
   }
 };
 
@@ -87,15 +86,12 @@ class WeightGradients {
  public:
   WeightGradients(const ConvProblem& p, const FrequencyGradientPlan& plan, const GradientCrew& crew, const float* given,
                   Scratch& scratch)
-      : p_(p), plan_(plan), crew_(crew), given_(given), branches_(gradient_branches(p, mix_parts_)), fold_(p) {
+      : p_(p), plan_(plan), crew_(crew), given_(given), fold_(p), branches_(gradient_branches(p, fold_, mix_parts_)) {
     x_planes_ = scratch.take<float>(size_t(x_elements_));
     own_ = scratch.take<float>(given ? 0 : size_t(grad_elements_));
     const int64_t folded = sizes_.folded(crew.part_ins, crew.part_outs);
     for (int64_t i = 0; i < crew.kept; ++i) folded_.push_back(scratch.take<float>(size_t(folded)));
-    for (int64_t i = 0; i < crew.threads; ++i) {
-      grids_.push_back(scratch.take<float>(size_t(crew.grid_elements)));
-      steps_.push_back(scratch.take<float>(size_t(crew.step_elements)));
-    }
+    for (int64_t i = 0; i < crew.threads; ++i) steps_.push_back(scratch.take<float>(size_t(crew.step_elements)));
     all_.branches = branches_.data();
     all_.branch_count = int64_t(branches_.size());
     all_.in_channels = p.in_channels;
@@ -151,12 +147,10 @@ class WeightGradients {
       w.first_out = o + part_o;
       w.outs = std::min(crew_.part_outs, outs - part_o);
       w.folded = folded_[size_t(goes ? part : one)];
-      w.grids = grids_[size_t(one)];
       gather_products(sizes_, w, steps_[size_t(one)], sizes_.step_plane(crew_.part_outs),
                       {x, grad, x_plane_, x_block_, grad_plane_, grad_block_, tiles, row > 0});
       if (row + plan_.rows >= g.all_rows)
-        NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, g.grid, w, 0,
-                                                            vectors_of(w.outs) * vectors_of(w.ins));
+        NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, w, 0, vectors_of(w.outs) * vectors_of(w.ins));
     });
   }
 
@@ -171,11 +165,11 @@ class WeightGradients {
   const int64_t grad_elements_ = sizes_.spectra(plan_.outs, grad_block_);
   std::vector<float> mix_parts_;
   std::vector<int32_t> ends_;
-  const std::vector<FrequencyBranch> branches_;
   const TapFold fold_;
+  const std::vector<FrequencyBranch> branches_;
   FrequencyWeights all_{};
   float *x_planes_, *own_;
-  std::vector<float*> folded_, grids_, steps_;
+  std::vector<float*> folded_, steps_;
   int64_t loaded_x_[2] = {-1, -1}, loaded_grad_[2] = {-1, -1};  // first channel and row
 };
 

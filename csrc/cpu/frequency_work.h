@@ -14,11 +14,18 @@ namespace {
 
 int64_t vectors_of(int64_t channels) { return padded_to(channels, frequency_costs().lanes) / frequency_costs().lanes; }
 
-std::vector<FrequencyBranch> frequency_branches(const ConvProblem& p) {
+std::vector<FrequencyBranch> frequency_branches(const ConvProblem& p, const TapFold& fold) {
   std::vector<FrequencyBranch> branches;
-  for (const ConvBranch& b : p.branches)
-    branches.push_back({b.first, b.last, b.dilation_h, b.dilation_w, static_cast<const float*>(b.weight),
-                        static_cast<const float*>(b.mix), static_cast<float*>(b.weight_grad), nullptr});
+  for (const ConvBranch& b : p.branches) {
+    branches.push_back({b.first,
+                        b.last,
+                        static_cast<const float*>(b.weight),
+                        static_cast<const float*>(b.mix),
+                        static_cast<float*>(b.weight_grad),
+                        nullptr,
+                        {}});
+    fold.terms_of(b.dilation_h, b.dilation_w, branches.back().terms);
+  }
   return branches;
 }
 
@@ -37,34 +44,26 @@ struct Slots {
 // What the weights of a chunk need on their way, on so many threads; the plan must outlive it.
 struct WeightScratch {
   const FrequencySizes sizes;
-  int64_t folded_elements, step_plane;
-  Slots grids, steps;
-  float *folded = nullptr, *grid_data = nullptr, *step_data = nullptr;
+  int64_t folded_elements, step_plane, threads;
+  Slots steps;
+  float *folded = nullptr, *step_data = nullptr;
 
-  WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads)
+  WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads_at_once)
       : sizes(s),
         folded_elements(s.folded(ins, outs)),
         step_plane(s.step_plane(outs)),
-        grids(vectors_of(ins) * vectors_of(outs), threads,
-              2 * s.g.grid * s.g.grid * frequency_costs().lanes * frequency_costs().lanes),
+        threads(threads_at_once),
         steps(frequency_steps(s.g.tile), threads, padded_to(step_elements, 16)) {}
-  size_t bytes() const {
-    return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(grids.elements() * 4) +
-           Scratch::padded(steps.elements() * 4);
-  }
+  size_t bytes() const { return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(steps.elements() * 4); }
   void take(Scratch& scratch) {
     folded = scratch.take<float>(size_t(folded_elements));
-    grid_data = scratch.take<float>(grids.elements());
     step_data = scratch.take<float>(steps.elements());
   }
 
-  // The weights folded, or with the other kernel back.
-  template <class Kernel> void run_blocks(Kernel kernel, const FrequencyWeights& w) const {
-    grids.run(grid_data, vectors_of(w.outs) * vectors_of(w.ins), [&](float* data, int64_t begin, int64_t end) {
-      FrequencyWeights own = w;
-      own.grids = data;
-      kernel(sizes.g.tile, sizes.g.grid, own, begin, end);
-    });
+  void fold(const FrequencyWeights& w) const {
+    const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_weights);
+    for_ranges(vectors_of(w.outs) * vectors_of(w.ins), threads,
+               [&](int64_t, int64_t begin, int64_t end) { kernel(sizes.g.tile, w, begin, end); });
   }
 
   // f(step, its scratch) for all steps.

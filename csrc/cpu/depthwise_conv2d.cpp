@@ -21,7 +21,10 @@ namespace nasdet::NASDET_ISA {
 namespace {
 
 template <class S> struct As { using type = S; };
-template <class F> NASDET_INLINE void with_storage(int storage, F&& f) {
+template <class F> NASDET_INLINE void with_storage([[maybe_unused]] int storage, F&& f) {
+#ifdef __AVX512BF16__  // NASDET_STORAGE_KERNEL
+  f(As<BFloat16>{});
+#else
   switch (storage) {
     case 0:
       return f(As<float>{});
@@ -32,6 +35,7 @@ template <class F> NASDET_INLINE void with_storage(int storage, F&& f) {
     case 3:
       return f(As<Half>{});
   }
+#endif
 }
 
 template <class S>

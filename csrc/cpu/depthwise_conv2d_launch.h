@@ -217,7 +217,7 @@ inline void convolve_pixels(const DepthwiseProblem& p, const DepthwiseCut& cut, 
                             lattices.data(),
                             int64_t(lattices.size()),
                             streaming};
-  const auto kernel = NASDET_KERNEL(depthwise_pixels);
+  const auto kernel = NASDET_STORAGE_KERNEL(p.storage, depthwise_pixels);
   for_ranges(all * chunks, threads(), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t c = i / all, t = i % all;
@@ -248,7 +248,7 @@ inline void convolve_planes(const DepthwiseProblem& p, const DepthwiseCut& cut, 
                             copies.margin,
                             copies.ring,
                             copies.row};
-  const auto kernel = NASDET_KERNEL(depthwise_planes);
+  const auto kernel = NASDET_STORAGE_KERNEL(p.storage, depthwise_planes);
   over_threads(p.images * p.channels, plane_bytes(p, copies, maps.to), scratch, workers,
                [&](int64_t first, int64_t last, void* own) { kernel(job, first, last, own); });
 }
@@ -260,8 +260,9 @@ inline void convolve(const DepthwiseProblem& p, const Tensor& source, const Tens
   const DepthwiseMap x{p.channels, p.rows.in, p.columns.in}, y{p.channels, p.rows.out, p.columns.out};
   const DepthwiseMaps maps{source, target, gradient ? y : x, gradient ? x : y};
   const auto pack = [&](void* packed) {
-    NASDET_KERNEL(depthwise_pack)(p.storage, weight.const_data_ptr(), p.channels, p.kernel, turned(p.rows, gradient),
-                                  turned(p.columns, gradient), p.pixels, packed);
+    NASDET_STORAGE_KERNEL(p.storage, depthwise_pack)(p.storage, weight.const_data_ptr(), p.channels, p.kernel,
+                                                     turned(p.rows, gradient), turned(p.columns, gradient), p.pixels,
+                                                     packed);
   };
   if (p.pixels) {
     Scratch scratch(packed_bytes(p) + Scratch::padded(size_t(maps.from.width * p.channels * p.element())));
@@ -293,7 +294,7 @@ inline void correlate_pixels(const DepthwiseProblem& p, DepthwiseGrad job, char*
   std::memset(zeros, 0, zero_bytes);
   std::memset(totals, 0, total_bytes);
   job.zeros = zeros;
-  const auto kernel = NASDET_KERNEL(depthwise_pixels_grad);
+  const auto kernel = NASDET_STORAGE_KERNEL(p.storage, depthwise_pixels_grad);
   over_threads(units, bytes, scratch, workers, [&](int64_t first, int64_t last, void* own) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t part = i % parts, c = i / parts, begin = c * each;
@@ -303,7 +304,7 @@ inline void correlate_pixels(const DepthwiseProblem& p, DepthwiseGrad job, char*
   });
   std::vector<const double*> sums;
   for (int64_t part = 0; part < parts; ++part) sums.push_back(totals + part * p.channels * taps);
-  NASDET_KERNEL(depthwise_unpack)(p.storage, sums.data(), parts, p.channels * taps, dweight);
+  NASDET_STORAGE_KERNEL(p.storage, depthwise_unpack)(p.storage, sums.data(), parts, p.channels * taps, dweight);
 }
 
 inline void correlate_planes(const DepthwiseProblem& p, const DepthwiseCut& cut, DepthwiseGrad job, char* dweight) {
@@ -316,8 +317,8 @@ inline void correlate_planes(const DepthwiseProblem& p, const DepthwiseCut& cut,
   const size_t floats = Scratch::padded(size_t((elements + taps * kMostLanes) * p.arithmetic()));
   const size_t bytes = floats + Scratch::padded(size_t(taps) * 8);
   Scratch scratch(bytes * size_t(workers));
-  const auto kernel = NASDET_KERNEL(depthwise_planes_grad);
-  const auto unpack = NASDET_KERNEL(depthwise_unpack);
+  const auto kernel = NASDET_STORAGE_KERNEL(p.storage, depthwise_planes_grad);
+  const auto unpack = NASDET_STORAGE_KERNEL(p.storage, depthwise_unpack);
   over_threads(p.channels, bytes, scratch, workers, [&](int64_t first, int64_t last, char* own) {
     double* const total = reinterpret_cast<double*>(own + floats);
     for (int64_t c = first; c < last; ++c) {

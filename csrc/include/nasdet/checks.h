@@ -14,6 +14,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // How a tensor's elements are stored; the same numbers on both sides of the instruction-set boundary.
+constexpr int kStoredBFloat16 = 2;
 inline int storage_code(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -21,7 +22,7 @@ inline int storage_code(const Tensor& t, const char* name) {
     case ScalarType::Double:
       return 1;
     case ScalarType::BFloat16:
-      return 2;
+      return kStoredBFloat16;
     case ScalarType::Half:
       return 3;
     default:

@@ -133,4 +133,15 @@ inline Tiles tiles() {
 #else
 #define NASDET_KERNEL(name) (::nasdet::baseline::name)
 #endif
+
+// Of kernels that take several dtypes (`storage`: storage_code) and have no others than bfloat16 where CPUs have its
+// instructions: the rest gains nothing from them, and takes as long to compile.
+#ifdef NASDET_X86
+#define NASDET_STORAGE_KERNEL(storage, name)                                                          \
+  (::nasdet::cpu_capability() >= ::nasdet::Isa::avx512_bf16 && (storage) != ::nasdet::kStoredBFloat16 \
+       ? ::nasdet::avx512::name                                                                       \
+       : NASDET_KERNEL(name))
+#else
+#define NASDET_STORAGE_KERNEL(storage, name) NASDET_KERNEL(name)
+#endif
 #endif  // NASDET_REGISTER

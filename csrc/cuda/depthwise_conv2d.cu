@@ -97,19 +97,6 @@ template <class F> void with_kernel(int kernel, int step, F f) {
   }
 }
 
-// Calls f(S{}) with the type of t's elements; float64, which is for checking, has the general kernels alone.
-template <class F> void with_storage(const Tensor& t, F f) {
-  switch (storage_code(t, "x")) {
-    case 0:
-      return f(float{});
-    case 1:
-      return f(double{});
-    case 2:
-      return f(__nv_bfloat16{});
-    case 3:
-      return f(__half{});
-  }
-}
 template <class S> constexpr int kNarrow = int(4 / sizeof(S));  // channels of a lane where 16 bytes are not aligned
 template <class S> int width_of(const DepthwiseMaps& m, const Tensor& a, const Tensor& b) {
   const auto fits = [&](int width) {
@@ -144,14 +131,14 @@ void launch_gather(const DepthwiseMaps& m, const S* source, const S* weight, S* 
 void convolve(DepthwiseMaps m, bool nhwc, const Tensor& from, const Tensor& kernels, const Tensor& to) {
   const cudaStream_t stream = current_stream(to);
   const Tensor packed = torch::stable::contiguous(kernels);
-  with_storage(to, [&](auto zero) {
+  with_storage(to, "x", [&](auto zero) {
     using S = decltype(zero);
     const int width = nhwc ? width_of<S>(m, from, to) : 1;
     const S *source = static_cast<const S*>(from.const_data_ptr()),
             *weight = static_cast<const S*>(packed.const_data_ptr());
     S* target = static_cast<S*>(to.mutable_data_ptr());
     const int step = step_of(m, nhwc);
-    if constexpr (sizeof(S) <= 4) {
+    if constexpr (sizeof(S) <= 4) {  // float64 is for checking, by the general kernels
       if (step > 0 && (!nhwc || width >= kNarrow<S>)) {
         return with_kernel(m.kernel, step, [&](auto k, auto s) {
           constexpr int kKernel = decltype(k)::value, kStep = decltype(s)::value;
@@ -205,7 +192,7 @@ void launch_pixels_weights(const DepthwiseMaps& m, const S* source, const S* ups
 // The gradient of the weights.
 void correlate(DepthwiseMaps m, bool nhwc, const Tensor& x, const Tensor& grad, const Tensor& dweight) {
   const cudaStream_t stream = current_stream(dweight);
-  with_storage(x, [&](auto zero) {
+  with_storage(x, "x", [&](auto zero) {
     using S = decltype(zero);
     const int width = nhwc ? width_of<S>(m, x, grad) : 1;
     const S *source = static_cast<const S*>(x.const_data_ptr()),

@@ -26,20 +26,6 @@ void check(const std::vector<Tensor>& xs, const Tensor& weights) {
                   "weights must have shape (", xs.size(), ",) and be on the maps' device");
 }
 
-// Calls f(S{}) with the type of t's elements.
-template <class F> void with_storage(const Tensor& t, F f) {
-  switch (storage_code(t, "xs")) {
-    case 0:
-      return f(float{});
-    case 1:
-      return f(double{});
-    case 2:
-      return f(__nv_bfloat16{});
-    case 3:
-      return f(__half{});
-  }
-}
-
 std::vector<Tensor> all_in_layout_of(const std::vector<Tensor>& xs, const Tensor& like) {
   std::vector<Tensor> maps;
   for (const Tensor& x : xs) maps.push_back(in_layout_of(x, like));
@@ -76,7 +62,7 @@ Tensor mix(std::vector<Tensor> xs, Tensor weights) {
   bool aligned = aligned16(out.const_data_ptr());
   for (const Tensor& map : maps) aligned &= aligned16(map.const_data_ptr());
   const cudaStream_t stream = current_stream(out);
-  with_storage(out, [&](auto zero) {
+  with_storage(out, "xs", [&](auto zero) {
     using S = decltype(zero);
     aligned ? launch_forward<S, kWide<S>>(maps, w, carry, out, stream)
             : launch_forward<S, 1>(maps, w, carry, out, stream);
@@ -133,7 +119,7 @@ std::tuple<std::vector<Tensor>, Tensor> mix_backward(Tensor grad, std::vector<Te
   for (const Tensor& map : maps) aligned &= aligned16(map.const_data_ptr());
   for (const Tensor& dx : dxs) aligned &= aligned16(dx.const_data_ptr());
   const cudaStream_t stream = current_stream(g);
-  with_storage(g, [&](auto zero) {
+  with_storage(g, "xs", [&](auto zero) {
     using S = decltype(zero);
     aligned ? launch_backward<S, kWide<S>>(g, maps, w, dxs, dweights, stream)
             : launch_backward<S, 1>(g, maps, w, dxs, dweights, stream);

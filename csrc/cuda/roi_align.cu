@@ -38,20 +38,6 @@ void check_cuda_rois(const Tensor& rois, const Tensor& like) {
   STD_TORCH_CHECK(rois.size(0) <= kMostInt, "rois must have fewer than 2^31 rows, got ", rois.size(0));
 }
 
-// Calls f(S{}) with the type of t's elements.
-template <class F> void with_storage(const Tensor& t, F f) {
-  switch (storage_code(t, "features")) {
-    case 0:
-      return f(float{});
-    case 1:
-      return f(double{});
-    case 2:
-      return f(__nv_bfloat16{});
-    case 3:
-      return f(__half{});
-  }
-}
-
 template <class T>
 RoiMaps<T> described(const Pooling& p, const std::vector<int64_t>& heights, const std::vector<int64_t>& widths,
                      int64_t images, int64_t channels) {
@@ -120,7 +106,7 @@ Tensor multilevel_roi_align(std::vector<Tensor> features, Tensor rois, std::vect
   }
   const Tensor boxes = torch::stable::contiguous(rois);
   const cudaStream_t stream = current_stream(out);
-  with_storage(out, [&](auto zero) {
+  with_storage(out, "features", [&](auto zero) {
     using S = decltype(zero);
     auto maps = described<arithmetic_t<S>>(p, heights, widths, first.size(0), first.size(1));
     for (size_t l = 0; l < features.size(); ++l) maps.map[l] = features[l].const_data_ptr();
@@ -219,7 +205,7 @@ void run_backward(bool deterministic, bool nhwc, const Pooling& p, const std::ve
   bool aligned16_all = aligned16(g.const_data_ptr());
   for (const Tensor& result : results) aligned16_all &= aligned16(result.const_data_ptr());
   const cudaStream_t stream = current_stream(rois);
-  with_storage(grad, [&](auto zero) {
+  with_storage(grad, "features", [&](auto zero) {
     using S = decltype(zero);
     constexpr int kGroup = sizeof(S) == 8 ? 2 : 4, kPlanes = sizeof(S) == 8 ? 8 : 16;
     auto maps = described<arithmetic_t<S>>(p, heights, widths, batch, grad.size(1));

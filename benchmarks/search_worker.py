@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from worker import random_objects, serve
 
+from nasdet.engine.layout import place_model
 from nasdet.engine.search_nats import NATSSearchConfig
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -26,7 +27,11 @@ class Search:
         size = options["size"] if isinstance(options["size"], list) else [options["size"]] * 2
         model, alphas, settings = {"fad": _fad, "nats": _nats}[options["space"]](options, size)
         self.weights_first = options["space"] == "nats"
-        self.model: Any = model.to(self.device).to(memory_format=torch.channels_last).train()
+        if options["backend"] is None:  # as in a search; the reference is torch's throughout
+            place_model(model, torch.device(self.device))
+        else:
+            model.to(self.device).to(memory_format=torch.channels_last)
+        self.model: Any = model.train()
         held = {id(alpha) for alpha in alphas}
         self.bilevel = Bilevel([p for p in model.parameters() if id(p) not in held], alphas, **settings)
         self.batches = [self._batch(options["images"], size, seed) for seed in (1, 2)]

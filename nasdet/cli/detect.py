@@ -59,11 +59,13 @@ def run(
     from nasdet.data import DataError
     from nasdet.engine.distributed import local_device
     from nasdet.engine.evaluate import load_run
+    from nasdet.engine.layout import place_model
 
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in 0..1, got {threshold}")
     where = local_device(device)
     model, config = load_run(folder, where)
+    place_model(model, where)
     names = list(config.categories) or [str(label) for label in range(config.num_classes)]
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []

@@ -66,7 +66,7 @@ def run(
     from nasdet.data import Split, open_data
     from nasdet.engine import distributed
     from nasdet.engine.evaluate import evaluate, load_run, predicts_masks
-    from nasdet.engine.layout import training_layout
+    from nasdet.engine.layout import place_model
 
     where = distributed.local_device(device)
     model, config = load_run(folder, where)
@@ -81,8 +81,7 @@ def run(
         raise ValueError(f"{data}: its categories must be those of {folder}: {', '.join(config.categories[:5])}, ...")
     dataset = opened.test() if split == "test" else opened.search_val()
     with distributed.process_group(where):
-        layout = training_layout(model, where)
-        model = model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
+        layout = place_model(model, where)
         options: dict[str, Any] = {"batch": batch, "workers": workers, "device": where, "amp": amp}
         options["channels_last"] = layout is torch.channels_last
         size: dict[str, Any] = {"short": config.short_side, "long": config.long_side}

@@ -1,9 +1,23 @@
-"""In which memory order a model trains."""
+"""Where and how a model runs: its device, its memory order, its convolutions."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from nasdet.nn import accelerate
+
+
+def place_model(model: nn.Module, device: torch.device, channels_last: bool = True) -> torch.memory_format:
+    """Move ``model`` to ``device`` and into :func:`training_layout`, which is returned.
+
+    On the CPU its convolutions run on the library's kernels from then on, where these are faster.
+    """
+    model.to(device)
+    layout = training_layout(model, device, channels_last)
+    model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
+    accelerate(model)
+    return layout
 
 
 def training_layout(model: nn.Module, device: torch.device, channels_last: bool = True) -> torch.memory_format:

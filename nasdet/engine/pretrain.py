@@ -26,7 +26,7 @@ from nasdet.detectors.weights import DESCRIPTION, PRETRAINED
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, load_into, load_weights, save_checkpoint, seed_everything
 from nasdet.engine.classify import evaluate_classifier
-from nasdet.engine.layout import training_layout
+from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop
 from nasdet.engine.optim import OPTIMIZERS, Schedule, make_optimizer, make_sgd
 from nasdet.engine.paths import Paths
@@ -147,9 +147,8 @@ def pretrain(
         if config.batch % distributed.world_size():
             raise ValueError(f"batch must be a multiple of {distributed.world_size()} processes, got {config.batch}")
         seed_everything(config.seed)
-        model = make_classifier(config, data, backbone).to(device)
-        layout = training_layout(model, device, config.channels_last)
-        model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
+        model = make_classifier(config, data, backbone)
+        layout = place_model(model, device, config.channels_last)
         optimizer = _optimizer(config, model)
         loop = Loop(
             out,

@@ -18,7 +18,7 @@ from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, digest, load_checkpoint, seed_everything
 from nasdet.engine.classify import evaluate_classifier
 from nasdet.engine.evolve import STATE, evolve
-from nasdet.engine.layout import training_layout
+from nasdet.engine.layout import place_model
 from nasdet.engine.paths import Paths
 from nasdet.engine.pretrain import PARTS, PretrainConfig, recalibrate_classifier
 from nasdet.engine.recalibrate import MODES
@@ -127,8 +127,7 @@ def search_classification(
         "generations": config.generations,
     }
     search = Evolution(space, constraints=constraints, offspring=config.children(), seed=config.seed, **sizes)
-    layout = training_layout(model, device, trained.channels_last)
-    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
+    layout = place_model(model, device, trained.channels_last)
     weights = {key: value for key, value in model.named_parameters()}
     fixed = {key: value for key, value in asdict(config).items() if key not in ("generations", "top", "name")}
     seen = {key: getattr(trained, key) for key in _SEEN}

@@ -33,7 +33,7 @@ from nasdet.detectors import WITH_MASKS
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, seed_everything
 from nasdet.engine.distributed import local_device
-from nasdet.engine.layout import training_layout
+from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule
 from nasdet.engine.records import append_line
@@ -97,9 +97,8 @@ class SupernetRun(ABC):
         seed_everything(config.seed)
         self.model_config: ModelConfig = config.model(data.categories, weights is not None)
         self.build(None if started else weights)  # a checkpoint brings its own
-        self.model.to(device)
-        self.format = training_layout(self.model, device, config.channels_last)
-        self.model.to(memory_format=self.format).train()  # type: ignore[call-overload]  # torch's stub lacks this form
+        self.format = place_model(self.model, device, config.channels_last)
+        self.model.train()
 
     def total_steps(self) -> int:
         """Steps of the loop."""

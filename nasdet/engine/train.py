@@ -22,7 +22,7 @@ from nasdet.detectors import countable
 from nasdet.engine import distributed
 from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
-from nasdet.engine.layout import training_layout
+from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop
 from nasdet.engine.optim import OPTIMIZERS, Schedule, make_optimizer, scaled_lr
 from nasdet.engine.records import append_line, read_lines
@@ -128,9 +128,8 @@ def train(
             raise ValueError(f"batch must be a multiple of {distributed.world_size()} processes, got {config.batch}")
         seed_everything(config.seed)
         source = None if resume and (out / LAST).exists() else weights
-        model = build_model(model_config, weights=source).to(device)
-        layout = training_layout(model, device, config.channels_last)
-        model = model.to(memory_format=layout)  # type: ignore[call-overload]  # missing from its stub
+        model: nn.Module = build_model(model_config, weights=source)
+        layout = place_model(model, device, config.channels_last)
         model = distributed.sync_batch_norm(model, device)
         rates = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         optimizer = make_optimizer(config.optimizer, model, config.schedule().lr, **rates)

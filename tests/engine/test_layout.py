@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nasdet.engine.layout import training_layout
+from nasdet.engine.layout import place_model, training_layout
+from nasdet.nn import AcceleratedConv2d
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,11 @@ def test_only_the_overrunning_convolution_is_kept_out_of_channels_last(layer, sa
     assert training_layout(model, cpu) is (torch.channels_last if safe else torch.contiguous_format)
     assert training_layout(model, cpu, channels_last=False) is torch.contiguous_format
     assert training_layout(model, torch.device("cuda", 0)) is torch.channels_last
+
+
+@pytest.mark.needs("cpp")
+def test_a_placed_model_runs_on_the_librarys_convolutions():
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1))
+    assert place_model(model, torch.device("cpu")) is torch.channels_last
+    assert [type(conv) for conv in model] == [nn.Conv2d, AcceleratedConv2d]
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)

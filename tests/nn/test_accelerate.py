@@ -124,6 +124,20 @@ def test_everything_but_the_class_is_the_very_same() -> None:
     assert all(after[key] is value for key, value in before.items())
 
 
+def test_weights_lie_as_the_kernels_take_them_until_undone() -> None:
+    model = net().to(memory_format=torch.channels_last)
+    weights = {name: model[int(name)].weight.detach().clone() for name in ("2", "4")}
+    report = accelerate(model)
+    model(picture()).sum().backward()
+    for name in report.swapped:
+        conv = model[int(name)]
+        assert conv.weight.is_contiguous() and conv.weight.grad.is_contiguous()
+    report.undo()
+    for name, before in weights.items():
+        weight = model[int(name)].weight
+        assert torch.equal(weight, before) and weight.stride() == before.stride()
+
+
 def test_twice_is_harmless() -> None:
     model = net()
     first = accelerate(model)

@@ -122,8 +122,9 @@ def test_every_detector_can_be_searched(
 ) -> None:
     short = dataclasses.replace(config, detector=detector, levels=4, steps=2, frozen_epochs=0)
     card = search_nats(short, data_with_masks, tmp_path, progress=False)
-    first, *_, last = (torch.tensor(line["alphas"]["layer2.0.conv2"]) for line in records(tmp_path, "alphas.jsonl"))
-    assert not first.any() and last.abs().min() > 0.01, "each alpha has a gradient"
+    first, second, _ = (torch.tensor(line["alphas"]["layer2.0.conv2"]) for line in records(tmp_path, "alphas.jsonl"))
+    # Adam's first step is as long as its rate wherever there is a gradient; the next may take some of it back.
+    assert not first.any() and second.abs().min() > 0.01, "each alpha has a gradient"
     assert all(math.isfinite(value) for value in records(tmp_path, "metrics.jsonl")[-1].values())
     assert ModelConfig.load(tmp_path / "model.json").detector == detector and len(card.genotype) == 13
 

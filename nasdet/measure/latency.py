@@ -25,6 +25,7 @@ from nasdet._checks import check_whole
 from nasdet._files import write_json
 from nasdet.measure.latency_table import Block, Blocks, Latency, LatencyTable, Net, Record, Setting
 from nasdet.measure.machine import device_name, versions
+from nasdet.nn import accelerate
 
 Name = TypeVar("Name")
 Timer = Callable[[Callable[[], Any]], float]
@@ -222,7 +223,8 @@ def measure_table(
     """Measure all blocks of a space for images of ``size`` (height, width), and keep them in the file ``path``.
 
     Equal blocks are timed once. Every round times each block once (see :func:`measure_module` for how), and so each of
-    ``nets`` whole nets of random cards drawn with ``seed``, which the table's predictions are checked against. The
+    ``nets`` whole nets of random cards drawn with ``seed``, which the table's predictions are checked against. On a CPU
+    their convolutions are accelerated (:func:`nasdet.accelerate`), as in the library's training and detection. The
     file is written after every round: a second call with the same settings measures only what is missing, be it rounds
     after an interruption, further rounds, blocks or nets. ``after(done, rounds)`` is told of each round.
 
@@ -240,7 +242,7 @@ def measure_table(
         parts["net", key], samples["net", key] = blocks.network(card, setting.size), net.samples
     missing = {name: part for name, part in parts.items() if len(samples[name]) < rounds}
     with conditions.hold():
-        calls = _calls(missing, conditions)
+        calls = _calls(missing, conditions, accelerated=True)  # as the library runs them
 
         def save(done: int) -> None:
             write_json(path, record.to_json())
@@ -271,7 +273,13 @@ def _random_cards(blocks: Blocks, count: int, seed: int) -> dict[str, Any]:
     return cards
 
 
-def _calls(parts: Mapping[Name, Block], conditions: Conditions) -> dict[Name, Callable[[], Any]]:
+def _calls(
+    parts: Mapping[Name, Block], conditions: Conditions, accelerated: bool = False
+) -> dict[Name, Callable[[], Any]]:
     """What runs each part on its input; parts of one shape share it."""
     inputs = {shape: conditions.input(shape) for shape in {shape for _, _, shape in parts.values()}}
-    return {name: partial(conditions.prepared(make()), inputs[shape]) for name, (_, make, shape) in parts.items()}
+    modules = {name: conditions.prepared(make()) for name, (_, make, _) in parts.items()}
+    if accelerated:
+        for module in modules.values():
+            accelerate(module)
+    return {name: partial(module, inputs[parts[name][2]]) for name, module in modules.items()}

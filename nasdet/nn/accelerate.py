@@ -40,6 +40,12 @@ class AcceleratedConv2d(nn.Conv2d):
         return add_bias(y, bias)
 
 
+@torch.inference_mode(False)  # else weights could not learn any more
+def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
+    for conv in convs:
+        conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
+
+
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels > 1
 
@@ -58,8 +64,7 @@ class Acceleration:
         self._convs = dict(convs)
         # The kernels take taps of a channel side by side, and give gradients so: nothing to turn at every call.
         self._turned = [conv for conv in convs.values() if not conv.weight.is_contiguous()]
-        for conv in self._turned:
-            conv.weight.data = conv.weight.data.contiguous()
+        _lay_out(self._turned, torch.contiguous_format)
 
     @property
     def active(self) -> bool:
@@ -73,8 +78,7 @@ class Acceleration:
         """
         convs, self._convs = self._convs, {}
         turned, self._turned = self._turned, []
-        for conv in turned:
-            conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+        _lay_out(turned, torch.channels_last)
         changed = []
         for name, conv in convs.items():
             if type(conv) is AcceleratedConv2d:

@@ -24,6 +24,7 @@ from nasdet.detectors.backbone import Backbone
 from nasdet.measure import Latency, LatencyTable, measure_module, measure_table
 from nasdet.measure.latency import run_rounds
 from nasdet.measure.latency_table import Check
+from nasdet.nn import AcceleratedConv2d
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import Evolution, Offspring
 from nasdet.spaces.detnas import DetNASSpace, Sizes
@@ -368,3 +369,25 @@ def test_any_space_of_blocks_can_be_measured(tmp_path: Path) -> None:
     assert check is not None and check.worst_error < 1e-9 and len(check.nets) == 4, "there are no more than four"
     one, nine = (16 * taps + 4 for taps in (1, 9))
     assert table(Card("toy", "net", [1, 3])) == pytest.approx((one + nine + 197 * 5) / 1e3)
+
+
+class WideConvs(TwoConvs):
+    def blocks(self, size: tuple[int, int]) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
+        for name, make, _ in super().blocks(size):
+            wide = partial(nn.Conv2d, 64, 64, 3, padding=1) if name == "conv3" else make
+            yield name, wide, (1, 64, 7, 7) if name == "conv3" else (1, 4, 7, 7)
+
+
+@pytest.mark.needs("cpp")
+def test_blocks_run_on_the_convolutions_that_the_library_runs_on(tmp_path: Path) -> None:
+    kinds: set[tuple[type, bool]] = set()
+
+    def timer(call: Any) -> float:
+        kinds.add((type(call.func), call.func.weight.is_contiguous()))
+        return 1e-3
+
+    measure_table(WideConvs(), (7, 7), tmp_path / "t.json", rounds=1, warmup=0, timer=timer)
+    assert {kind for kind, _ in kinds} == {AcceleratedConv2d, nn.Conv2d, nn.Linear}
+    kinds.clear()
+    measure_module(nn.Conv2d(64, 64, 3, padding=1), (1, 64, 7, 7), rounds=1, warmup=0, timer=timer)
+    assert kinds == {(nn.Conv2d, False)}, "somebody's module is timed as it is"

@@ -138,6 +138,18 @@ def test_weights_lie_as_the_kernels_take_them_until_undone() -> None:
         assert torch.equal(weight, before) and weight.stride() == before.stride()
 
 
+@pytest.mark.parametrize("undone", [False, True])
+def test_made_in_inference_mode_it_learns_afterwards(undone: bool) -> None:
+    model = net().to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        report = accelerate(model)
+        model(picture())
+        if undone:
+            report.undo()
+    model(picture()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_twice_is_harmless() -> None:
     model = net()
     first = accelerate(model)

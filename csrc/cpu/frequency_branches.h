@@ -1,8 +1,6 @@
 // The branches' weights, [out][in][3][3], to folded terms and back. It goes block by block of vectors of outputs and of
 // inputs, branch by branch: nine taps of a pair of channels are nine terms, to which every branch adds its own.
 #pragma once
-#include <cstring>
-
 #include "frequency_tile.h"
 
 namespace nasdet::NASDET_ISA {
@@ -140,11 +138,11 @@ template <int kOuts, int kIns> struct BranchBlock {
   // As [output][input][tap], zeros where there are none.
   NASDET_INLINE void copy(float (&to)[kOuts * kRow]) const {
     const float* const from = b.weight + offset;
-    if (last - first < kOuts || taps < kRow) std::memset(to, 0, sizeof(to));
+    if (last - first < kOuts || taps < kRow) __builtin_memset(to, 0, sizeof(to));
     for (int o = first; o < last; ++o) {
       const float* const p = from + o * row;
-      if (taps == kRow) std::memcpy(to + o * kRow, p, kRow * sizeof(float));
-      else std::memcpy(to + o * kRow, p, size_t(taps) * sizeof(float));
+      if (taps == kRow) __builtin_memcpy(to + o * kRow, p, kRow * sizeof(float));
+      else __builtin_memcpy(to + o * kRow, p, size_t(taps) * sizeof(float));
     }
   }
   // A kTermRows-th of what lies `ahead`.

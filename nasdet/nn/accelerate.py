@@ -40,10 +40,10 @@ class AcceleratedConv2d(nn.Conv2d):
         return add_bias(y, bias)
 
 
-@torch.inference_mode(False)  # else weights could not learn any more
 def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
     for conv in convs:
-        conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
+        with torch.inference_mode(conv.weight.is_inference()):  # what could learn still can
+            conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

@@ -138,8 +138,22 @@ def test_weights_lie_as_the_kernels_take_them_until_undone() -> None:
         assert torch.equal(weight, before) and weight.stride() == before.stride()
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_made_in_inference_mode(inside: bool) -> None:
+    with torch.inference_mode():
+        model = net().to(memory_format=torch.channels_last)
+        expected = model(picture())
+    with torch.inference_mode(inside):
+        report = accelerate(model)
+    with torch.inference_mode():
+        assert report.swapped and torch.allclose(model(picture()), expected, atol=1e-4)
+    with torch.inference_mode(inside):
+        report.undo()
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("undone", [False, True])
-def test_made_in_inference_mode_it_learns_afterwards(undone: bool) -> None:
+def test_accelerated_in_inference_mode_it_learns_afterwards(undone: bool) -> None:
     model = net().to(memory_format=torch.channels_last)
     with torch.inference_mode():
         report = accelerate(model)

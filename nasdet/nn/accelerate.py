@@ -40,6 +40,10 @@ class AcceleratedConv2d(nn.Conv2d):
         return add_bias(y, bias)
 
 
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
 def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
     for conv in convs:
         with torch.inference_mode(conv.weight.is_inference()):  # what could learn still can
@@ -63,7 +67,7 @@ class Acceleration:
         self.left = MappingProxyType(dict(left))
         self._convs = dict(convs)
         # The kernels take taps of a channel side by side, and give gradients so: nothing to turn at every call.
-        self._turned = [conv for conv in convs.values() if not conv.weight.is_contiguous()]
+        self._turned = [conv for conv in convs.values() if _is_channels_last(conv.weight)]
         _lay_out(self._turned, torch.contiguous_format)
 
     @property

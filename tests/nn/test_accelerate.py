@@ -138,6 +138,17 @@ def test_weights_lie_as_the_kernels_take_them_until_undone() -> None:
         assert torch.equal(weight, before) and weight.stride() == before.stride()
 
 
+def test_weights_of_other_strides_stay_as_they_are() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    conv.weight.data = conv.weight.data.transpose(0, 1)
+    strides, x = conv.weight.stride(), torch.randn(1, 64, 19, 26)
+    expected = conv(x)
+    with accelerate(conv) as report:
+        assert report.swapped and conv.weight.stride() == strides
+        assert torch.allclose(conv(x), expected, atol=1e-4)
+    assert conv.weight.stride() == strides
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_made_in_inference_mode(inside: bool) -> None:
     with torch.inference_mode():

@@ -18,14 +18,17 @@ from nasdet.ops.grouped_dilation_conv2d import OP as DENSE
 
 _TYPICAL = (1, 56, 84)  # images, height and width: a middle level of a detector's pyramid
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL_CALL = 25_000_000  # products, below which an op's call costs more than its kernels save
+_SMALL_MAP = 64  # pixels of all images, for which a forward does not repay making the weights ready
 
 
 class AcceleratedConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` whose forward on the CPU is :func:`nasdet.ops.grouped_dilation_conv2d` with one dilation, or of
     a depthwise one :func:`nasdet.ops.depthwise_conv2d`.
 
-    :func:`accelerate` turns convolutions into it and back. Elsewhere than on the CPU, in float64, for unbatched inputs,
-    and where the model is traced or exported, it is ``nn.Conv2d``. Second derivatives raise.
+    :func:`accelerate` turns convolutions into it and back. It is ``nn.Conv2d`` elsewhere than on the CPU, in float64,
+    for unbatched inputs, where the model is traced or exported, and, unless depthwise, for so little work that a call
+    of the op would take longer. Second derivatives of the library's kernels raise.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,8 +39,15 @@ class AcceleratedConv2d(nn.Conv2d):
         if _is_depthwise(self):
             padding = self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1])
             return add_bias(depthwise_conv2d(input, weight, stride, padding, dilation), bias)
+        if _is_small(input, weight):
+            return super()._conv_forward(input, weight, bias)
         y = grouped_dilation_conv2d(input, weight, (dilation,), (self.out_channels,), stride, self.groups)
         return add_bias(y, bias)
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return pixels * weight.numel() < _SMALL_CALL or (pixels <= _SMALL_MAP and not torch.is_grad_enabled())
 
 
 def _is_channels_last(weight: Tensor) -> bool:

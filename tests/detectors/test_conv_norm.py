@@ -163,7 +163,7 @@ def test_a_backbone_computes_what_it_did(backbone: Callable[[str], Any], norm: s
     """Against the same net in float64 with its norms heard, and so called."""
     torch.manual_seed(0)
     net = backbone(norm)
-    x = torch.randn(1, 3, 64, 96)
+    x = torch.randn(1, 3, 128, 160)
     net.train()(x)
     net.eval()
     plain = copy.deepcopy(net).double()

@@ -30,7 +30,7 @@ def net(**options: Any) -> nn.Sequential:
 
 
 def picture(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 40, 56, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch, 3, 72, 96, generator=torch.Generator().manual_seed(1))
 
 
 class Doubled(nn.Conv2d):
@@ -70,26 +70,27 @@ def test_a_replaced_forward_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "conv",
+    ("conv", "size"),
     [
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.Conv2d(64, 80, 3, padding=(2, 3), dilation=(2, 3), bias=False),
-        nn.Conv2d(64, 64, 3, padding="same", dilation=4),
-        nn.Conv2d(64, 1, 3, padding=1),
-        nn.Conv2d(64, 64, 5, stride=2, padding=1, groups=64),
-        nn.Conv2d(64, 64, 3, padding="same", dilation=(2, 1), groups=64, bias=False),
+        (nn.Conv2d(64, 64, 3, padding=1), (19, 26)),
+        (nn.Conv2d(64, 80, 3, padding=(2, 3), dilation=(2, 3), bias=False), (19, 26)),
+        (nn.Conv2d(64, 64, 3, padding="same", dilation=4), (19, 26)),
+        (nn.Conv2d(64, 1, 3, padding=1), (150, 152)),
+        (nn.Conv2d(64, 64, 5, stride=2, padding=1, groups=64), (19, 26)),
+        (nn.Conv2d(64, 64, 3, padding="same", dilation=(2, 1), groups=64, bias=False), (19, 26)),
     ],
     ids=["plain", "uneven-dilation", "same", "one-output", "depthwise", "depthwise-same"],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_the_same_values(conv: nn.Conv2d, layout: torch.memory_format) -> None:
+def test_the_same_values(conv: nn.Conv2d, size: tuple[int, int], layout: torch.memory_format) -> None:
     conv = copy.deepcopy(conv).to(memory_format=layout)
-    x = torch.randn(2, 64, 19, 26, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=layout)
+    x = torch.randn(2, 64, *size, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=layout)
     expected = conv(x)
     exact = copy.deepcopy(conv).double()(x.double())
     with accelerate(conv) as report:
         assert report.swapped == ("",) and type(conv) is AcceleratedConv2d
         got = conv(x)
+    assert not torch.equal(got, expected), "the library's kernel ran"
     assert got.is_contiguous(memory_format=layout) and got.shape == expected.shape
     assert float((got - exact).detach().norm() / exact.detach().norm()) < 5e-6
     assert torch.equal(conv(x), expected), "undone at the end of the block"
@@ -117,7 +118,7 @@ def test_everything_but_the_class_is_the_very_same() -> None:
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert list(model.state_dict()) == list(state) and isinstance(model[2], nn.Conv2d)
     model(picture())
-    assert seen == [(2, 32, 20, 28)]
+    assert seen == [(2, 32, 36, 48)]
     report.undo()
     after = vars(model[2])
     assert type(model[2]) is nn.Conv2d and after.keys() == before.keys()
@@ -282,12 +283,24 @@ def test_bfloat16_autocast() -> None:
 def test_the_reference_serves_when_asked_for() -> None:
     """The switch of every operator: torch's convolution, to the bit where the bias is not fused."""
     model = net(bias=False)[2]
-    x = torch.randn(1, 32, 12, 13)
+    x = torch.randn(1, 32, 48, 60)
     expected = model(x)
     accelerate(model)
     with nasdet.use_backend("reference"):
         assert torch.equal(model(x), expected)
     assert not torch.equal(model(x), expected), "and otherwise the library's own"
+
+
+@pytest.mark.parametrize(
+    ("shape", "grad"), [((1, 32, 48, 56), True), ((1, 512, 8, 8), False)], ids=["little-work", "few-pixels"]
+)
+def test_a_small_call_is_torchs(shape: tuple[int, ...], grad: bool) -> None:
+    conv = nn.Conv2d(shape[1], shape[1], 3, padding=1)
+    x, larger = torch.randn(shape), torch.randn(*shape[:2], shape[2] + 1, shape[3] + 1)
+    with torch.set_grad_enabled(grad):
+        expected = conv(x), conv(larger)
+        accelerate(conv)
+        assert torch.equal(conv(x), expected[0]) and not torch.equal(conv(larger), expected[1])
 
 
 @pytest.mark.parametrize("shape", [(32, 12, 13), (0, 32, 12, 13), (1, 32, 1, 1)], ids=["unbatched", "none", "pixel"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS, run_checks
+from test_host_shim import STORAGES
 from test_ptxas import ARCHS, compiled
 
 import nasdet
@@ -62,20 +62,10 @@ ALL(float) ALL(double) ALL(__half) ALL(__nv_bfloat16)
 )
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Path:
-    program = tmp_path_factory.mktemp("shim") / "depthwise_driver"
-    command = ["g++", *FLAGS.split(), *WARNINGS.split(), f"-I{SHIM}", f"-I{cuda_sources}"]
-    command += [str(SHIM / "depthwise_driver.cpp"), "-o", str(program)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return program
-
-
 @pytest.mark.needs("g++")
 @pytest.mark.parametrize("storage", STORAGES)
-def test_kernels_on_the_cpu(driver: Path, storage: str, program_environment: Callable[..., dict[str, str]]) -> None:
-    run_checks(driver, storage, 3_001, program_environment)
+def test_kernels_on_the_cpu(check_kernels: Callable[[str, str, int], None], storage: str) -> None:
+    check_kernels("depthwise_driver", storage, 3_001)
 
 
 @pytest.mark.slow

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS, run_checks
+from test_host_shim import STORAGES
 from test_ptxas import ARCHS, compiled
 
 KERNELS = """
@@ -30,23 +29,6 @@ KERNELS(float) KERNELS(double)
 KERNEL_COUNT = 2 * 5 + 1  # list_kept_kernel knows no dtype
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Callable[[str], Path]:
-    """Compiles a driver, once."""
-    folder, built = tmp_path_factory.mktemp("shim"), dict[str, Path]()
-
-    def build(name: str) -> Path:
-        if name not in built:
-            includes = [f"-I{path}" for path in (SHIM, cuda_sources, cuda_sources.parent / "include")]
-            command = ["g++", *FLAGS.split(), *WARNINGS.split(), *includes, str(SHIM / f"{name}.cpp")]
-            result = subprocess.run([*command, "-o", str(folder / name)], capture_output=True, text=True, timeout=240)
-            assert result.returncode == 0, result.stderr[-4000:]
-            built[name] = folder / name
-        return built[name]
-
-    return build
-
-
 @pytest.mark.needs("g++")
 @pytest.mark.parametrize(
     ("name", "part", "at_least"),
@@ -60,14 +42,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Call
     ],
 )
 def test_kernels_on_the_cpu(
-    driver: Callable[[str], Path],
-    program_environment: Callable[..., dict[str, str]],
-    name: str,
-    part: str,
-    at_least: int,
+    check_kernels: Callable[[str, str, int], None], name: str, part: str, at_least: int
 ) -> None:
     """Against plain loops; sanitizers on; in both thread orders."""
-    run_checks(driver(name), part, at_least, program_environment, timeout=120)
+    check_kernels(name, part, at_least)
 
 
 @pytest.mark.needs("nvcc")

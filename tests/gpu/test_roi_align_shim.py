@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_host_shim import FLAGS, SHIM, STORAGES, WARNINGS, run_checks
+from test_host_shim import STORAGES
 from test_ptxas import ARCHS, compiled
 
 import nasdet
@@ -57,21 +57,10 @@ FOOTPRINT(float) FOOTPRINT(double)
 """
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory, cuda_sources: Path) -> Path:
-    program = tmp_path_factory.mktemp("shim") / "roi_align_driver"
-    folders = [SHIM, cuda_sources, cuda_sources.parent / "include"]
-    command = ["g++", *FLAGS.split(), *WARNINGS.split(), *(f"-I{folder}" for folder in folders)]
-    command += [str(SHIM / "roi_align_driver.cpp"), "-o", str(program)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return program
-
-
 @pytest.mark.needs("g++")
 @pytest.mark.parametrize("storage", STORAGES)
-def test_kernels_on_the_cpu(driver: Path, storage: str, program_environment: Callable[..., dict[str, str]]) -> None:
-    run_checks(driver, storage, 100_001, program_environment)
+def test_kernels_on_the_cpu(check_kernels: Callable[[str, str, int], None], storage: str) -> None:
+    check_kernels("roi_align_driver", storage, 100_001)
 
 
 @pytest.mark.slow

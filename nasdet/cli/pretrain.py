@@ -189,11 +189,11 @@ def run(
 
 def _next(named: dict[str, Any], settings: dict[str, Any]) -> str | None:
     """The verb that takes the weights, and the options with which it makes the same network; None for no such verb."""
-    width = f" --width {settings.get('width', 1.0):g}"
+    width = settings.get("width", 1.0)
     if "backbone" in named:
-        return f"train --backbone {named['backbone']}{width}"
+        return f"train --backbone {named['backbone']} --width {width:g}"
     if "card" in named:
-        return f"train --card {settings['card']}{'' if width == ' --width 1' else width}"
+        return f"train --card {settings['card']}" + (f" --width {width:g}" if width != 1 else "")
     method, _, sizes = str(named["space"]).partition("-")
     shuffle = f" --shuffle {named['shuffle']}" if "shuffle" in named else ""
     searched = method == "detnas" and named["width"] == 1  # the supernet of a search has no other width

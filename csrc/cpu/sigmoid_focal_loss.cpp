@@ -52,7 +52,9 @@ template <class T> struct Terms {
       return q * q;
     }
     const vec<T> z = negative ? -x : x;  // log(e), also where e has stopped following it
-    return exp_nonpositive<T>(gamma * ((rest == T(0) ? -z : log_normal<T>(unsure)) - log1p_e));
+    // Targets of 0 and 1 alone, as they mostly are, need no logarithm: `unsure` is 1 or e.
+    const vec<T> of_rest = any_nonzero<T>(rest * target) ? log_normal<T>(unsure) : vec<T>{};
+    return exp_nonpositive<T>(gamma * ((rest == T(0) ? -z : of_rest) - log1p_e));
   }
 
   template <bool kSquare> NASDET_INLINE vec<T> logit_gradient(T gamma) const {

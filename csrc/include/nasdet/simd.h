@@ -193,6 +193,21 @@ template <bool kStreaming, class Stored> NASDET_INLINE void store_to(Stored* p, 
   else store(p, v);
 }
 
+// Whether any lane differs from 0.
+template <class T> NASDET_INLINE bool any_nonzero(vec<T> v) {
+  const auto lanes = v != T(0);
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64 && sizeof(T) == 4) return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+  if constexpr (sizeof v == 64 && sizeof(T) == 8) return _mm512_test_epi64_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#endif
+  bool any = false;
+  for (size_t i = 0; i < sizeof v / sizeof(T); ++i) any = any || lanes[i] != 0;
+  return any;
+}
+
 NASDET_INLINE void streaming_fence() {  // makes streaming stores visible before the kernel returns
 #if defined(__SSE2__)
   _mm_sfence();

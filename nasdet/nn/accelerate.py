@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
 from nasdet.nn.dilation_conv import check_same_conv2d
 from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
-from nasdet.ops._dilation import chosen_algorithm, torch_is_faster
+from nasdet.ops._dilation import autocasts, chosen_algorithm, torch_is_faster
 from nasdet.ops.depthwise_conv2d import OP as DEPTHWISE
 from nasdet.ops.grouped_dilation_conv2d import OP as DENSE
 
@@ -27,8 +27,8 @@ class AcceleratedConv2d(nn.Conv2d):
     a depthwise one :func:`nasdet.ops.depthwise_conv2d`.
 
     :func:`accelerate` turns convolutions into it and back. It is ``nn.Conv2d`` elsewhere than on the CPU, in float64,
-    for unbatched inputs, where the model is traced or exported, and, unless depthwise, for so little work that a call
-    of the op would take longer. Second derivatives of the library's kernels raise.
+    for unbatched inputs, where the model is traced or exported, and, in float32 and unless depthwise, for so little
+    work that a call of the op would take longer. Second derivatives of the library's kernels raise.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,6 +46,9 @@ class AcceleratedConv2d(nn.Conv2d):
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Of float32 alone: torch's convolutions of 16 bits are slow, and do not sum in 32 bits, on some processors."""
+    if x.dtype != torch.float32 or autocasts(x):
+        return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     return pixels * weight.numel() < _SMALL_CALL or (pixels <= _SMALL_MAP and not torch.is_grad_enabled())
 

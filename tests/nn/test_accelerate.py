@@ -303,6 +303,24 @@ def test_a_small_call_is_torchs(shape: tuple[int, ...], grad: bool) -> None:
         assert torch.equal(conv(x), expected[0]) and not torch.equal(conv(larger), expected[1])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_call_in_16_bits_is_ours(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("nasdet.nn.accelerate")
+    called: list[torch.dtype] = []
+
+    def seen(x: Tensor, *rest: Any) -> Tensor:
+        called.append(x.dtype)
+        return nasdet.ops.grouped_dilation_conv2d(x, *rest)
+
+    monkeypatch.setattr(module, "grouped_dilation_conv2d", seen)
+    conv, x = nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 5, 6)
+    accelerate(conv)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = conv(x) if autocast else conv.to(dtype)(x.to(dtype))
+    assert len(called) == 1 and y.dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(32, 12, 13), (0, 32, 12, 13), (1, 32, 1, 1)], ids=["unbatched", "none", "pixel"])
 def test_odd_inputs(shape: tuple[int, ...]) -> None:
     conv = net()[2]

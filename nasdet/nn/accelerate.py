@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
 from nasdet.nn.dilation_conv import check_same_conv2d
 from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
-from nasdet.ops._dilation import autocasts, chosen_algorithm, torch_is_faster
+from nasdet.ops._dilation import autocasts, chosen_algorithm, is_channels_last, torch_is_faster
 from nasdet.ops.depthwise_conv2d import OP as DEPTHWISE
 from nasdet.ops.grouped_dilation_conv2d import OP as DENSE
 
@@ -53,10 +53,6 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
     return pixels * weight.numel() < _SMALL_CALL or (pixels <= _SMALL_MAP and not torch.is_grad_enabled())
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-
-
 def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
     for conv in convs:
         with torch.inference_mode(conv.weight.is_inference()):  # what could learn still can
@@ -80,7 +76,7 @@ class Acceleration:
         self.left = MappingProxyType(dict(left))
         self._convs = dict(convs)
         # The kernels take taps of a channel side by side, and give gradients so: nothing to turn at every call.
-        self._turned = [conv for conv in convs.values() if _is_channels_last(conv.weight)]
+        self._turned = [conv for conv in convs.values() if is_channels_last(conv.weight)]
         _lay_out(self._turned, torch.contiguous_format)
 
     @property

@@ -77,27 +77,6 @@ NASDET_INLINE uint32_t greater_bits(vec<double> a, vec<double> b) {
 #endif
 }
 
-// Bit i is set when a[i] == b[i].
-template <class T> NASDET_INLINE uint32_t equal_bits(vec<T> a, vec<T> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
-  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
-#else
-  const auto equal = a == b;
-#if defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)equal));
-  else return uint32_t(_mm256_movemask_pd((__m256d)equal));
-#elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return uint32_t(_mm_movemask_ps((__m128)equal));
-  else return uint32_t(_mm_movemask_pd((__m128d)equal));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(equal[i] != 0) << i;
-  return bits;
-#endif
-#endif
-}
-
 typedef uint64_t vec_u64 __attribute__((vector_size(kBytes)));
 inline constexpr int kWords = kBytes / 8;  // 64-bit words of a vector
 

@@ -53,7 +53,9 @@ template <class T> struct Terms {
     }
     const vec<T> z = negative ? -x : x;  // log(e), also where e has stopped following it
     // Targets of 0 and 1 alone, as they mostly are, need no logarithm: `unsure` is 1 or e.
-    const vec<T> of_rest = any_nonzero<T>(rest * target) ? log_normal<T>(unsure) : vec<T>{};
+    constexpr int kCount = kLanes<T>;
+    const bool sure = equal_bits<T>(rest * target, vec<T>{}) == (1u << kCount) - 1;
+    const vec<T> of_rest = sure ? vec<T>{} : log_normal<T>(unsure);
     return exp_nonpositive<T>(gamma * ((rest == T(0) ? -z : of_rest) - log1p_e));
   }
 

@@ -193,19 +193,25 @@ template <bool kStreaming, class Stored> NASDET_INLINE void store_to(Stored* p, 
   else store(p, v);
 }
 
-// Whether any lane differs from 0.
-template <class T> NASDET_INLINE bool any_nonzero(vec<T> v) {
-  const auto lanes = v != T(0);
+// Bit i is set when a[i] == b[i].
+template <class T> NASDET_INLINE uint32_t equal_bits(vec<T> a, vec<T> b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof v == 64 && sizeof(T) == 4) return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
-  if constexpr (sizeof v == 64 && sizeof(T) == 8) return _mm512_test_epi64_mask((__m512i)lanes, (__m512i)lanes) != 0;
-#endif
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+#else
+  const auto equal = a == b;
 #if defined(__AVX2__)
-  if constexpr (sizeof v == 32) return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)equal));
+  else return uint32_t(_mm256_movemask_pd((__m256d)equal));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return uint32_t(_mm_movemask_ps((__m128)equal));
+  else return uint32_t(_mm_movemask_pd((__m128d)equal));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= uint32_t(equal[i] != 0) << i;
+  return bits;
 #endif
-  bool any = false;
-  for (size_t i = 0; i < sizeof v / sizeof(T); ++i) any = any || lanes[i] != 0;
-  return any;
+#endif
 }
 
 NASDET_INLINE void streaming_fence() {  // makes streaming stores visible before the kernel returns

@@ -5,16 +5,14 @@
 
 NASDET_DECLARE_KERNEL(void, winograd_weights, const WinogradProduct&, int64_t first, int64_t last)
 NASDET_DECLARE_KERNEL(void, winograd_tiles, const WinogradProduct&, int64_t first, int64_t count, float* scratch)
-NASDET_DECLARE_KERNEL(void, winograd_gradient_tiles, const WinogradGradient&, int64_t first, int64_t last)
-NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&, int64_t first, int64_t last,
-                      int64_t tiles)
+NASDET_DECLARE_KERNEL(void, winograd_gradient_tiles, const WinogradGradient&)
+NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_collect, const WinogradGradient&, int64_t first, int64_t last)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_weights, const WinogradAmx&, int64_t column, int64_t block, char* to)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_chunk, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_inputs, const WinogradAmx&, int64_t index, char* scratch)
 NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_columns, const WinogradAmx&, int64_t first, int64_t count, char* scratch)
-NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_gradient, const WinogradGradient&, int64_t plane, int64_t count,
-                           char* scratch)
+NASDET_DECLARE_TILE_KERNEL(void, winograd_amx_gradient, const WinogradGradient&, int64_t plane, char* scratch)
 
 #if !defined(__AVX512BF16__)
 #include "winograd_kernels.h"
@@ -27,12 +25,8 @@ void winograd_weights(const WinogradProduct& p, int64_t first, int64_t last) {
 void winograd_tiles(const WinogradProduct& p, int64_t first, int64_t count, float* scratch) {
   convolve_tiles(p, first, count, scratch);
 }
-void winograd_gradient_tiles(const WinogradGradient& g, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) gradient_tiles(g, i);
-}
-void winograd_gradient_planes(const WinogradGradient& g, int64_t first, int64_t last, int64_t tiles) {
-  for (int64_t task = first; task < last; ++task) gradient_plane(g, task, tiles);
-}
+void winograd_gradient_tiles(const WinogradGradient& g) { gradient_tiles(g); }
+void winograd_gradient_planes(const WinogradGradient& g) { gradient_planes(g); }
 void winograd_gradient_collect(const WinogradGradient& g, int64_t first, int64_t last) {
   for (int64_t v = first; v < last; ++v) collect_gradient(g, v);
 }

@@ -21,8 +21,8 @@ void winograd_amx_columns(const WinogradAmx& job, int64_t first, int64_t count, 
   amx_columns(job, first, count, scratch);
 }
 
-void winograd_amx_gradient(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) {
-  amx_gradient_plane(g, plane, count, scratch);
+void winograd_amx_gradient(const WinogradGradient& g, int64_t plane, char* scratch) {
+  amx_gradient_plane(g, plane, scratch);
 }
 
 }  // namespace nasdet::NASDET_ISA

@@ -92,7 +92,7 @@ NASDET_INLINE void multiply_tiles(AmxTiles& tiles, const AmxOperands& o, int64_t
                                   bool accumulate) {
   constexpr int64_t kProducts = 6;
   const int64_t parts = (rows + 1) / 2 * ((columns + 1) / 2) * blocks * kProducts;
-  const int64_t lines = (o.ahead_bytes / kAmxRowBytes + parts - 1) / parts;
+  const int64_t lines = parts > 0 ? (o.ahead_bytes / kAmxRowBytes + parts - 1) / parts : 0;
   const char* ahead = o.ahead;
   for (int64_t column = 0; column < columns; column += 2)
     for (int64_t row = 0; row < rows; row += 2, ahead += lines * kProducts * blocks * kAmxRowBytes) {
@@ -114,43 +114,56 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
   char* const parts = scratch;
   float* const domain = reinterpret_cast<float*>(scratch + amx_tiles(count) * job.blocks * kAmxRowBlock);
   const int64_t deep = p.deep.count * W, wide = job.columns * kAmxSide, a_tile = job.blocks * kAmxRowBlock;
-  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
+  const WinogradTile* const map_tiles = p.tiles + first;
+  WinogradRows rows;
+  rows.for_tiles(map_tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+    transform_inputs(p, p.deep, tile, {domain, deep, p.deep_plane}, at);
+  });
   AmxTiles tiles;
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
     float* const values = domain + plane * p.deep_plane;
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < rows.of(plane); ++i)
       split_row(values + i * deep, deep, parts + i / kAmxSide * a_tile + i % kAmxSide * kAmxRowBytes, job.blocks,
                 kAmxRowBlock);
     const char* const weights = job.weights + plane * job.weight_plane;
     const int64_t panel = job.blocks * kAmxColumnBlock;
     const AmxOperands operands{
         parts, weights, values, a_tile, panel, wide, 2 * kAmxSide, weights + panel, (job.columns + 1) / 2 * panel};
-    multiply_tiles(tiles, operands, amx_tiles(count), job.columns, job.blocks, false);
+    multiply_tiles(tiles, operands, amx_tiles(rows.of(plane)), job.columns, job.blocks, false);
   }
-  for (int64_t i = 0; i < count; ++i) write_tile(p, {0, p.wide.count}, p.tiles[first + i], domain + i * wide);
+  WinogradRows{}.for_tiles(map_tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+    write_tile(p, {0, p.wide.count}, tile, {domain, wide, p.deep_plane}, at);
+  });
 }
 
 // The parts of 16 map tiles, for all columns.
 void amx_split_inputs(const WinogradAmx& job, int64_t index, char* scratch) {
   const WinogradProduct& p = job.product;
-  float* const domain = reinterpret_cast<float*>(scratch);
-  const int64_t deep = p.deep.count * W;
+  const Domain domain{reinterpret_cast<float*>(scratch), p.deep.count * W, p.deep_plane};
   const int64_t first = index * kAmxSide;
   const int64_t count = job.tiles - first < kAmxSide ? job.tiles - first : kAmxSide;
   const int64_t plane_bytes = amx_tiles(job.tiles) * kAmxRowBlock;
-  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], domain + i * deep, p.deep_plane);
+  WinogradRows before, rows;
+  before.add(p.tiles, first);
+  rows.for_tiles(p.tiles + first, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+    transform_inputs(p, p.deep, tile, domain, at);
+  });
   for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-    for (int64_t i = 0; i < count; ++i)
-      split_row(domain + plane * p.deep_plane + i * deep, deep,
-                job.inputs + plane * plane_bytes + index * kAmxRowBlock + i * kAmxRowBytes, job.blocks,
-                kWinogradPlanes * plane_bytes);
+    for (int64_t i = 0; i < rows.of(plane); ++i) {
+      const int64_t row = before.of(plane) + i;
+      split_row(domain.data + plane * domain.plane + i * domain.row, domain.row,
+                job.inputs + plane * plane_bytes + row / kAmxSide * kAmxRowBlock + row % kAmxSide * kAmxRowBytes,
+                job.blocks, kWinogradPlanes * plane_bytes);
+    }
 }
 
 // `count` columns of 16 from `first` on, for all map tiles: a block's weights are made for one use.
 void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {
   const WinogradProduct& p = job.product;
   float* const sums = reinterpret_cast<float*>(scratch + kWinogradPlanes * job.weight_plane);
-  const int64_t rows = amx_tiles(job.tiles), plane_bytes = rows * kAmxRowBlock, row = (count + 1) / 2 * 2 * kAmxSide;
+  const int64_t plane_bytes = amx_tiles(job.tiles) * kAmxRowBlock, row = (count + 1) / 2 * 2 * kAmxSide;
+  WinogradRows rows;
+  rows.add(p.tiles, job.tiles);
   const char* inputs = job.inputs;
   AmxTiles tiles;
   for (int64_t block = 0; block < job.blocks; ++block) {
@@ -167,12 +180,13 @@ void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scr
                                  2 * kAmxSide,
                                  inputs + plane_bytes,
                                  plane_bytes};
-      multiply_tiles(tiles, operands, rows, count, 1, block > 0);
+      multiply_tiles(tiles, operands, amx_tiles(rows.of(plane)), count, 1, block > 0);
     }
   }
   const int64_t vector = first * (kAmxSide / W), rest = p.wide.count - vector, most = count * (kAmxSide / W);
-  for (int64_t i = 0; i < job.tiles; ++i)
-    write_tile(p, {vector, rest < most ? rest : most}, p.tiles[i], sums + i * row);
+  WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
+    write_tile(p, {vector, rest < most ? rest : most}, tile, {sums, row, p.wide_plane}, at);
+  });
 }
 
 }  // namespace

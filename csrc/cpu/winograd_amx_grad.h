@@ -36,21 +36,31 @@ NASDET_INLINE void split_rows(const float* from, int64_t row, int64_t terms, cha
     }
 }
 
-// A plane's sums over `count` map tiles; `scratch` takes the parts of both sides.
-void amx_gradient_plane(const WinogradGradient& g, int64_t plane, int64_t count, char* scratch) {
+// Whether some tile of a block is in the plane.
+NASDET_INLINE bool any_in_plane(const WinogradGradient& g, int64_t first, int64_t plane) {
+  for (int64_t i = first; i < first + kAmxTerms && i < g.tile_count; ++i)
+    if (g.tiles[i].has(plane)) return true;
+  return false;
+}
+
+// A plane's sums over the map tiles; `scratch` takes the parts of both sides.
+void amx_gradient_plane(const WinogradGradient& g, int64_t plane, char* scratch) {
   const int64_t rows = amx_tiles(g.ins);
   const int64_t columns = amx_tiles(g.y.count * W);
-  const int64_t blocks = (count + kAmxTerms - 1) / kAmxTerms;
-  const int64_t a_tile = blocks * kAmxRowBlock, b_panel = blocks * kAmxColumnBlock, panel = 2 * kAmxSide;
+  const int64_t most_blocks = (g.tile_count + kAmxTerms - 1) / kAmxTerms;
+  const int64_t a_tile = most_blocks * kAmxRowBlock, b_panel = most_blocks * kAmxColumnBlock, panel = 2 * kAmxSide;
   char* const second = scratch + rows * a_tile;
   const float *const x = g.x_tiles + plane * g.x_plane, *const y = g.y_tiles + plane * g.y_plane;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = block * kAmxTerms, terms = count - first;
+  int64_t blocks = 0;
+  for (int64_t first = 0; first < g.tile_count; first += kAmxTerms) {
+    if (!any_in_plane(g, first, plane)) continue;
+    const int64_t terms = g.tile_count - first;
     for (int64_t i = 0; i < rows; ++i)
-      split_rows(x + first * g.x_row + i * kAmxSide, g.x_row, terms, scratch + i * a_tile + block * kAmxRowBlock);
+      split_rows(x + first * g.x_row + i * kAmxSide, g.x_row, terms, scratch + i * a_tile + blocks * kAmxRowBlock);
     for (int64_t i = 0; i < columns; ++i)
       split_columns(y + first * g.y_row + i * kAmxSide, g.y_row, terms,
-                    second + i / 2 * b_panel + i % 2 * kAmxTileBytes + block * kAmxColumnBlock);
+                    second + i / 2 * b_panel + i % 2 * kAmxTileBytes + blocks * kAmxColumnBlock);
+    ++blocks;
   }
   float* const sums = g.sums + plane * g.sum_plane;
   AmxTiles tiles;

@@ -8,10 +8,17 @@
 
 namespace nasdet {
 
-// How many tiles of 4 pixels, a dilation apart, cover an axis.
+// How many tiles of up to 4 pixels, a dilation apart, cover an axis.
 inline int64_t winograd_axis_tiles(int64_t size, int64_t dilation) {
   const int64_t whole = size / (4 * dilation), rest = size - whole * 4 * dilation;
   return whole * dilation + std::min(rest, dilation);
+}
+
+// How many whole tiles have as many points as those of a map.
+inline int64_t winograd_tile_count(const ConvProblem& p, int64_t dilation_h, int64_t dilation_w) {
+  const int64_t rows = p.height + 2 * winograd_axis_tiles(p.height, dilation_h);
+  const int64_t columns = p.width + 2 * winograd_axis_tiles(p.width, dilation_w);
+  return (p.images * rows * columns + kWinogradPlanes - 1) / kWinogradPlanes;
 }
 
 // Seconds for the transforms: of a tile's vector of channels to and from the domain, and of a vector of kernels.

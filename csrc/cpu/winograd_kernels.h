@@ -38,37 +38,71 @@ void transform_weights(const WinogradProduct& p, int64_t task) {
 
 // `count` tiles from `first` on, through `scratch`: [planes][tiles][deep] and [planes][tiles][a panel].
 void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, float* scratch) {
-  float *const inputs = scratch, *const outputs = scratch + kWinogradPlanes * p.deep_plane;
-  const int64_t deep = p.deep.count * W;
-  for (int64_t i = 0; i < count; ++i) transform_inputs(p, p.deep, p.tiles[first + i], inputs + i * deep, p.deep_plane);
+  const Domain inputs{scratch, p.deep.count * W, p.deep_plane};
+  float* const outputs = scratch + kWinogradPlanes * p.deep_plane;
+  const WinogradTile* const tiles = p.tiles + first;
+  WinogradRows rows;
+  rows.for_tiles(tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+    transform_inputs(p, p.deep, tile, inputs, at);
+  });
   for (int64_t k = 0; k < p.panel_count; ++k) {
     const WinogradPanel& panel = p.panels[k];
     const float* const weights = p.weights + panel.first * p.depth * W;
     const int64_t wide = panel.count * W;
-    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-      multiply(panel.count, inputs + plane * p.deep_plane, deep, 1, weights + plane * p.weight_plane, wide,
-               outputs + plane * p.wide_plane, wide, count, p.depth, false, weights + (plane + 1) * p.weight_plane,
-               p.depth * wide / count);
-    for (int64_t i = 0; i < count; ++i) write_tile(p, panel, p.tiles[first + i], outputs + i * wide);
+    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+      if (rows.of(plane) == 0) continue;
+      multiply(panel.count, inputs.data + plane * inputs.plane, inputs.row, 1, weights + plane * p.weight_plane, wide,
+               outputs + plane * p.wide_plane, wide, rows.of(plane), p.depth, false,
+               weights + (plane + 1) * p.weight_plane, p.depth * wide / rows.of(plane));
+    }
+    WinogradRows{}.for_tiles(tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+      write_tile(p, panel, tile, {outputs, wide, p.wide_plane}, at);
+    });
   }
 }
 
-void gradient_tiles(const WinogradGradient& g, int64_t i) {
-  const WinogradTile& tile = g.tiles[i];
-  transform_inputs(g, g.x, tile, g.x_tiles + i * g.x_row, g.x_plane);
-  transform_tile<4>(g, g.y, tile.image, tile.row, tile.column, g.y_tiles + i * g.y_row, g.y_plane,
-                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
-                      transform_gradient(p, down, right, to, step);
-                    });
+// Zeros in the planes that a tile is not in.
+NASDET_INLINE void clear_absent(const WinogradTile& tile, const WinogradSide& side, const Domain& to, int64_t row) {
+  if (tile.whole()) return;
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+    for (int64_t v = 0; v < side.count && !tile.has(plane); ++v)
+      store(to.data + plane * to.plane + row * to.row + v * W, Vector{});
 }
 
-void gradient_plane(const WinogradGradient& g, int64_t task, int64_t tiles) {
-  const int64_t plane = task / g.panel_count;
-  const WinogradPanel& panel = g.panels[task % g.panel_count];
-  const int64_t row = panel.count * W;
-  float* const sums = g.sums + plane * g.sum_plane + panel.first * g.sum_rows * W;
-  multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W,
-           g.y_row, sums, row, g.ins, tiles, g.accumulate, sums + most_rows(int(panel.count)) * row, row);
+// All tiles of a piece; those on matrix tiles keep their places in all planes, so that sums are the same for any pieces.
+void gradient_tiles(const WinogradGradient& g) {
+  const Domain x{g.x_tiles, g.x_row, g.x_plane}, y{g.y_tiles, g.y_row, g.y_plane};
+  const auto transform = [&](const WinogradTile& tile, const WinogradRows& at) {
+    transform_inputs(g, g.x, tile, x, at);
+    transform_tile<GradientLine, 4>(g, g.y, tile, tile.row, tile.column, y, at,
+                                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
+                                      transform_gradient(p, down, right, to, step);
+                                    });
+  };
+  WinogradRows rows;
+  for (int64_t i = 0; i < g.tile_count; ++i) {
+    const WinogradTile& tile = g.tiles[i];
+    transform(tile, rows);
+    if (!g.on_tiles) {
+      rows.add(tile);
+      continue;
+    }
+    clear_absent(tile, g.x, x, i), clear_absent(tile, g.y, y, i);
+    ++rows.whole;
+  }
+}
+
+void gradient_planes(const WinogradGradient& g) {
+  WinogradRows rows;
+  rows.add(g.tiles, g.tile_count);
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+    for (int64_t k = 0; k < g.panel_count; ++k) {
+      const WinogradPanel& panel = g.panels[k];
+      const int64_t row = panel.count * W;
+      float* const sums = g.sums + plane * g.sum_plane + panel.first * g.sum_rows * W;
+      multiply(panel.count, g.x_tiles + plane * g.x_plane, 1, g.x_row, g.y_tiles + plane * g.y_plane + panel.first * W,
+               g.y_row, sums, row, g.ins, rows.of(plane), g.accumulate, sums + most_rows(int(panel.count)) * row, row);
+    }
 }
 
 // The gradients of the kernels and of the mixture for a vector of y's channels, from the sums over all tiles.

@@ -148,7 +148,9 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
           p.width,
           d.h,
           d.w,
+          d.on_tiles,
           nullptr,
+          0,
           {x, p.in_channels, work.inputs.data() + part.first_in, part.ins},
           {grad, p.out_channels, d.channels.data() + part.first_out, part.outs},
           p.in_channels,
@@ -228,13 +230,11 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
     g.sums = reinterpret_cast<float*>(own + Scratch::padded(most.x * 4) + Scratch::padded(most.y * 4));
     char* const pieces = reinterpret_cast<char*>(g.sums) + Scratch::padded(most.sums * 4);
     for (int64_t begin = 0; begin < tiles; begin += step) {
-      const int64_t now = std::min(step, tiles - begin);
-      g.tiles = d.tiles.data() + begin, g.accumulate = begin > 0;
-      work.kernels.gradient_tiles(g, 0, now);
-      if (!d.on_tiles) work.kernels.gradient_planes(g, 0, kWinogradPlanes * g.panel_count, now);
+      g.tiles = d.tiles.data() + begin, g.tile_count = std::min(step, tiles - begin), g.accumulate = begin > 0;
+      work.kernels.gradient_tiles(g);
+      if (!d.on_tiles) work.kernels.gradient_planes(g);
       else
-        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-          winograd_amx_kernels().gradient(g, plane, now, pieces);
+        for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) winograd_amx_kernels().gradient(g, plane, pieces);
     }
     work.kernels.gradient_collect(g, 0, part.outs);
   });
@@ -277,9 +277,8 @@ double winograd_seconds(const ConvProblem& p, bool backward) {
   double seconds = 0;
   for (const Dilated& d : dilations_of(p, lanes)) {
     const WinogradRates& rates = d.on_tiles ? kWinogradAmx : lanes == 16 ? kWinogradAvx512 : kWinogradAvx2;
-    const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
-    seconds +=
-        winograd_dilation_seconds(p, rates, tiles, int64_t(d.channels.size()), lanes, backward, weights_wanted(d));
+    seconds += winograd_dilation_seconds(p, rates, winograd_tile_count(p, d.h, d.w), int64_t(d.channels.size()), lanes,
+                                         backward, weights_wanted(d));
   }
   return seconds;
 }

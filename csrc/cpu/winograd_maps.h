@@ -1,6 +1,6 @@
 // What all kernels of Winograd's convolution share: the kernels' taps, and the transforms of a map's tiles with their edges.
 #pragma once
-#include "winograd_transforms.h"
+#include "winograd_short.h"
 
 namespace nasdet::NASDET_ISA {
 namespace {
@@ -50,54 +50,116 @@ NASDET_INLINE Span inside(int64_t start, int64_t dilation, int64_t size, int64_t
   return s;
 }
 
-// A tile's kSize x kSize pixels from (row, column) on, transformed by `transform`, for all vectors of the side.
-template <int kSize, class Job, class Transform>
-NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, int64_t image, int64_t row, int64_t column,
-                                  float* out, int64_t plane, Transform transform) {
-  const int64_t pixel = side.pixel, down = job.dilation_h * job.width * pixel, right = job.dilation_w * pixel;
-  const Span rows = inside(row, job.dilation_h, job.height, kSize),
-             columns = inside(column, job.dilation_w, job.width, kSize);
-  const float* const start = side.map + ((image * job.height + row) * job.width + column) * pixel;
-  const bool whole = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
+// Tiles in the domain: [planes][rows][vectors], `row` and `plane` floats apart.
+struct Domain {
+  float* data;
+  int64_t row, plane;
+};
+
+// A tile's pixels from (row, column) on.
+struct TilePixels {
+  const float* start;
+  int64_t down, right;
+  Span rows, columns;  // inside of the map
+
+  NASDET_INLINE Vector at(int64_t r, int64_t c, const WinogradChannels& channels) const {
+    return load_up_to(start + r * down + c * right + channels.first, channels.count);
+  }
+  NASDET_INLINE bool inside(int64_t r, int64_t c) const {
+    return r >= rows.begin && r < rows.end && c >= columns.begin && c < columns.end;
+  }
+};
+
+// All vectors of a tile that is not whole, transformed by Line.
+template <class Line>
+__attribute__((noinline)) void transform_short_tile(const WinogradSide& side, const WinogradTile& tile,
+                                                    const TilePixels& pixels, const Domain& to,
+                                                    const WinogradRows& at) {
+  for (int64_t v = 0; v < side.count; ++v)
+    transform_sides<Line>(
+        tile.rows, tile.columns,
+        [&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, side.vectors[v]) : Vector{}; },
+        [&](int r, int c, Vector value) {
+          const int64_t plane = r * kWinogradPoints + c;
+          store(to.data + plane * to.plane + at.of(plane) * to.row + v * W, value);
+        });
+}
+
+// A tile's pixels from (row, column) on, transformed by Line, for all vectors of the side: kSize x kSize where it is whole, and
+// then by transform(). Its rows in the planes are `at`.
+template <class Line, int kSize, class Job, class Transform>
+NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, const WinogradTile& tile, int64_t row,
+                                  int64_t column, const Domain& to, const WinogradRows& at, Transform transform) {
+  const int64_t pixel = side.pixel;
+  const TilePixels pixels{side.map + ((tile.image * job.height + row) * job.width + column) * pixel,
+                          job.dilation_h * job.width * pixel, job.dilation_w * pixel,
+                          inside(row, job.dilation_h, job.height, Line::from(tile.rows)),
+                          inside(column, job.dilation_w, job.width, Line::from(tile.columns))};
+  if (!tile.whole()) return transform_short_tile<Line>(side, tile, pixels, to, at);
+  const Span rows = pixels.rows, columns = pixels.columns;
+  const bool all = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
+  float* const out = to.data + at.whole * to.row;
   Vector local[kSize * kSize] = {};
   for (int64_t v = 0; v < side.count; ++v) {
     const WinogradChannels& channels = side.vectors[v];
-    if (whole && channels.count == W) {
-      transform(start + channels.first, down, right, out + v * W, plane);
+    if (all && channels.count == W) {
+      transform(pixels.start + channels.first, pixels.down, pixels.right, out + v * W, to.plane);
       continue;
     }
     for (int64_t r = rows.begin; r < rows.end; ++r)
-      for (int64_t c = columns.begin; c < columns.end; ++c)
-        local[r * kSize + c] = load_up_to(start + r * down + c * right + channels.first, channels.count);
-    transform(reinterpret_cast<const float*>(local), int64_t(kSize * W), int64_t(W), out + v * W, plane);
+      for (int64_t c = columns.begin; c < columns.end; ++c) local[r * kSize + c] = pixels.at(r, c, channels);
+    transform(reinterpret_cast<const float*>(local), int64_t(kSize * W), int64_t(W), out + v * W, to.plane);
   }
 }
 
 template <class Job>
-NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile, float* out,
-                                    int64_t plane) {
-  transform_tile<6>(job, side, tile.image, tile.row - job.dilation_h, tile.column - job.dilation_w, out, plane,
-                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
-                      transform_input(p, down, right, to, step);
-                    });
+NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile,
+                                    const Domain& to, const WinogradRows& at) {
+  transform_tile<InputLine, 6>(job, side, tile, tile.row - job.dilation_h, tile.column - job.dilation_w, to, at,
+                               [](const float* p, int64_t down, int64_t right, float* out, int64_t plane) {
+                                 transform_input(p, down, right, out, plane);
+                               });
+}
+
+// Where a tile's outputs go.
+struct TileOutputs {
+  float* start;
+  int64_t down, right;
+  bool accumulate;
+
+  NASDET_INLINE void put(int64_t r, int64_t c, const WinogradChannels& channels, Vector value) const {
+    float* const to = start + r * down + c * right + channels.first;
+    store_up_to(to, accumulate ? value + load_up_to(to, channels.count) : value, channels.count);
+  }
+};
+
+// The vectors from `vectors` on of a tile that is not whole.
+__attribute__((noinline)) void write_short_tile(const WinogradChannels* vectors, int64_t count,
+                                                const WinogradTile& tile, const TileOutputs& outputs,
+                                                const Domain& from, const WinogradRows& at) {
+  for (int64_t v = 0; v < count; ++v)
+    transform_sides<OutputLine>(
+        tile.rows, tile.columns,
+        [&](int r, int c) {
+          const int64_t plane = r * kWinogradPoints + c;
+          return load(from.data + plane * from.plane + at.of(plane) * from.row + v * W);
+        },
+        [&](int r, int c, Vector value) { outputs.put(r, c, vectors[v], value); });
 }
 
 // A tile's outputs, for the vectors of one panel.
 NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile,
-                              const float* from) {
-  const int64_t pixel = p.wide.pixel, down = p.dilation_h * p.width * pixel, right = p.dilation_w * pixel;
-  const int64_t rows = inside(tile.row, p.dilation_h, p.height, 4).end;
-  const int64_t columns = inside(tile.column, p.dilation_w, p.width, 4).end;
-  float* const start = p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel;
+                              const Domain& from, const WinogradRows& at) {
+  const int64_t pixel = p.wide.pixel;
+  const TileOutputs outputs{p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel,
+                            p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.accumulate};
+  const WinogradChannels* const vectors = p.wide.vectors + panel.first;
+  if (!tile.whole()) return write_short_tile(vectors, panel.count, tile, outputs, from, at);
   for (int64_t v = 0; v < panel.count; ++v) {
-    const WinogradChannels& channels = p.wide.vectors[panel.first + v];
     Vector out[4][4];
-    transform_output(from + v * W, p.wide_plane, out);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        float* const to = start + r * down + c * right + channels.first;
-        store_up_to(to, p.accumulate ? out[r][c] + load_up_to(to, channels.count) : out[r][c], channels.count);
-      }
+    transform_output(from.data + at.whole * from.row + v * W, from.plane, out);
+    for (int r = 0; r < 4; ++r)
+      for (int c = 0; c < 4; ++c) outputs.put(r, c, vectors[v], out[r][c]);
   }
 }
 

@@ -5,10 +5,40 @@
 
 namespace nasdet {
 
-constexpr int64_t kWinogradPlanes = 36;
+constexpr int kWinogradPoints = 6;
+constexpr int64_t kWinogradPlanes = kWinogradPoints * kWinogradPoints;
 
-// The first output pixel of a tile.
-struct WinogradTile { int32_t image, row, column; };
+// The first output pixel of a tile, and its rows and columns of outputs: m of them, 1 to 4, take the first m + 2 points of
+// their side.
+struct WinogradTile {
+  int32_t image, row, column;
+  int16_t rows, columns;
+
+  NASDET_INLINE bool whole() const { return rows == 4 && columns == 4; }
+  NASDET_INLINE bool has(int64_t plane) const {
+    return plane / kWinogradPoints < rows + 2 && plane % kWinogradPoints < columns + 2;
+  }
+};
+
+// Each plane's row of the next of some tiles: planes close up where a tile is not in them. Whole tiles come first, and have the
+// same row in all planes.
+struct WinogradRows {
+  int64_t whole = 0, shorter[kWinogradPlanes] = {};
+
+  NASDET_INLINE int64_t of(int64_t plane) const { return whole + shorter[plane]; }
+  NASDET_INLINE void add(const WinogradTile& tile) {
+    if (tile.whole()) ++whole;
+    else
+      for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) shorter[plane] += tile.has(plane);
+  }
+  NASDET_INLINE void add(const WinogradTile* tiles, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) add(tiles[i]);
+  }
+  // Calls use(tile, rows) for each of `count` tiles, and adds it.
+  template <class Use> NASDET_INLINE void for_tiles(const WinogradTile* tiles, int64_t count, const Use& use) {
+    for (int64_t i = 0; i < count; add(tiles[i++])) use(tiles[i], *this);
+  }
+};
 
 // Up to a vector of channels of one branch: the first of them in the map, and where their weights are (of y's side only).
 struct WinogradChannels {
@@ -49,7 +79,9 @@ struct WinogradProduct {
 // The gradient of the weights of one dilation: x's tiles transposed times those of the gradient of y.
 struct WinogradGradient {
   int64_t height, width, dilation_h, dilation_w;
+  bool on_tiles;              // the sums are made on matrix tiles
   const WinogradTile* tiles;  // of the piece at hand
+  int64_t tile_count;
   WinogradSide x, y;
   int64_t in_channels;    // of the convolution
   int64_t first_in, ins;  // those of x's vectors

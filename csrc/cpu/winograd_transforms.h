@@ -1,5 +1,5 @@
-// Winograd's transforms for the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, a vector of channels at a time. These points
-// keep the error at half of that of 0, +-1, +-2, for the same number of operations.
+// Winograd's transforms for the points 0, infinity, +-1/sqrt(2) and +-sqrt(2), in this order, a vector of channels at a time.
+// These points keep the error at half of that of 0, +-1, +-2, for the same number of operations.
 #pragma once
 #include "nasdet/simd.h"
 #include "winograd_plan.h"
@@ -14,18 +14,18 @@ inline constexpr float kA = 0.70710678118654752440f, kB = 1.41421356237309504880
 NASDET_INLINE void evaluate4(const Vector* d, Vector* out) {
   const Vector even_a = d[0] + 0.5f * d[2], odd_a = kA * d[1] + 0.5f * kA * d[3];
   const Vector even_b = d[0] + 2 * d[2], odd_b = kB * d[1] + 2 * kB * d[3];
-  out[0] = d[0], out[5] = d[3];
-  out[1] = even_a + odd_a, out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b, out[4] = even_b - odd_b;
+  out[0] = d[0], out[1] = d[3];
+  out[2] = even_a + odd_a, out[3] = even_a - odd_a;
+  out[4] = even_b + odd_b, out[5] = even_b - odd_b;
 }
 
 // The transpose of the above: 4 sums of 6 values.
 NASDET_INLINE void sum4(const Vector* m, Vector* out) {
-  const Vector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  const Vector even_a = m[2] + m[3], odd_a = m[2] - m[3], even_b = m[4] + m[5], odd_b = m[4] - m[5];
   out[0] = m[0] + even_a + even_b;
   out[1] = kA * odd_a + kB * odd_b;
   out[2] = 0.5f * even_a + 2 * even_b;
-  out[3] = (0.5f * kA) * odd_a + (2 * kB * odd_b + m[5]);
+  out[3] = (0.5f * kA) * odd_a + (2 * kB * odd_b + m[1]);
 }
 
 // The 6 values of the kernel's 3 taps, over the products of the differences between the points.
@@ -33,30 +33,35 @@ NASDET_INLINE void evaluate3(const Vector* g, Vector* out) {
   constexpr float kNa = -1 / 1.5f, kNb = 1 / 6.f;
   const Vector even_a = kNa * g[0] + (0.5f * kNa) * g[2], odd_a = (kA * kNa) * g[1];
   const Vector even_b = kNb * g[0] + (2 * kNb) * g[2], odd_b = (kB * kNb) * g[1];
-  out[0] = g[0], out[5] = g[2];
-  out[1] = even_a + odd_a, out[2] = even_a - odd_a;
-  out[3] = even_b + odd_b, out[4] = even_b - odd_b;
+  out[0] = g[0], out[1] = g[2];
+  out[2] = even_a + odd_a, out[3] = even_a - odd_a;
+  out[4] = even_b + odd_b, out[5] = even_b - odd_b;
 }
 
 // The transpose of the above: 3 sums of 6 values.
 NASDET_INLINE void sum3(const Vector* m, Vector* out) {
   constexpr float kNa = -1 / 1.5f, kNb = 1 / 6.f;
-  const Vector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  const Vector even_a = m[2] + m[3], odd_a = m[2] - m[3], even_b = m[4] + m[5], odd_b = m[4] - m[5];
   out[0] = m[0] + kNa * even_a + kNb * even_b;
   out[1] = (kA * kNa) * odd_a + (kB * kNb) * odd_b;
-  out[2] = (0.5f * kNa) * even_a + ((2 * kNb) * even_b + m[5]);
+  out[2] = (0.5f * kNa) * even_a + ((2 * kNb) * even_b + m[1]);
 }
 
 // The input transform of one line of 6 values.
-NASDET_INLINE void interpolate(const Vector* d, float* out, int64_t plane) {
+NASDET_INLINE void interpolate(const Vector* d, Vector* out) {
   const Vector even_a = d[4] - 2 * d[2], odd_a = kA * d[3] - (2 * kA) * d[1];
   const Vector even_b = d[4] - 0.5f * d[2], odd_b = kB * d[3] - (0.5f * kB) * d[1];
-  store(out, (d[0] + d[4]) - 2.5f * d[2]);
-  store(out + plane, even_a + odd_a);
-  store(out + 2 * plane, even_a - odd_a);
-  store(out + 3 * plane, even_b + odd_b);
-  store(out + 4 * plane, even_b - odd_b);
-  store(out + 5 * plane, (d[1] + d[5]) - 2.5f * d[3]);
+  out[0] = (d[0] + d[4]) - 2.5f * d[2];
+  out[1] = (d[1] + d[5]) - 2.5f * d[3];
+  out[2] = even_a + odd_a, out[3] = even_a - odd_a;
+  out[4] = even_b + odd_b, out[5] = even_b - odd_b;
+}
+
+NASDET_INLINE void interpolate(const Vector* d, float* out, int64_t plane) {
+  Vector values[6];
+  interpolate(d, values);
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) store(out + j * plane, values[j]);
 }
 
 // The input transform of 6 x 6 pixels, to the 36 planes. Pixels are read again for each pair of lines: that is cheaper than
@@ -72,12 +77,18 @@ NASDET_INLINE void transform_input(const float* p, int64_t row, int64_t column, 
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
     const float* d = p + j * column;
+    first[j] = (load(d + row) + load(d + 5 * row)) - 2.5f * load(d + 3 * row);
+  }
+  interpolate(first, out + 6 * plane, plane);
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    const float* d = p + j * column;
     const Vector even = load(d + 4 * row) - 2 * load(d + 2 * row),
                  odd = kA * load(d + 3 * row) - (2 * kA) * load(d + row);
     first[j] = even + odd, second[j] = even - odd;
   }
-  interpolate(first, out + 6 * plane, plane);
-  interpolate(second, out + 12 * plane, plane);
+  interpolate(first, out + 12 * plane, plane);
+  interpolate(second, out + 18 * plane, plane);
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
     const float* d = p + j * column;
@@ -85,14 +96,8 @@ NASDET_INLINE void transform_input(const float* p, int64_t row, int64_t column, 
                  odd = kB * load(d + 3 * row) - (0.5f * kB) * load(d + row);
     first[j] = even + odd, second[j] = even - odd;
   }
-  interpolate(first, out + 18 * plane, plane);
-  interpolate(second, out + 24 * plane, plane);
-#pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    const float* d = p + j * column;
-    first[j] = (load(d + row) + load(d + 5 * row)) - 2.5f * load(d + 3 * row);
-  }
-  interpolate(first, out + 30 * plane, plane);
+  interpolate(first, out + 24 * plane, plane);
+  interpolate(second, out + 30 * plane, plane);
 }
 
 // The transpose of the output transform, of 4 x 4 pixels to the 36 planes: what the gradient of the weights takes of y's.

@@ -81,7 +81,13 @@ void add_branch(std::vector<WinogradChannels>& to, const ConvBranch& b, int64_t 
   }
 }
 
-// Pixels a dilation apart form an image of their own, which is cut into tiles; rows and columns of it from the top left.
+// How many of the 4 pixels from `first` on, a dilation apart, are in a map of `size`.
+int16_t outputs_of(int64_t first, int64_t dilation, int64_t size) {
+  return int16_t(std::min<int64_t>((size - first + dilation - 1) / dilation, 4));
+}
+
+// Pixels a dilation apart form an image of their own, which is cut into tiles, from the top left. Tiles of a kind are together,
+// the whole ones first.
 void add_tiles(Dilated& d, const ConvProblem& p) {
   d.tiles.reserve(size_t(p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w)));
   for (int64_t n = 0; n < p.images; ++n)
@@ -89,7 +95,11 @@ void add_tiles(Dilated& d, const ConvProblem& p) {
       for (int64_t row = phase_h; row < p.height; row += 4 * d.h)
         for (int64_t phase_w = 0; phase_w < d.w; ++phase_w)
           for (int64_t column = phase_w; column < p.width; column += 4 * d.w)
-            d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column)});
+            d.tiles.push_back({int32_t(n), int32_t(row), int32_t(column), outputs_of(row, d.h, p.height),
+                               outputs_of(column, d.w, p.width)});
+  std::stable_sort(d.tiles.begin(), d.tiles.end(), [](const WinogradTile& a, const WinogradTile& b) {
+    return std::pair(a.rows, a.columns) > std::pair(b.rows, b.columns);
+  });
 }
 
 // Whether to multiply a dilation's slices on matrix tiles: splitting floats pays where each of their parts meets many channels.

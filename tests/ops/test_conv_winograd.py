@@ -94,6 +94,19 @@ def test_values_and_gradients(s: Shape) -> None:
         assert error(got, expected) <= ERROR, name
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("h", range(1, 9))
+def test_last_tiles_of_every_size(h: int) -> None:
+    """1 to 4 rows and columns of outputs, after whole tiles and alone."""
+    for w in range(1, 9):
+        s = Shape(2, 20, h, w, (1, (1, 2)), (20, 16))
+        x, weight = operands(s)
+        grad = torch.randn(s.n, 36, h, w)
+        exact = results(s, x.double(), weight.double(), grad.double(), **REFERENCE)
+        for name, got, right in zip(("y", "dx", "dweight"), results(s, x, weight, grad, **FORCED), exact, strict=True):
+            assert error(got, right) <= ERROR, (name, w)
+
+
 @pytest.mark.parametrize("dilation", [1, 2, 3, (1, 3), (5, 1), (2, 7)], ids=str)
 def test_one_slice_is_conv2d(dilation: Any) -> None:
     x, weight = torch.randn(2, 40, 19, 22), torch.randn(24, 40, 3, 3)
@@ -275,7 +288,7 @@ def test_other_instruction_sets(level: str, require: Any) -> None:
         assert ran.returncode != 0 and "it needs AVX2" in ran.stderr
         return
     command = [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)]
-    command += ["-k", "values_and_gradients or threads or nothing_beside or mixture_of_one"]
+    command += ["-k", "values_and_gradients or last_tiles or threads or nothing_beside or mixture_of_one"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
     assert " passed" in ran.stdout
@@ -283,8 +296,9 @@ def test_other_instruction_sets(level: str, require: Any) -> None:
 
 @pytest.mark.skipif(os.environ.get("NASDET_CPU_CAPABILITY") == "amx_emulated", reason="this is the process")
 def test_with_emulated_tiles() -> None:
-    chosen = "values_and_gradients or conv2d or nothing_beside or mixture_of_one or small_scratch or threads and slices"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    chosen = "values_and_gradients or last_tiles or conv2d or nothing_beside or mixture_of_one or small_scratch"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", f"{chosen} or threads and slices"]
     environment = os.environ | {"NASDET_CPU_CAPABILITY": "amx_emulated"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-1000:]

@@ -1,7 +1,7 @@
 """Drives CMakeLists.txt, the one description of the build.
 
 Environment: NASDET_TORCH_INCLUDE (PyTorch's include folder), NASDET_CUDA=auto|1|0, NASDET_CUDA_ARCHS,
-NASDET_PYBIND=1|0, NASDET_SANITIZE=1|avx2, NASDET_BUILD_DIR (where CMake works; a second build there compiles only
+NASDET_PYBIND=1|0, NASDET_SANITIZE=0|1|avx2, NASDET_BUILD_DIR (where CMake works; a second build there compiles only
 what changed), MAX_JOBS, CMAKE_ARGS.
 """
 
@@ -21,7 +21,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SANITIZE = {"1": "ON", "avx2": "avx2"}.get(os.environ.get("NASDET_SANITIZE", ""), "OFF")
+SANITIZE = {"": "OFF", "0": "OFF", "1": "ON", "avx2": "avx2"}
 WITH_PYBIND = os.environ.get("NASDET_PYBIND", "1") != "0"
 
 
@@ -40,6 +40,14 @@ def torch_include() -> str:
         "nasdet needs the headers of PyTorch >= 2.10. Install torch first, or set NASDET_TORCH_INCLUDE. Tried: "
         + ", ".join(tried)
     )
+
+
+def sanitize() -> str:
+    """CMake's name for what NASDET_SANITIZE asks for."""
+    value = os.environ.get("NASDET_SANITIZE", "")
+    if value not in SANITIZE:
+        raise SystemExit(f"NASDET_SANITIZE must be 0, 1 or avx2, got {value!r}")
+    return SANITIZE[value]
 
 
 class Library(Extension):
@@ -63,7 +71,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNASDET_CUDA={os.environ.get('NASDET_CUDA', 'auto')}",
             f"-DNASDET_PYBIND={'ON' if WITH_PYBIND else 'OFF'}",
-            f"-DNASDET_SANITIZE={SANITIZE}",
+            f"-DNASDET_SANITIZE={sanitize()}",
         ]
         if archs := os.environ.get("NASDET_CUDA_ARCHS"):
             arguments.append(f"-DNASDET_CUDA_ARCHS={archs}")

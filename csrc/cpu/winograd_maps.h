@@ -99,7 +99,9 @@ NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, cons
   const Span rows = pixels.rows, columns = pixels.columns;
   const bool all = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
   float* const out = to.data + at.whole * to.row;
-  Vector local[kSize * kSize] = {};
+  Vector local[kSize * kSize];
+  if (!all)
+    for (Vector& value : local) value = Vector{};
   for (int64_t v = 0; v < side.count; ++v) {
     const WinogradChannels& channels = side.vectors[v];
     if (all && channels.count == W) {

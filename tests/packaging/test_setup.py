@@ -63,6 +63,15 @@ script["torch_include"]()
     assert str(tmp_path / "mine") in result.stderr and str(tmp_path / "torch/include") in result.stderr
 
 
+@pytest.mark.parametrize(("value", "meaning"), [("", "OFF"), ("0", "OFF"), ("1", "ON"), ("avx2", "avx2"), ("ON", None)])
+def test_a_sanitizer_is_not_left_out_silently(value: str, meaning: str | None, repository: Path) -> None:
+    result = run("print(script['sanitize']())", repository, NASDET_SANITIZE=value)
+    if meaning is not None:
+        assert result.stdout.split() == [meaning]
+    else:
+        assert result.returncode != 0 and result.stderr.strip() == "NASDET_SANITIZE must be 0, 1 or avx2, got 'ON'"
+
+
 def test_setup_never_imports_torch(repository: Path) -> None:
     assert run("print('torch' in sys.modules)", repository).stdout.split() == ["False"]
 

@@ -61,6 +61,52 @@ void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
   }
 }
 
+// `count` tiles from `first` on, for all columns.
+void column_inputs(const WinogradColumns& job, int64_t first, int64_t count) {
+  constexpr int64_t kVectors = kColumnTerms / W;
+  const WinogradProduct& p = job.product;
+  WinogradRows rows;
+  rows.add(p.tiles, first);
+  rows.for_tiles(p.tiles + first, count, [&](const WinogradTile& tile, const WinogradRows& at) {
+    WinogradSide side = p.deep;
+    Domain to{job.inputs, kColumnTerms, job.input_plane};
+    for (int64_t left = p.deep.count; left > 0;
+         left -= kVectors, side.vectors += kVectors, to.data += job.input_block) {
+      side.count = left < kVectors ? left : kVectors;
+      transform_inputs(p, side, tile, to, at);
+    }
+  });
+}
+
+// `count` vectors of `wide` from `first` on, of all tiles, through `scratch`: [planes][a block's weights] and [planes][tiles][wide].
+void convolve_columns(const WinogradColumns& job, int64_t first, int64_t count, float* scratch) {
+  WinogradProduct p = job.product;
+  WinogradPanel panels[kColumnOuts / W];
+  p.panels = panels, p.panel_count = (count + kMostVectors - 1) / kMostVectors;
+  for (int64_t i = 0; i < p.panel_count; ++i)
+    panels[i] = {count * i / p.panel_count, count * (i + 1) / p.panel_count - count * i / p.panel_count};
+  p.wide.vectors += first, p.wide.count = count;
+  p.weights = scratch;
+  const Domain sums{scratch + kWinogradPlanes * p.weight_plane, count * W, p.wide_plane};
+  WinogradRows rows;
+  rows.add(p.tiles, job.tiles);
+  const float* inputs = job.inputs;
+  for (int64_t k = 0; k < job.product.depth; k += kColumnTerms, inputs += job.input_block) {
+    p.depth = job.product.depth - k < kColumnTerms ? job.product.depth - k : kColumnTerms;
+    p.deep.vectors = job.product.deep.vectors + k / W, p.deep.count = (p.depth + W - 1) / W;
+    for (int64_t task = 0; task < count * p.deep.count; ++task) transform_weights(p, task);
+    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+      for (const WinogradPanel* panel = panels; panel < panels + p.panel_count; ++panel)
+        multiply(panel->count, inputs + plane * job.input_plane, kColumnTerms, 1,
+                 p.weights + plane * p.weight_plane + panel->first * p.depth * W, panel->count * W,
+                 sums.data + plane * sums.plane + panel->first * W, sums.row, rows.of(plane), p.depth, k > 0,
+                 inputs + (plane + 1) * job.input_plane, kColumnTerms);
+  }
+  WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
+    write_tile(p, {0, count}, tile, sums, at);
+  });
+}
+
 // Zeros in the planes that a tile is not in.
 NASDET_INLINE void clear_absent(const WinogradTile& tile, const WinogradSide& side, const Domain& to, int64_t row) {
   if (tile.whole()) return;

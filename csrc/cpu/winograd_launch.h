@@ -17,12 +17,52 @@ struct Piece {
   int64_t tiles, chunks, chunk_floats;
 };
 
-// A piece of each dilation that is not multiplied on matrix tiles, or several where the weights of one would not stay in the caches.
+// Some tiles first, and then columns of weights for all of them.
+void run_columns(const Work& work, const WinogradProduct& product, int64_t tiles) {
+  constexpr int64_t kTilesAtOnce = 8;
+  const int64_t lanes = work.kernels.lanes, blocks = (product.depth + kColumnTerms - 1) / kColumnTerms;
+  WinogradColumns job{product, tiles, nullptr, 0, 0};
+  const int64_t width = std::min(kColumnOuts / lanes, (product.wide.count + threads() - 1) / threads());
+  job.input_plane = plane_floats(tiles * kColumnTerms), job.input_block = kWinogradPlanes * job.input_plane;
+  job.product.weight_plane = plane_floats(kColumnTerms * width * lanes);
+  job.product.wide_plane = plane_floats(tiles * width * lanes);
+  const auto padded = [](int64_t floats) { return int64_t(Scratch::padded(size_t(floats) * 4) / 4); };
+  const int64_t inputs = padded(blocks * job.input_block);
+  const int64_t own = padded(kWinogradPlanes * (job.product.weight_plane + job.product.wide_plane));
+  const int64_t workers = std::clamp<int64_t>((scratch_limit() / 4 - inputs) / own, 1, threads());
+  Scratch scratch(size_t(inputs + workers * own) * 4);
+  job.inputs = scratch.take<float>(size_t(inputs));
+  float* const memory = scratch.take<float>(size_t(workers * own));
+  for_tasks((tiles + kTilesAtOnce - 1) / kTilesAtOnce, workers, [&](int64_t, int64_t task) {
+    const int64_t first = task * kTilesAtOnce;
+    work.kernels.column_inputs(job, first, std::min(kTilesAtOnce, tiles - first));
+  });
+  for_tasks((product.wide.count + width - 1) / width, workers, [&](int64_t worker, int64_t task) {
+    const int64_t first = task * width;
+    work.kernels.columns(job, first, std::min(width, product.wide.count - first), memory + worker * own);
+  });
+}
+
+void run_column_products(const Work& work, const float* from, float* to, bool transposed) {
+  for (const Dilated& d : work.dilations) {
+    if (d.column_tiles == 0) continue;
+    WinogradProduct product = product_of(work, d, from, to, transposed);
+    const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
+    for (int64_t i = 0; i < goes; ++i) {
+      const int64_t begin = all * i / goes;
+      product.tiles = d.tiles.data() + begin;
+      run_columns(work, product, all * (i + 1) / goes - begin);
+    }
+  }
+}
+
+// A piece of each dilation that is not multiplied on matrix tiles or by columns, or several where the weights of one would not stay
+// in the caches.
 std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, bool transposed) {
   const int64_t lanes = work.kernels.lanes, bytes = std::min(kWeightBytes, scratch_limit() / 2);
   std::vector<Piece> pieces;
   for (const Dilated& d : work.dilations) {
-    if (d.on_tiles) continue;
+    if (d.on_tiles || d.column_tiles > 0) continue;
     const WinogradProduct whole = product_of(work, d, from, to, transposed);
     const int64_t depth = whole.depth, vectors = whole.wide.count, tiles = int64_t(d.tiles.size());
     const int64_t step = piece_vectors(work.kernels, depth, bytes);
@@ -84,6 +124,7 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
 
 void run_products(const Work& work, const float* from, float* to, bool transposed) {
   run_amx_products(work, from, to, transposed);
+  run_column_products(work, from, to, transposed);
   std::vector<Piece> pieces = pieces_of(work, from, to, transposed);
   if (pieces.empty()) return;
   std::vector<size_t> rounds{0};

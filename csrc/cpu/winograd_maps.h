@@ -29,7 +29,7 @@ struct TermTaps {
 
   NASDET_INLINE void load(const WinogradProduct& p, int64_t v, int64_t d) {
     term = p.transposed ? 1 : 9, step = p.transposed ? W : 1;
-    if (!p.transposed) return load_taps(p.wide.vectors[v], p.in_channels, d * W, true, taps);
+    if (!p.transposed) return load_taps(p.wide.vectors[v], p.in_channels, p.deep.vectors[d].first, true, taps);
     Vector kernels[9 * W];
     load_taps(p.deep.vectors[d], p.in_channels, p.wide.vectors[v].first, true, kernels);
     for (int tap = 0; tap < 9; ++tap) {

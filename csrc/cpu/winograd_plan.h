@@ -76,6 +76,15 @@ struct WinogradProduct {
   int64_t weight_plane, deep_plane, wide_plane;  // floats from plane to plane: of the weights, and of a chunk's scratch
 };
 
+// A product of few map tiles, whose weights are made for a block of terms and some vectors of `wide`, and used once.
+constexpr int64_t kColumnTerms = 64, kColumnOuts = 32;
+struct WinogradColumns {
+  WinogradProduct product;
+  int64_t tiles;
+  float* inputs;                     // of all tiles: [block of terms][plane][tile][kColumnTerms]
+  int64_t input_plane, input_block;  // floats
+};
+
 // The gradient of the weights of one dilation: x's tiles transposed times those of the gradient of y.
 struct WinogradGradient {
   int64_t height, width, dilation_h, dilation_w;

@@ -18,6 +18,8 @@ constexpr int64_t kTilesPerMiB =
 struct WinogradKernels {
   decltype(&avx2::winograd_weights) weights;
   decltype(&avx2::winograd_tiles) tiles;
+  decltype(&avx2::winograd_column_inputs) column_inputs;
+  decltype(&avx2::winograd_columns) columns;
   decltype(&avx2::winograd_gradient_tiles) gradient_tiles;
   decltype(&avx2::winograd_gradient_planes) gradient_planes;
   decltype(&avx2::winograd_gradient_collect) gradient_collect;
@@ -34,10 +36,10 @@ struct WinogradAmxKernels {
 };
 
 const WinogradKernels* winograd_kernels() {
-#define NASDET_WINOGRAD(isa, ...)                                                                            \
-  {                                                                                                          \
-    isa::winograd_weights, isa::winograd_tiles, isa::winograd_gradient_tiles, isa::winograd_gradient_planes, \
-        isa::winograd_gradient_collect, __VA_ARGS__                                                          \
+#define NASDET_WINOGRAD(isa, ...)                                                                                \
+  {                                                                                                              \
+    isa::winograd_weights, isa::winograd_tiles, isa::winograd_column_inputs, isa::winograd_columns,              \
+        isa::winograd_gradient_tiles, isa::winograd_gradient_planes, isa::winograd_gradient_collect, __VA_ARGS__ \
   }
   static constexpr WinogradKernels kBaseline = NASDET_WINOGRAD(baseline, 4, 2);
   if (tiles() == Tiles::emulated) return &kBaseline;
@@ -54,6 +56,8 @@ const WinogradKernels* winograd_kernels() {
 struct Dilated {
   int64_t h, w;
   bool on_tiles;  // multiplied on matrix tiles
+  int64_t
+      column_tiles;  // multiplied so many at a time by columns of weights; 0: chunks of them by pieces of the weights
   std::vector<WinogradChannels> channels;
   std::vector<WinogradTile> tiles;
 };
@@ -62,7 +66,7 @@ struct Work {
   const ConvProblem& p;
   const WinogradKernels& kernels;
   std::vector<WinogradChannels> inputs;
-  std::vector<Dilated> dilations;  // those on matrix tiles first
+  std::vector<Dilated> dilations;  // those on matrix tiles first, then those by columns
 };
 
 void add_channels(std::vector<WinogradChannels>& to, int64_t first, int64_t last, int64_t lanes) {
@@ -110,6 +114,22 @@ bool tiles_pay(const ConvProblem& p, const Dilated& d, int64_t lanes) {
                                     : tiles() == Tiles::emulated;
 }
 
+// Columns are for few tiles: the weights would go through the outer caches for little use. So many stay in a core's cache beside the
+// weights of kColumnTerms x kColumnOuts, and with all of their channels within half of the scratch's limit. Where the weights
+// would be cut into pieces the columns may take several goes.
+int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
+  constexpr int64_t kPlanes = kWinogradPlanes * 4, kGoes = 3;
+  const auto within = [](int64_t bytes, int64_t terms) {
+    return (bytes / kPlanes - kColumnTerms * kColumnOuts) / (terms + kColumnOuts);
+  };
+  const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
+  const int64_t outs = int64_t(d.channels.size()) * lanes;
+  const int64_t most = std::min(within(core_cache(), kColumnTerms),
+                                within(scratch_limit() / 2, std::max(p.in_channels, outs) + kColumnTerms));
+  const int64_t goes = kPlanes * p.in_channels * outs > kWeightBytes ? kGoes : 1;
+  return outs >= kColumnOuts && most > 0 && tiles <= goes * most ? most : 0;
+}
+
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
   std::vector<Dilated> dilations;
   for (const ConvBranch& b : p.branches) {
@@ -117,11 +137,16 @@ std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
     const int64_t h = std::min<int64_t>(b.dilation_h, p.height);
     const int64_t w = std::min<int64_t>(b.dilation_w, p.width);
     auto at = std::find_if(dilations.begin(), dilations.end(), [&](const Dilated& d) { return d.h == h && d.w == w; });
-    if (at == dilations.end()) at = dilations.insert(at, {h, w, false, {}, {}});
+    if (at == dilations.end()) at = dilations.insert(at, {h, w, false, 0, {}, {}});
     add_branch(at->channels, b, p.in_channels * 9, lanes);
   }
-  for (Dilated& d : dilations) d.on_tiles = tiles_pay(p, d, lanes);
-  std::stable_partition(dilations.begin(), dilations.end(), [](const Dilated& d) { return d.on_tiles; });
+  for (Dilated& d : dilations) {
+    d.on_tiles = tiles_pay(p, d, lanes);
+    if (!d.on_tiles) d.column_tiles = column_tiles(p, d, lanes);
+  }
+  std::stable_sort(dilations.begin(), dilations.end(), [](const Dilated& a, const Dilated& b) {
+    return std::pair(a.on_tiles, a.column_tiles > 0) > std::pair(b.on_tiles, b.column_tiles > 0);
+  });
   return dilations;
 }
 

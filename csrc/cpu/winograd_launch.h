@@ -167,6 +167,18 @@ std::vector<GradientPart> gradient_parts(int64_t inputs, int64_t first, int64_t 
   return parts;
 }
 
+// Inputs and outputs whose sums over few tiles are collected while they are in a core's cache.
+constexpr int64_t kBlockIns = 64, kBlockOuts = 64;
+
+// Whether all sums would go through the outer caches for few tiles. The mixture's gradient sums over all inputs.
+bool gradient_blocks_pay(const Work& work, const Dilated& d) {
+  constexpr int64_t kPlanes = kWinogradPlanes * 4, kMostTiles = 32;
+  const int64_t tiles = int64_t(d.tiles.size()), outs = int64_t(d.channels.size()) * work.kernels.lanes;
+  return !d.on_tiles && !mixture_wanted(d) && tiles <= kMostTiles &&
+         kPlanes * work.p.in_channels * outs > core_cache() &&
+         kPlanes * (tiles + 1) * (work.p.in_channels + outs + 64) <= scratch_limit() / 2;
+}
+
 // The largest pieces of scratch of any part, in floats.
 struct GradientScratch {
   size_t x = 0, y = 0, sums = 0, parts = 0;  // parts: bytes
@@ -233,13 +245,14 @@ int64_t gradient_step(bool on_tiles, int64_t tiles, int64_t tile_bytes, int64_t 
 
 // For `step` tiles at a time.
 GradientScratch gradient_scratch(const Work& work, const Dilated& d, const std::vector<GradientPart>& parts,
-                                 int64_t step) {
+                                 int64_t step, bool blocks) {
   GradientScratch most;
   for (const GradientPart& part : parts) {
     const WinogradGradient g = gradient_of(work, d, part, step, nullptr, nullptr, {});
     most.x = std::max(most.x, size_t(kWinogradPlanes * g.x_plane));
     most.y = std::max(most.y, size_t(kWinogradPlanes * g.y_plane));
-    most.sums = std::max(most.sums, size_t(kWinogradPlanes * g.sum_plane));
+    most.sums =
+        std::max(most.sums, size_t(kWinogradPlanes * (blocks ? plane_floats(kBlockIns * kBlockOuts) : g.sum_plane)));
     if (d.on_tiles)
       most.parts = std::max(most.parts,
                             size_t((step + kAmxTerms - 1) / kAmxTerms *
@@ -248,16 +261,34 @@ GradientScratch gradient_scratch(const Work& work, const Dilated& d, const std::
   return most;
 }
 
-// The gradient of the weights of some of the channels of one dilation, `step` tiles at a time, or fewer if padding wants room.
-void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, const float* x,
-                  const float* grad) {
-  const bool mixed = std::any_of(d.channels.begin(), d.channels.end(),
-                                 [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
-  const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixed);
+// The sums over a part's tiles, all of which are in the domain, block by block.
+void collect_blocks(const Work& work, const WinogradGradient& part) {
+  const int64_t step = kBlockOuts / work.kernels.lanes;
+  for (int64_t out = 0; out < part.y.count; out += step) {
+    const std::vector<WinogradPanel> panels = panels_of(std::min(step, part.y.count - out), work.kernels.most_vectors);
+    for (int64_t in = 0; in < part.ins; in += kBlockIns) {
+      WinogradGradient block = part;
+      block.first_in += in, block.ins = block.sum_rows = std::min(kBlockIns, part.ins - in);
+      block.x_tiles += in, block.y_tiles += out * work.kernels.lanes;
+      block.y.vectors += out, block.y.count = std::min(step, part.y.count - out);
+      block.panels = panels.data(), block.panel_count = int64_t(panels.size());
+      block.sum_plane = plane_floats(kBlockIns * kBlockOuts);
+      work.kernels.gradient_planes(block);
+      work.kernels.gradient_collect(block, 0, block.y.count);
+    }
+  }
+}
+
+// The gradient of the weights of some of the channels of one dilation, `step` tiles at a time, or fewer if padding wants room;
+// `blocks`: all of them.
+void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t count, int64_t step, bool blocks,
+                  const float* x, const float* grad) {
+  const std::vector<GradientPart> parts = gradient_parts(int64_t(work.inputs.size()), first, count, mixture_wanted(d));
   const int64_t tiles = int64_t(d.tiles.size()), part_count = int64_t(parts.size());
   const int64_t unit = d.on_tiles ? kAmxTerms : 1;
-  GradientScratch most = gradient_scratch(work, d, parts, step);
-  while (step > unit && int64_t(most.bytes()) > scratch_limit()) most = gradient_scratch(work, d, parts, step -= unit);
+  GradientScratch most = gradient_scratch(work, d, parts, step, blocks);
+  while (step > unit && !blocks && int64_t(most.bytes()) > scratch_limit())
+    most = gradient_scratch(work, d, parts, step -= unit, blocks);
   const int64_t workers =
       std::clamp<int64_t>(scratch_limit() / int64_t(most.bytes()), 1, std::min(threads(), part_count));
   Scratch scratch(most.bytes() * size_t(workers));
@@ -273,6 +304,7 @@ void run_gradient(const Work& work, const Dilated& d, int64_t first, int64_t cou
     for (int64_t begin = 0; begin < tiles; begin += step) {
       g.tiles = d.tiles.data() + begin, g.tile_count = std::min(step, tiles - begin), g.accumulate = begin > 0;
       work.kernels.gradient_tiles(g);
+      if (blocks) return collect_blocks(work, g);
       if (!d.on_tiles) work.kernels.gradient_planes(g);
       else
         for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) winograd_amx_kernels().gradient(g, plane, pieces);
@@ -285,14 +317,18 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
   const int64_t limit = scratch_limit(), lanes = work.kernels.lanes, inputs = int64_t(work.inputs.size());
   for (const Dilated& d : work.dilations) {
     if (!weights_wanted(d)) continue;
-    const int64_t vectors = int64_t(d.channels.size());
+    const int64_t vectors = int64_t(d.channels.size()), tiles = int64_t(d.tiles.size());
+    if (gradient_blocks_pay(work, d)) {
+      run_gradient(work, d, 0, vectors, tiles, true, x, grad);
+      continue;
+    }
     const int64_t bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
     const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
     const int64_t plane = 4 * kWinogradPlanes * lanes;
-    const int64_t step = gradient_step(d.on_tiles, int64_t(d.tiles.size()), plane * (inputs + piece),
-                                       plane * work.p.in_channels * piece, limit / 2);
+    const int64_t step =
+        gradient_step(d.on_tiles, tiles, plane * (inputs + piece), plane * work.p.in_channels * piece, limit / 2);
     for (int64_t first = 0; first < vectors; first += piece)
-      run_gradient(work, d, first, std::min(piece, vectors - first), step, x, grad);
+      run_gradient(work, d, first, std::min(piece, vectors - first), step, false, x, grad);
   }
 }
 

@@ -155,6 +155,11 @@ bool weights_wanted(const Dilated& d) {
                      [](const WinogradChannels& c) { return c.weight_grad || c.mix_grad; });
 }
 
+bool mixture_wanted(const Dilated& d) {
+  return std::any_of(d.channels.begin(), d.channels.end(),
+                     [](const WinogradChannels& c) { return c.mix_grad != nullptr; });
+}
+
 const WinogradAmxKernels& winograd_amx_kernels() {
   static const WinogradAmxKernels kernels = {
       NASDET_TILE_KERNEL(winograd_amx_weights), NASDET_TILE_KERNEL(winograd_amx_chunk),

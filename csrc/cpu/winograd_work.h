@@ -116,7 +116,7 @@ bool tiles_pay(const ConvProblem& p, const Dilated& d, int64_t lanes) {
 
 // Columns are for few tiles: the weights would go through the outer caches for little use. So many stay in a core's cache beside the
 // weights of kColumnTerms x kColumnOuts, and with all of their channels within half of the scratch's limit. Where the weights
-// would be cut into pieces the columns may take several goes.
+// would be cut into pieces the columns may take several goes. Each thread has columns of its own.
 int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   constexpr int64_t kPlanes = kWinogradPlanes * 4, kGoes = 3;
   const auto within = [](int64_t bytes, int64_t terms) {
@@ -127,7 +127,7 @@ int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   const int64_t most = std::min(within(core_cache(), kColumnTerms),
                                 within(scratch_limit() / 2, std::max(p.in_channels, outs) + kColumnTerms));
   const int64_t goes = kPlanes * p.in_channels * outs > kWeightBytes ? kGoes : 1;
-  return outs >= kColumnOuts && most > 0 && tiles <= goes * most ? most : 0;
+  return outs >= kColumnOuts * threads() && most > 0 && tiles <= goes * most ? most : 0;
 }
 
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {

@@ -43,28 +43,23 @@ void run_columns(const Work& work, const WinogradProduct& product, int64_t tiles
   });
 }
 
-void run_column_products(const Work& work, const float* from, float* to, bool transposed) {
-  for (const Dilated& d : work.dilations) {
-    if (d.column_tiles == 0) continue;
-    WinogradProduct product = product_of(work, d, from, to, transposed);
-    const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
-    for (int64_t i = 0; i < goes; ++i) {
-      const int64_t begin = all * i / goes;
-      product.tiles = d.tiles.data() + begin;
-      run_columns(work, product, all * (i + 1) / goes - begin);
-    }
+void run_column_product(const Work& work, const Dilated& d, WinogradProduct product) {
+  const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
+  for (int64_t i = 0; i < goes; ++i) {
+    const int64_t begin = all * i / goes;
+    product.tiles = d.tiles.data() + begin;
+    run_columns(work, product, all * (i + 1) / goes - begin);
   }
 }
 
-// A piece of each dilation that is not multiplied on matrix tiles or by columns, or several where the weights of one would not stay
-// in the caches.
-std::vector<Piece> pieces_of(const Work& work, const float* from, float* to, bool transposed) {
+// A piece of each of some dilations, or several where the weights of one would not stay in the caches.
+std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>& dilations, const float* from,
+                             float* to, bool transposed) {
   const int64_t lanes = work.kernels.lanes, bytes = std::min(kWeightBytes, scratch_limit() / 2);
   std::vector<Piece> pieces;
-  for (const Dilated& d : work.dilations) {
-    if (d.on_tiles || d.column_tiles > 0) continue;
-    const WinogradProduct whole = product_of(work, d, from, to, transposed);
-    const int64_t depth = whole.depth, vectors = whole.wide.count, tiles = int64_t(d.tiles.size());
+  for (const Dilated* d : dilations) {
+    const WinogradProduct whole = product_of(work, *d, from, to, transposed);
+    const int64_t depth = whole.depth, vectors = whole.wide.count, tiles = int64_t(d->tiles.size());
     const int64_t step = piece_vectors(work.kernels, depth, bytes);
     const int64_t widest = std::min({work.kernels.most_vectors, step, vectors});
     const int64_t chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
@@ -122,11 +117,7 @@ void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const Wino
   }
 }
 
-void run_products(const Work& work, const float* from, float* to, bool transposed) {
-  run_amx_products(work, from, to, transposed);
-  run_column_products(work, from, to, transposed);
-  std::vector<Piece> pieces = pieces_of(work, from, to, transposed);
-  if (pieces.empty()) return;
+void run_pieces(const Work& work, std::vector<Piece> pieces) {
   std::vector<size_t> rounds{0};
   int64_t floats = 0, most_floats = 0, chunk_floats = 0;
   for (size_t i = 0; i < pieces.size(); ++i) {
@@ -144,6 +135,26 @@ void run_products(const Work& work, const float* from, float* to, bool transpose
   float* const chunks = scratch.take<float>(size_t(workers * chunk_floats));
   for (size_t r = 0; r + 1 < rounds.size(); ++r)
     run_round(pieces, rounds[r], rounds[r + 1], work.kernels, weights, chunks, chunk_floats, workers);
+}
+
+// The gradient of x adds up in the order of the dilations, whichever way each of them goes.
+void run_products(const Work& work, const float* from, float* to, bool transposed) {
+  run_amx_products(work, from, to, transposed);
+  std::vector<const Dilated*> waiting;
+  const auto run_waiting = [&] {
+    if (!waiting.empty()) run_pieces(work, pieces_of(work, waiting, from, to, transposed));
+    waiting.clear();
+  };
+  for (const Dilated& d : work.dilations) {
+    if (d.on_tiles) continue;
+    if (d.column_tiles == 0) {
+      waiting.push_back(&d);
+    } else {
+      if (transposed) run_waiting();
+      run_column_product(work, d, product_of(work, d, from, to, transposed));
+    }
+  }
+  run_waiting();
 }
 
 // A part of the gradient of the weights: vectors of inputs and of outputs.

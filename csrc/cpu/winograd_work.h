@@ -66,7 +66,7 @@ struct Work {
   const ConvProblem& p;
   const WinogradKernels& kernels;
   std::vector<WinogradChannels> inputs;
-  std::vector<Dilated> dilations;  // those on matrix tiles first, then those by columns
+  std::vector<Dilated> dilations;  // those on matrix tiles first
 };
 
 void add_channels(std::vector<WinogradChannels>& to, int64_t first, int64_t last, int64_t lanes) {
@@ -144,9 +144,7 @@ std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {
     d.on_tiles = tiles_pay(p, d, lanes);
     if (!d.on_tiles) d.column_tiles = column_tiles(p, d, lanes);
   }
-  std::stable_sort(dilations.begin(), dilations.end(), [](const Dilated& a, const Dilated& b) {
-    return std::pair(a.on_tiles, a.column_tiles > 0) > std::pair(b.on_tiles, b.column_tiles > 0);
-  });
+  std::stable_partition(dilations.begin(), dilations.end(), [](const Dilated& d) { return d.on_tiles; });
   return dilations;
 }
 

@@ -6,7 +6,7 @@
 NASDET_DECLARE_KERNEL(void, winograd_weights, const WinogradProduct&, int64_t first, int64_t last)
 NASDET_DECLARE_KERNEL(void, winograd_tiles, const WinogradProduct&, int64_t first, int64_t count, float* scratch)
 NASDET_DECLARE_KERNEL(void, winograd_column_inputs, const WinogradColumns&, int64_t first, int64_t count)
-NASDET_DECLARE_KERNEL(void, winograd_columns, const WinogradColumns&, int64_t first, int64_t count, float* scratch)
+NASDET_DECLARE_KERNEL(void, winograd_columns, const WinogradColumns&, float* scratch)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_tiles, const WinogradGradient&)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_planes, const WinogradGradient&)
 NASDET_DECLARE_KERNEL(void, winograd_gradient_collect, const WinogradGradient&, int64_t first, int64_t last)
@@ -30,9 +30,7 @@ void winograd_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
 void winograd_column_inputs(const WinogradColumns& job, int64_t first, int64_t count) {
   column_inputs(job, first, count);
 }
-void winograd_columns(const WinogradColumns& job, int64_t first, int64_t count, float* scratch) {
-  convolve_columns(job, first, count, scratch);
-}
+void winograd_columns(const WinogradColumns& job, float* scratch) { convolve_columns(job, scratch); }
 void winograd_gradient_tiles(const WinogradGradient& g) { gradient_tiles(g); }
 void winograd_gradient_planes(const WinogradGradient& g) { gradient_planes(g); }
 void winograd_gradient_collect(const WinogradGradient& g, int64_t first, int64_t last) {

@@ -78,14 +78,10 @@ void column_inputs(const WinogradColumns& job, int64_t first, int64_t count) {
   });
 }
 
-// `count` vectors of `wide` from `first` on, of all tiles, through `scratch`: [planes][a block's weights] and [planes][tiles][wide].
-void convolve_columns(const WinogradColumns& job, int64_t first, int64_t count, float* scratch) {
+// All tiles by the panels of the product, through `scratch`: [planes][a block's weights] and [planes][tiles][wide].
+void convolve_columns(const WinogradColumns& job, float* scratch) {
   WinogradProduct p = job.product;
-  WinogradPanel panels[kColumnOuts / W];
-  p.panels = panels, p.panel_count = (count + kMostVectors - 1) / kMostVectors;
-  for (int64_t i = 0; i < p.panel_count; ++i)
-    panels[i] = {count * i / p.panel_count, count * (i + 1) / p.panel_count - count * i / p.panel_count};
-  p.wide.vectors += first, p.wide.count = count;
+  const int64_t count = p.wide.count;
   p.weights = scratch;
   const Domain sums{scratch + kWinogradPlanes * p.weight_plane, count * W, p.wide_plane};
   WinogradRows rows;
@@ -96,7 +92,7 @@ void convolve_columns(const WinogradColumns& job, int64_t first, int64_t count, 
     p.deep.vectors = job.product.deep.vectors + k / W, p.deep.count = (p.depth + W - 1) / W;
     for (int64_t task = 0; task < count * p.deep.count; ++task) transform_weights(p, task);
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-      for (const WinogradPanel* panel = panels; panel < panels + p.panel_count; ++panel)
+      for (const WinogradPanel* panel = p.panels; panel < p.panels + p.panel_count; ++panel)
         multiply(panel->count, inputs + plane * job.input_plane, kColumnTerms, 1,
                  p.weights + plane * p.weight_plane + panel->first * p.depth * W, panel->count * W,
                  sums.data + plane * sums.plane + panel->first * W, sums.row, rows.of(plane), p.depth, k > 0,

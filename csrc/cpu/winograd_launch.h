@@ -39,7 +39,12 @@ void run_columns(const Work& work, const WinogradProduct& product, int64_t tiles
   });
   for_tasks((product.wide.count + width - 1) / width, workers, [&](int64_t worker, int64_t task) {
     const int64_t first = task * width;
-    work.kernels.columns(job, first, std::min(width, product.wide.count - first), memory + worker * own);
+    WinogradColumns columns = job;
+    columns.product.wide.vectors += first;
+    columns.product.wide.count = std::min(width, product.wide.count - first);
+    const std::vector<WinogradPanel> panels = panels_of(columns.product.wide.count, work.kernels.most_vectors);
+    columns.product.panels = panels.data(), columns.product.panel_count = int64_t(panels.size());
+    work.kernels.columns(columns, memory + worker * own);
   });
 }
 

@@ -56,8 +56,8 @@ const WinogradKernels* winograd_kernels() {
 struct Dilated {
   int64_t h, w;
   bool on_tiles;  // multiplied on matrix tiles
-  int64_t
-      column_tiles;  // multiplied so many at a time by columns of weights; 0: chunks of them by pieces of the weights
+  // Multiplied so many at a time by columns of weights; 0: chunks of them by pieces of the weights.
+  int64_t column_tiles;
   std::vector<WinogradChannels> channels;
   std::vector<WinogradTile> tiles;
 };
@@ -85,6 +85,10 @@ void add_branch(std::vector<WinogradChannels>& to, const ConvBranch& b, int64_t 
   }
 }
 
+int64_t tiles_of(const ConvProblem& p, const Dilated& d) {
+  return p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
+}
+
 // How many of the 4 pixels from `first` on, a dilation apart, are in a map of `size`.
 int16_t outputs_of(int64_t first, int64_t dilation, int64_t size) {
   return int16_t(std::min<int64_t>((size - first + dilation - 1) / dilation, 4));
@@ -93,7 +97,7 @@ int16_t outputs_of(int64_t first, int64_t dilation, int64_t size) {
 // Pixels a dilation apart form an image of their own, which is cut into tiles, from the top left. Tiles of a kind are together,
 // the whole ones first.
 void add_tiles(Dilated& d, const ConvProblem& p) {
-  d.tiles.reserve(size_t(p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w)));
+  d.tiles.reserve(size_t(tiles_of(p, d)));
   for (int64_t n = 0; n < p.images; ++n)
     for (int64_t phase_h = 0; phase_h < d.h; ++phase_h)
       for (int64_t row = phase_h; row < p.height; row += 4 * d.h)
@@ -122,8 +126,7 @@ int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   const auto within = [](int64_t bytes, int64_t terms) {
     return (bytes / kPlanes - kColumnTerms * kColumnOuts) / (terms + kColumnOuts);
   };
-  const int64_t tiles = p.images * winograd_axis_tiles(p.height, d.h) * winograd_axis_tiles(p.width, d.w);
-  const int64_t outs = int64_t(d.channels.size()) * lanes;
+  const int64_t tiles = tiles_of(p, d), outs = int64_t(d.channels.size()) * lanes;
   const int64_t most = std::min(within(core_cache(), kColumnTerms),
                                 within(scratch_limit() / 2, std::max(p.in_channels, outs) + kColumnTerms));
   const int64_t goes = kPlanes * p.in_channels * outs > kWeightBytes ? kGoes : 1;

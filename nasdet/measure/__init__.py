@@ -10,6 +10,7 @@ from nasdet.measure.latency_table import Latency, LatencyTable
 from nasdet.measure.tau import RankCorrelation, kendall_tau, rank_correlation
 
 if TYPE_CHECKING:
+    from nasdet.measure.flop_formulas import register_flop_formulas
     from nasdet.measure.flops import PartCost, count, total
     from nasdet.measure.latency import measure_module, measure_table
     from nasdet.measure.receptive_field import effective_receptive_field, field_size
@@ -23,6 +24,7 @@ _MODULES = {
     "measure_table": "latency",
     "effective_receptive_field": "receptive_field",
     "field_size": "receptive_field",
+    "register_flop_formulas": "flop_formulas",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "measure_module",
     "measure_table",
     "rank_correlation",
+    "register_flop_formulas",
     "total",
 ]
 

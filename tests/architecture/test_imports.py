@@ -30,7 +30,7 @@ MAY: dict[str, set[str]] = {
     "detectors": {"nn", "ops", "_C"},
     "arch": set(),
     "data": set(),
-    "measure": {"nn"},
+    "measure": {"nn", "ops"},
     "report": {"arch", "data", "measure"},
     "search": {"arch"},
     "spaces": {"arch", "detectors", "nn", "ops"},

@@ -195,6 +195,9 @@ bool gradient_blocks_pay(const Work& work, const Dilated& d) {
          kPlanes * (tiles + 1) * (work.p.in_channels + outs + 64) <= scratch_limit() / 2;
 }
 
+// Sums on matrix tiles are in panels of two tiles, the last one too.
+constexpr int64_t kTileColumns = 2 * kAmxSide;
+
 // The largest pieces of scratch of any part, in floats.
 struct GradientScratch {
   size_t x = 0, y = 0, sums = 0, parts = 0;  // parts: bytes
@@ -211,8 +214,8 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
   const int64_t ins = std::min(p.in_channels - first, part.ins * lanes);
   const int64_t x_row = row_floats(part.ins * lanes), y_row = row_floats(part.outs * lanes);
   const int64_t rows = d.on_tiles ? amx_tiles(ins) * kAmxSide : ins;
-  const int64_t columns =
-      d.on_tiles ? (part.outs * lanes + 2 * kAmxSide - 1) / (2 * kAmxSide) * 2 * kAmxSide : part.outs * lanes;
+  const int64_t outs = part.outs * lanes;
+  const int64_t columns = d.on_tiles ? (outs + kTileColumns - 1) / kTileColumns * kTileColumns : outs;
   return {p.height,
           p.width,
           d.h,
@@ -239,10 +242,9 @@ WinogradGradient gradient_of(const Work& work, const Dilated& d, const GradientP
           plane_floats(rows * columns)};
 }
 
-// Sums on matrix tiles are in panels of two tiles, the last one too.
 std::vector<WinogradPanel> gradient_panels(const Work& work, bool on_tiles, int64_t vectors) {
   if (!on_tiles) return panels_of(vectors, work.kernels.most_vectors);
-  const int64_t width = 2 * kAmxSide / work.kernels.lanes;
+  const int64_t width = kTileColumns / work.kernels.lanes;
   std::vector<WinogradPanel> panels;
   for (int64_t first = 0; first < vectors; first += width) panels.push_back({first, width});
   return panels;
@@ -339,7 +341,9 @@ void run_gradients(const Work& work, const float* x, const float* grad) {
       continue;
     }
     const int64_t bytes = std::min(d.on_tiles ? 2 * kWeightBytes : kWeightBytes, limit / 2);
-    const int64_t piece = std::min(vectors, piece_vectors(work.kernels, work.p.in_channels, bytes));
+    int64_t piece = piece_vectors(work.kernels, work.p.in_channels, bytes);
+    if (d.on_tiles) piece = std::max<int64_t>(piece * lanes / kTileColumns, 1) * kTileColumns / lanes;
+    piece = std::min(piece, vectors);
     const int64_t plane = 4 * kWinogradPlanes * lanes;
     const int64_t step =
         gradient_step(d.on_tiles, tiles, plane * (inputs + piece), plane * work.p.in_channels * piece, limit / 2);

@@ -231,8 +231,9 @@ inline double share_reached(int64_t tap, int64_t stride, int64_t outputs, int64_
 }
 
 inline double direct_seconds(const ConvProblem& p, bool backward) {
-  constexpr int64_t kBeside = 5;  // pixels of a tile, but one
-  constexpr double kAlone = .5;   // of a vector's time more for one that has no other beside it in its panel
+  constexpr int64_t kBeside = 5;          // pixels of a tile, but one
+  constexpr double kOutgrown = 16 << 20;  // bytes of weights that leave the outer cache
+  constexpr double kAlone = .5;           // of a vector's time more for one that has no other beside it in its panel
   double products = 0, folded = 0;
   const ConvShape shape = NASDET_KERNEL(conv_direct_shape)(p.storage);
   const int64_t lanes = p.groups == 1 ? shape.lanes : 1;  // a slice takes whole vectors
@@ -249,7 +250,10 @@ inline double direct_seconds(const ConvProblem& p, bool backward) {
   for (const ConvBranch& b : p.branches) folded += fan * p.kernel * p.kernel * double(b.last - b.first);
   products *= double(p.images * p.out_height * p.out_width) * fan;
   const int passes = backward ? int(p.input_grad) + int(p.weight_grads()) : 1;
-  return 2e-5 + passes * (folded * 1.5e-10 + products / direct_rate(p));
+  const bool outgrown = folded * 4 > kOutgrown;
+  double weight = outgrown ? 1.25e-9 : 1e-9;                                      // to a panel
+  if (backward) weight = shape.lanes < 16 ? 2.4e-9 : outgrown ? 1.7e-9 : 1.2e-9;  // and its gradient from one
+  return 2e-5 + passes * (folded * weight + products / direct_rate(p));
 }
 
 }  // namespace

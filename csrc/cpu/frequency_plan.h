@@ -18,6 +18,7 @@ constexpr int64_t kFrequencyCached = 5 << 20;  // bytes of a spectrum up to whic
 struct FrequencyCosts {
   int lanes, panel;
   double flop;                       // of the matrix products at their best
+  double least_rows;                 // of tiles, below which a product takes no less: its weights are read all the same
   double stored_terms, added_terms;  // terms of a sum that it costs to store it, or to read and store it
   double cached_byte, byte;          // to read from the outer cache, and from memory
   double point, point_back;          // of a transform of one vector of channels, for each of T * T points
@@ -28,9 +29,9 @@ struct FrequencyCosts {
 inline FrequencyCosts frequency_costs() {
 #ifdef NASDET_X86
   if (cpu_capability() >= Isa::avx512)
-    return {16, 64, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 1.1e-8, 1.15e-8, 9e-9, 1.4e-9};
+    return {16, 64, 1 / 105e9, 1.5, 1, 3.2, 1 / 110e9, 1 / 35e9, 1.1e-8, 1.15e-8, 9e-9, 1.4e-9};
 #endif
-  return {8, 16, 1 / 105e9, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 3e-9, 9e-10};
+  return {8, 16, 1 / 105e9, 5.5, 1, 3.2, 1 / 110e9, 1 / 35e9, 8.5e-9, 9e-9, 8e-9, 9e-10};
 }
 
 inline int64_t pieces_of(int64_t all, int64_t part) { return (all + part - 1) / part; }
@@ -256,7 +257,7 @@ class FrequencyPlanner {
                  double piece_columns) const {
     const double vectors = std::min<double>(piece_columns, c_.panel) / c_.lanes;
     const double narrow = c_.lanes < 16 || vectors > 2 ? 1 : 1.5;  // tiles of 12 rows have more to address
-    return 2 * c_.flop * narrow * products(g) * std::max(rows, 5.5) * columns * depth *
+    return 2 * c_.flop * narrow * products(g) * std::max(rows, c_.least_rows) * columns * depth *
            (1 + (piece < depth ? c_.added_terms : c_.stored_terms) / piece);
   }
   double byte_of(int64_t bytes) const { return bytes > kFrequencyCached ? c_.byte : c_.cached_byte; }

@@ -11,9 +11,12 @@ namespace {
 
 constexpr ConvShape kTilesShape{kAmxSide, kAmxSide, false, true}, kTilesGradShape{2 * kAmxSide, kAmxSide, false, true};
 
+// A copy has a plane for each pixel of a stride's step, most of which no tap reads where the steps are long.
 inline bool suits_tiles(const ConvProblem& p) {
+  constexpr int64_t kMostPlanes = 16;
   const int64_t least = std::min(p.in_channels, p.out_channels) / p.groups;
-  return p.storage == 2 && least >= (p.groups == 1 ? 8 : 4) && tiles() != Tiles::none;
+  return p.storage == 2 && int64_t(p.stride_h) * p.stride_w <= kMostPlanes && least >= (p.groups == 1 ? 8 : 4) &&
+         tiles() != Tiles::none;
 }
 
 // The share of the tiles' products that are the problem's: channels fill them up, and zeros follow each row.

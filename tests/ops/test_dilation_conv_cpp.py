@@ -132,6 +132,23 @@ def test_wide_slices_stay_below_the_limit(shape: tuple[int, ...]) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("stride", [3, 4, 5, 1000, 2**30 - 1])
+def test_long_strides_of_bfloat16_stay_below_the_limit(stride: int) -> None:
+    """On matrix tiles, where the CPU has them: their copy of the map has a place for every pixel of a step."""
+    x = torch.randn(1, 17, 16, 9).bfloat16().requires_grad_()
+    weight = torch.randn(8, 17, 3, 3).bfloat16().requires_grad_()
+    nasdet.scratch_limit(4 * MEBIBYTE)
+    nasdet.release_scratch()
+    y = grouped_dilation_conv2d(x, weight, (1,), (8,), stride, backend="cpp")
+    found = [y, *torch.autograd.grad(y.float().square().sum(), (x, weight))]
+    assert 0 < nasdet.release_scratch() <= 4 * MEBIBYTE
+    exact, kernel = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    z = torch.nn.functional.conv2d(exact, kernel, None, stride, 1)
+    wanted = [z, *torch.autograd.grad(z.square().sum(), (exact, kernel))]
+    for ours, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0.02, atol=0.02 * float(expected.detach().abs().max()))
+
+
 def test_a_lower_limit_gives_back_what_is_larger() -> None:
     x, weight, mix = operands(256, 24)
     nasdet.release_scratch()

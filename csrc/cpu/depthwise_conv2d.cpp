@@ -132,6 +132,7 @@ DepthwiseProblem problem_of(const Tensor& x, const Tensor& weight, int64_t strid
     const int64_t room = side->in + 2 * side->padding - side->dilation * (p.kernel - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "x must be at least as large, padded, as the kernel");
     side->out = room / side->stride + 1;
+    if (side->out == 1) side->stride = 1;  // of no effect, and scratch grows with it
   }
   p.pixels = is_channels_last(x) && p.channels >= kLeastPixelChannels;
   return p;

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import nasdet
 from nasdet._dispatch import OPS
 from nasdet.ops import depthwise_conv2d
 from nasdet.testing import assert_close, tolerance
@@ -194,3 +195,18 @@ def test_dtypes_must_agree() -> None:
         depthwise_conv2d(x, weight.float())
     with pytest.raises(TypeError, match="x must be a float32, .*got torch.int64"):
         depthwise_conv2d(x.long(), weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", [7, 10**6, 2**30 - 1])
+def test_a_stride_beyond_the_map_costs_no_memory(stride: int, layout: torch.memory_format) -> None:
+    x = torch.randn(2, 20, 5, 6).to(memory_format=layout).requires_grad_()
+    weight = torch.randn(20, 1, 3, 3, requires_grad=True)
+    nasdet.release_scratch()
+    results = []
+    for backend in ("cpp", "reference"):
+        y = depthwise_conv2d(x, weight, stride, backend=backend)
+        results.append([y, *torch.autograd.grad(y.sum(), (x, weight))])
+    assert 0 < nasdet.release_scratch() <= 2**22
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -118,9 +118,10 @@ DepthwiseProblem problem_of(const Tensor& x, const Tensor& weight, int64_t strid
                       weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 && weight.size(2) <= kDepthwiseKernel,
                   "weight must have shape (C, 1, k, k) with k odd and at most ", kDepthwiseKernel);
   for (int64_t value : {stride_h, stride_w, dilation_h, dilation_w})
-    STD_TORCH_CHECK(value > 0 && value < kMost, "stride and dilation must be positive, got ", value);
+    STD_TORCH_CHECK(value > 0 && value < kMost, "stride and dilation must be positive and below 2^30, got ", value);
   for (int64_t value : {padding_h, padding_w})
-    STD_TORCH_CHECK(value >= 0 && value < kMost * kDepthwiseKernel, "padding must not be negative, got ", value);
+    STD_TORCH_CHECK(value >= 0 && value < kMost * kDepthwiseKernel,
+                    "padding must be from 0 to the largest kernel's reach, got ", value);
   DepthwiseProblem p{x.size(0),
                      x.size(1),
                      weight.size(2),

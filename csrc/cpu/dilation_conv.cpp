@@ -60,12 +60,12 @@ ConvProblem problem_of(const Tensor& x, const Tensor& weight, const std::vector<
                       weight.size(d - 3) > 0 && weight.size(d - 3) * groups == x.size(1),
                   "weight must have ", x.size(1), " / groups input channels, and groups divide both channels, got ",
                   weight.size(d - 3), " and groups = ", groups);
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && stride_h < kMost && stride_w < kMost, "stride must be positive, got ",
-                  stride_h, " and ", stride_w);
+  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && stride_h < kMost && stride_w < kMost,
+                  "stride must be positive and below 2^30, got ", stride_h, " and ", stride_w);
   STD_TORCH_CHECK(!dilations.empty() && dilations.size() % 2 == 0, "dilations must be pairs, got ", dilations.size(),
                   " numbers");
   for (int64_t dilation : dilations)
-    STD_TORCH_CHECK(dilation > 0 && dilation < kMost, "dilations must be positive, got ", dilation);
+    STD_TORCH_CHECK(dilation > 0 && dilation < kMost, "dilations must be positive and below 2^30, got ", dilation);
   return {x.size(0),
           x.size(1),
           weight.size(d - 4),

@@ -128,8 +128,10 @@ def test_raw_launcher_checks_before_it_runs() -> None:
         raw([x], rois.double(), [0.5], 2, 2, 2, False, 0, 224.0, 4)
     with pytest.raises(RuntimeError, match="features and scales must have one entry per level, got 1 and 2"):
         raw([x], rois, [0.5, 0.25], 2, 2, 2, False, 0, 224.0, 4)
-    with pytest.raises(RuntimeError, match="the pooled size must be positive, got 0 x 2"):
+    with pytest.raises(RuntimeError, match=r"the pooled size must be positive and below 2\^20, got 0 x 2"):
         raw([x], rois, [0.5], 0, 2, 2, False, 0, 224.0, 4)
+    with pytest.raises(RuntimeError, match=r"canonical_level must be within -2\^30 and 2\^30, got 2147483648"):
+        raw([x], rois, [0.5], 2, 2, 2, False, 0, 224.0, 2**31)
     with pytest.raises(RuntimeError, match="grad must have shape"):
         backward = torch.ops.nasdet.multilevel_roi_align_backward
         backward(torch.zeros(1, 3, 2, 3), rois, 1, [8], [8], 0, [0.5], 2, 2, 2, False, 0, 224.0, 4, True)

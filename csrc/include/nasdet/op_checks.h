@@ -47,14 +47,18 @@ struct Pooling {
 inline Pooling checked_pooling(std::vector<double> scales, int64_t levels, int64_t height, int64_t width,
                                int64_t sampling_ratio, bool aligned, int64_t policy, double canonical_scale,
                                int64_t canonical_level) {
+  constexpr int64_t kMostLevel = 1 << 30;
   STD_TORCH_CHECK(levels > 0 && int64_t(scales.size()) == levels,
                   "features and scales must have one entry per level, got ", levels, " and ", scales.size());
-  for (double scale : scales) STD_TORCH_CHECK(scale > 0 && scale < 1e30, "scales must be positive, got ", scale);
+  for (double scale : scales)
+    STD_TORCH_CHECK(scale > 0 && scale < 1e30, "scales must be positive and below 1e30, got ", scale);
   STD_TORCH_CHECK(height > 0 && width > 0 && height < (1 << 20) && width < (1 << 20),
-                  "the pooled size must be positive, got ", height, " x ", width);
+                  "the pooled size must be positive and below 2^20, got ", height, " x ", width);
   STD_TORCH_CHECK(sampling_ratio < (int64_t(1) << 31), "sampling_ratio must fit 32 bits, got ", sampling_ratio);
   STD_TORCH_CHECK(policy == kRoiTorchvision || policy == kRoiDetectron2, "policy must be 0 or 1, got ", policy);
   STD_TORCH_CHECK(canonical_scale > 0, "canonical_scale must be positive, got ", canonical_scale);
+  STD_TORCH_CHECK(canonical_level >= -kMostLevel && canonical_level <= kMostLevel,
+                  "canonical_level must be within -2^30 and 2^30, got ", canonical_level);
   // Halves go to the even level, as in Python's reference. Each scale need not be half of the one before: whoever calls shifts canonical_level where the first map is of another level than its scale says.
   const int32_t k_min = -int32_t(std::nearbyint(std::log2(scales.front()))), k_max = k_min + int32_t(levels) - 1;
   return {std::move(scales),

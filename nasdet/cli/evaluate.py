@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nasdet.cli.train import with_split
+from nasdet.cli.splits import with_split
 
 HELP = "average precision of a training run"
 

@@ -12,8 +12,15 @@ BACKBONES = (
 )
 
 
+def is_card(text: str) -> bool:
+    """Whether ``text`` names a card: a published one, or a file."""
+    from nasdet.arch import published
+
+    return text in published() or Path(text).is_file()
+
+
 def backbone_option(text: str) -> str | dict[str, Any]:
     """What ``--backbone`` names: a backbone of the library, or the JSON of a card (a published name, or a file)."""
-    from nasdet.arch import load_card, published
+    from nasdet.arch import load_card
 
-    return load_card(text).to_json() if text in published() or Path(text).is_file() else text
+    return load_card(text).to_json() if is_card(text) else text

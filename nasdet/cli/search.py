@@ -10,6 +10,7 @@ from typing import Any
 
 from nasdet.cli import names, search_classification, search_detnas, search_fad, search_hit, search_msnas, search_nats
 from nasdet.cli.search_options import parse_size
+from nasdet.cli.splits import open_divided, placed
 
 HELP = "search a detector's architecture on a data folder"
 
@@ -59,7 +60,6 @@ def run(
     **options: Any,
 ) -> int:
     """Search, and print the derived architecture and where it lies."""
-    from nasdet.data import Split, open_data
     from nasdet.detectors import WITH_MASKS
     from nasdet.engine.distributed import is_main, restarted
 
@@ -82,9 +82,10 @@ def run(
     # A resumed run keeps its division of the images, and so does one that takes another's supernet.
     taken = settings.get("supernet")
     stored = (out if resume or taken is None else Path(taken)) / "split.json"
-    split = Split.load(stored) if (resume or taken is not None) and stored.is_file() else None
+    split = stored if (resume or taken is not None) and stored.is_file() else None
+    cards = placed(options.get("backbone")) if split is None else []
     masks = settings.get("detector") in WITH_MASKS
-    folder = open_data(data, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad, masks=masks)
+    folder = open_divided(data, cards, split=split, seed=settings.get("seed", 0), skip_bad=skip_bad, masks=masks)
     if folder.skipped and is_main():
         print("skipped: " + ", ".join(f"{number} {reason}" for reason, number in folder.skipped.items()))
     command = ["nasdet", *sys.argv[1:]]

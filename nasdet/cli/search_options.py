@@ -15,7 +15,7 @@ _NAME: dict[str, Any] = {"metavar": "NAME"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "size": {"metavar": "SHORT[xLONG]", "help": "picture size in pixels"},
     "detector": {**_NAME, "help": names.DETECTORS},
-    "backbone": {**_NAME, "help": f"{names.BACKBONES}, or a card that is one"},
+    "backbone": {**_NAME, "help": f"{names.BACKBONES}, or a card that is one, with its search's split"},
     "width": {**_REAL, "help": "multiplier of the backbone's channels"},
     "norm": {**_NAME, "help": "of the backbone: gn, bn, sync_bn, frozen_bn"},
     "weights": {"metavar": "FILE", "help": "pretrained weights of the backbone, .pth or .safetensors"},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nasdet.cli import names
 from nasdet.cli.search_options import parse_size
+from nasdet.cli.splits import Placed, file_beside, open_divided, placed
 
 if TYPE_CHECKING:
     from nasdet.arch import Card
@@ -82,9 +83,11 @@ then:
   nasdet report runs/plain
 
 A card from a search run, card.json or one of cards/, brings the detector around it and its picture size, unless
---preset or --size is given, and the search's split, so that no picture that chose the architecture is tested on. A
-backbone that was searched brings the name of its detector with a preset too, and without one also its norm. A
-plain --data folder without test annotations has a fifth of its pictures held out as the test part.
+--preset or --size is given, and the search's split, so that no picture that chose the architecture is tested on; a
+card given as --backbone brings its search's split too. A backbone that was searched brings the name of its detector
+with a preset too, and without one also its norm. A plain --data folder without test annotations has a fifth of its
+pictures held out as the test part; another --split of the same data, which tests on pictures that chose the
+architecture, is refused then, and annotations other than those that were searched on bring a warning.
 
 RUN holds run.json, model.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.safetensors,
 eval.json and detections.json. A run that was killed goes on with the same command and --resume, and ends with the same
@@ -103,7 +106,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=tuple(PRESETS), help="where the other options start from (default: paper)")
     add("--resume", action="store_true", help="go on with the run in RUN")
     add("--skip-bad", action="store_true", help="leave out bad images and records, and report how many")
-    add("--split", type=Path, metavar="FILE", help="split.json to use (default: the card's, else one by --seed)")
+    add("--split", type=Path, metavar="FILE", help="split.json to use (that of the card's search, else by --seed)")
     _add_model(parser.add_argument_group("model").add_argument)
     _add_training(parser.add_argument_group("training").add_argument)
 
@@ -178,9 +181,13 @@ def run(
     known = {field.name for field in fields(TrainConfig)}
     training = {name: value for name, value in settings.items() if name in known}
     around = {name: value for name, value in settings.items() if name not in known}
-    masks = settings.get("detector", _around(card, preset is None).detector) in WITH_MASKS
+    usual = _around(card, preset is None)
+    masks = settings.get("detector", usual.detector) in WITH_MASKS
     seed = TrainConfig(**training).seed  # which refuses nonsense before the data are read
-    folder = open_folder(data, out, card, resume=resume, skip_bad=skip_bad, split=split, seed=seed, masks=masks)
+    if split is None and resume and (out / "split.json").is_file():
+        split = out / "split.json"
+    cards = _cards(card, options.get("backbone"), settings.get("backbone", usual.backbone))
+    folder = open_divided(data, cards, split=split, seed=seed, skip_bad=skip_bad, masks=masks)
     model = model_config(card, folder, around, weights, beside=preset is None)
     config = train_config(card, folder, model.detector, training, paper=preset != "tiny")
     if is_main():
@@ -211,42 +218,6 @@ def _announce(data: Path, out: Path, folder: DataFolder, model: ModelConfig, con
     print(f"{model.detector} {backbone_name(model.backbone)} x{model.width:g}, {searched}, {size}")
     rate = config.schedule().lr
     print(f"{config.steps} steps of {config.batch} images, learning rate {rate:g} -> {out}", flush=True)
-
-
-def open_folder(
-    data: Path,
-    out: Path,
-    card: str,
-    *,
-    resume: bool,
-    skip_bad: bool,
-    split: Path | None,
-    seed: int,
-    masks: bool = False,
-) -> DataFolder:
-    """The data folder with the split of the run, of ``split``, of the search that made the card, or a new one."""
-    from nasdet.data import Split, open_data
-
-    stored, searched = out / "split.json", _beside(card, "split.json")
-    if split is None and resume and stored.is_file():
-        split = stored
-    if split is not None:
-        return open_data(data, split=Split.load(split), skip_bad=skip_bad, masks=masks)
-    folder = open_data(data, seed=seed, skip_bad=skip_bad, masks=masks)
-    return folder if searched is None else with_split(folder, searched)
-
-
-def with_split(folder: DataFolder, file: Path) -> DataFolder:
-    """The folder divided as in ``file``, where that is there and was made for this very data; else as it is."""
-    from nasdet.data import Split
-
-    if not file.is_file():
-        return folder
-    split = Split.load(file)
-    if split.fingerprint != folder.split.fingerprint:
-        return folder
-    split.check(folder)
-    return replace(folder, split=split)
 
 
 def model_config(
@@ -319,20 +290,25 @@ def _chosen(card: str) -> Card | None:
     return None if card == "plain" else load_card(card)
 
 
-def _beside(card: str, name: str) -> Path | None:
-    """A file of the search that made the card: beside it, or above the folder of a search's best cards."""
-    file = Path(card)
-    if not file.is_file():
-        return None
-    folders = [file.parent, *([file.parent.parent] if file.parent.name == "cards" else [])]
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+def _cards(card: str, given: str | None, body: Any) -> list[Placed]:
+    """The cards of a model: its own, and that of the backbone ``body``, which --backbone may have ``given``."""
+    from nasdet.arch import Card
+    from nasdet.spaces import is_backbone
+
+    chosen = _chosen(card)
+    own = [] if chosen is None else placed(card)
+    if given is not None:
+        return [*own, *placed(given)]
+    if isinstance(body, str) or (chosen is not None and is_backbone(chosen)):
+        return own
+    return [*own, Placed(Card.from_json(body))]
 
 
 def _stored(card: str) -> ModelConfig | None:
     """The model of the search that made the card, where that is known."""
     from nasdet.spaces.assemble import ModelConfig
 
-    file = _beside(card, "model.json")
+    file = file_beside(card, "model.json")
     return None if file is None else ModelConfig.load(file)
 
 

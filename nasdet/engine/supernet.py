@@ -138,6 +138,7 @@ class SupernetRun(ABC):
             "search": f"nasdet {self.verb}",
             "data": self.data.path.resolve().name,
             "split": self.data.split.sha256,
+            "split_seed": self.data.split.seed,
             "steps": self.steps,
             "batch": self.config.batch,
             "seed": self.config.seed,

@@ -16,6 +16,7 @@ from PIL import Image
 from nasdet.arch import load_card, save_card
 from nasdet.cli import detect, evaluate
 from nasdet.cli import train as train_verb
+from nasdet.cli.splits import open_divided, placed
 from nasdet.data import DataError, Split, open_data, write_digits
 from nasdet.detectors import BACKBONES
 from nasdet.engine import step as step_module
@@ -119,7 +120,8 @@ def test_a_searched_card_brings_its_detector_and_its_split(digits, tmp_path):
     ModelConfig(fpn_channels=32, backbone="resnet18", num_classes=80).save(search / "model.json")
     open_data(digits, seed=5).split.save(search / "split.json")
     card = str(search / "card.json")
-    folder = train_verb.open_folder(digits, tmp_path, card, resume=False, skip_bad=False, split=None, seed=0)
+    options = {"skip_bad": False, "seed": 0}
+    folder = open_divided(digits, placed(card), split=None, **options)
     assert folder.split == Split.load(search / "split.json") and folder.split.seed == 5
     config = train_verb.model_config(card, folder, {}, None, beside=True)
     assert (config.fpn_channels, config.backbone, config.num_classes) == (32, "resnet18", 10)
@@ -127,13 +129,11 @@ def test_a_searched_card_brings_its_detector_and_its_split(digits, tmp_path):
     (search / "cards").mkdir()
     place = str(shutil.copy(card, search / "cards" / "2.json"))
     assert train_verb.model_config(place, folder, {}, None, beside=True) == config
-    again = train_verb.open_folder(digits, tmp_path, place, resume=False, skip_bad=False, split=None, seed=0)
-    assert again.split == folder.split
+    assert open_divided(digits, placed(place), split=None, **options).split == folder.split
     other = write_digits(tmp_path / "other", train=6, val=3, size=(64, 96), seed=1)
-    options = {"resume": False, "skip_bad": False, "seed": 0}
-    assert train_verb.open_folder(other, tmp_path, card, split=None, **options).split.seed == 0
+    assert open_divided(other, placed(card), split=None, **options).split.seed == 0
     with pytest.raises(DataError, match="annotations changed"):
-        train_verb.open_folder(other, tmp_path, card, split=search / "split.json", **options)
+        open_divided(other, placed(card), split=search / "split.json", **options)
 
 
 def test_detnas_is_retrained_as_in_its_paper(digits):

@@ -42,6 +42,8 @@ def test_the_card_is_the_derived_detectors(name: str, finished: Callable[[str], 
     card, model = load_card(out / "card.json"), ModelConfig.load(out / "model.json")
     config.search_space().check(card)
     assert card.source["search"] == f"nasdet {cases[name].search.__name__.replace('_', ' ')}"
+    split = Split.load(out / "split.json")
+    assert (card.source["split"], card.source["split_seed"]) == (split.sha256, split.seed)
     assert (model.card, model.detector, model.num_classes) == (card, config.detector, 10)
     assert space_class(card.method).describe(card)
     parts = json.loads((out / "cost.json").read_text())["parts"]

@@ -63,6 +63,8 @@ def run(
 
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in 0..1, got {threshold}")
+    if (out / "run.json").is_file():  # whose detections.json are those of its test part
+        raise ValueError(f"out must be a folder of its own, got the run {out}")
     where = local_device(device)
     model, config = load_run(folder, where)
     place_model(model, where)

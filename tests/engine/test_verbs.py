@@ -343,6 +343,10 @@ def test_detect_refuses_nonsense(run, tmp_path):
     image = picture(tmp_path / "x.png")
     with pytest.raises(ValueError, match="threshold must be in 0..1"):
         verb(detect, run, image, "--out", tmp_path / "out", "--threshold", 2)
+    before = (run / "detections.json").read_bytes()
+    with pytest.raises(ValueError, match="out must be a folder of its own, got the run"):
+        verb(detect, run, image, "--out", run, "--device", "cpu")
+    assert (run / "detections.json").read_bytes() == before
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no picture in this folder"):
         verb(detect, run, tmp_path / "empty", "--out", tmp_path / "out", "--device", "cpu")

@@ -96,5 +96,6 @@ def run(
         if not (out / "card.json").is_file():
             return 0
         recipe = "" if preset == "paper" else f" --preset {preset}"
+        recipe += " --no-flip" if given.get("flip") is False else ""
         print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
     return 0

@@ -83,6 +83,9 @@ def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
         call(search, *words)
     assert call(search, *words, "--resume") == 0
     assert load_card(tmp_path / "run" / "card.json") == card
+    words[words.index("--out") + 1] = str(tmp_path / "unmirrored")
+    assert call(search, *words, "--no-flip") == 0
+    assert "--preset tiny\n" in out and "--preset tiny --no-flip\n" in capsys.readouterr().out
 
 
 def test_every_option_of_the_configuration_is_reachable() -> None:

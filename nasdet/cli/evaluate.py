@@ -62,16 +62,16 @@ def run(
     """Evaluate, and print the figures."""
     import torch
 
-    from nasdet._files import read_json
     from nasdet.data import Split, open_data
     from nasdet.engine import distributed
-    from nasdet.engine.evaluate import evaluate, load_run, predicts_masks
+    from nasdet.engine.evaluate import evaluate, load_run_at, predicts_masks
     from nasdet.engine.layout import place_model
+    from nasdet.engine.runs import read_info
 
     where = distributed.local_device(device)
-    model, config = load_run(folder, where)
+    model, config, step = load_run_at(folder, where)
     if data is None:
-        recorded = read_json(folder / "run.json").get("data") if (folder / "run.json").is_file() else None
+        recorded = read_info(folder).get("data")
         if recorded is None or not Path(recorded).is_dir():
             raise ValueError(f"{folder}: its data folder is not there ({recorded}): say where with --data DIR")
         data = Path(recorded)
@@ -85,7 +85,7 @@ def run(
         options: dict[str, Any] = {"batch": batch, "workers": workers, "device": where, "amp": amp}
         options["channels_last"] = layout is torch.channels_last
         size: dict[str, Any] = {"short": config.short_side, "long": config.long_side}
-        summary = evaluate(model, dataset, out=folder if own else None, **options, **size)
+        summary = evaluate(model, dataset, out=folder if own else None, step=step, **options, **size)
         if distributed.is_main():
             print(json.dumps(summary, indent=1) if as_json else table(summary))
     return 0

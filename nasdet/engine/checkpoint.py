@@ -67,10 +67,16 @@ def save_weights(model: nn.Module, folder: str | Path, name: str = "weights") ->
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors`` file, a weights ``.pt`` file, or (its ``model``) a checkpoint of a run."""
-    path = Path(path)
+    return load_trained(path)[0]
+
+
+def load_trained(path: str | Path) -> tuple[dict[str, Tensor], int | None]:
+    """As :func:`load_weights`, and the number of steps that a checkpoint's weights have learnt; else None."""
+    path, step = Path(path), None
     if path.suffix != ".safetensors":
-        payload = load_checkpoint(path)
-        state = payload["state"]["model"] if "state" in payload and "step" in payload else payload
+        state = load_checkpoint(path)
+        if "state" in state and "step" in state:
+            state, step = state["state"]["model"], state["step"]
     else:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such weights file")
@@ -83,7 +89,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: a weights file must hold tensors by name only")
-    return state
+    return state, step
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

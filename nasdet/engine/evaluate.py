@@ -18,10 +18,20 @@ from nasdet.data.transforms import Batch, Resize
 from nasdet.detectors.parts.paste import paste_to_rle
 from nasdet.engine import distributed
 from nasdet.engine.average_precision import available_backends, coco_ap
-from nasdet.engine.checkpoint import LAST, load_into, load_weights
+from nasdet.engine.checkpoint import LAST, load_into, load_trained
+from nasdet.engine.runs import read_info
 from nasdet.spaces.assemble import ModelConfig, build_model
 
-__all__ = ["available_backends", "coco_ap", "detect_all", "detect_batch", "evaluate", "load_run", "predicts_masks"]
+__all__ = [
+    "available_backends",
+    "coco_ap",
+    "detect_all",
+    "detect_batch",
+    "evaluate",
+    "load_run",
+    "load_run_at",
+    "predicts_masks",
+]
 
 
 @torch.inference_mode()
@@ -153,7 +163,15 @@ def load_run(
     Weights are the file ``weights``, by default ``weights.safetensors`` (or ``.pt``) of a finished run, else those of
     the last checkpoint. Raises ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit.
     """
+    return load_run_at(run, device, weights)[:2]
+
+
+def load_run_at(
+    run: str | Path, device: torch.device | str = "cpu", weights: str | Path | None = None
+) -> tuple[nn.Module, ModelConfig, int | None]:
+    """As :func:`load_run`, and how many steps the weights have learnt, where that is known."""
     run = Path(run)
+    info = read_info(run) if weights is None else {}
     if not (run / "model.json").is_file():
         raise FileNotFoundError(f"{run}: not the folder of a training run: it has no model.json")
     config = ModelConfig.load(run / "model.json")
@@ -162,5 +180,8 @@ def load_run(
     if source is None:
         raise FileNotFoundError(f"{run}: it has no weights and no checkpoint yet")
     model = build_model(config)
-    load_into("model", model, load_weights(source), source)
-    return model.to(device).eval(), config
+    state, step = load_trained(source)
+    load_into("model", model, state, source)
+    if step is None:
+        step = (info.get("arguments") or {}).get("steps")
+    return model.to(device).eval(), config, step

@@ -86,6 +86,15 @@ def recorded(
         _write(path, info)
 
 
+def read_info(run: str | Path) -> dict[str, Any]:
+    """What ``run.json`` says, nothing where it is not there; ``ValueError`` where it is no JSON object."""
+    path = Path(run) / "run.json"
+    info = read_json(path) if path.is_file() else {}
+    if not isinstance(info, dict):
+        raise ValueError(f"{path}: must be a JSON object, got a {type(info).__name__}")
+    return info
+
+
 def _write(path: Path, info: Mapping[str, Any]) -> None:
     if distributed.is_main():
         write_json(path, {key: value for key, value in info.items() if value is not None})

@@ -306,7 +306,7 @@ def run(digits: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A run folder whose model is the oracle of the test part."""
     sizes = {"short_side": 160, "long_side": 224}
     config = ModelConfig(num_classes=10, categories=digits.categories, **sizes)
-    monkeypatch.setattr("nasdet.engine.evaluate.load_run", lambda *_: (Oracle(digits.test()), config))
+    monkeypatch.setattr("nasdet.engine.evaluate.load_run_at", lambda *_: (Oracle(digits.test()), config, None))
     digits.split.save(tmp_path / "split.json")
     (tmp_path / "run.json").write_text(json.dumps({"data": str(digits.path)}))
     return tmp_path

@@ -20,7 +20,7 @@ from nasdet.cli.splits import open_divided, placed
 from nasdet.data import DataError, Split, open_data, write_digits
 from nasdet.detectors import BACKBONES
 from nasdet.engine import step as step_module
-from nasdet.engine.checkpoint import LAST, load_weights
+from nasdet.engine.checkpoint import LAST, load_checkpoint, load_weights, save_checkpoint
 from nasdet.engine.train import TrainConfig
 from nasdet.spaces.assemble import ModelConfig
 from nasdet.spaces.msnas import MSNASSpace
@@ -267,10 +267,19 @@ def test_eval_repeats_the_figures_of_training(run, capsys):
     before = json.loads((run / "eval.json").read_text())
     assert verb(evaluate, run, "--workers", 0, "--device", "cpu", "--json") == 0
     after = json.loads(capsys.readouterr().out)
-    assert {key: value for key, value in before.items() if key != "step"} == after
+    assert before == after and after["step"] == 2
     assert verb(evaluate, run, "--workers", 0, "--device", "cpu", "--split", "search-val") == 0
     assert capsys.readouterr().out.startswith("search-val: 3 images")
     assert (run / "eval-search-val.json").is_file() and (run / "detections-search-val.json").is_file()
+
+
+def test_eval_of_an_unfinished_run_says_after_how_many_steps(run, tmp_path, capsys):
+    begun = shutil.copytree(run, tmp_path / "begun")
+    next(begun.glob("weights.*")).unlink()
+    checkpoint = load_checkpoint(begun / LAST)
+    save_checkpoint(begun / LAST, checkpoint | {"step": 1})
+    assert verb(evaluate, begun, "--workers", 0, "--device", "cpu") == 0
+    assert json.loads((begun / "eval.json").read_text())["step"] == 1
 
 
 def test_eval_on_other_data(run, tmp_path, capsys):

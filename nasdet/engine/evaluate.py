@@ -161,7 +161,8 @@ def load_run(
     """The model of a training run, ready for detection, and its configuration.
 
     Weights are the file ``weights``, by default ``weights.safetensors`` (or ``.pt``) of a finished run, else those of
-    the last checkpoint. Raises ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit.
+    the last checkpoint. Raises ``FileNotFoundError`` or ``ValueError`` that names what is missing or does not fit, and
+    ``ValueError`` for a search, whose weights are a supernet's.
     """
     return load_run_at(run, device, weights)[:2]
 
@@ -172,6 +173,8 @@ def load_run_at(
     """As :func:`load_run`, and how many steps the weights have learnt, where that is known."""
     run = Path(run)
     info = read_info(run) if weights is None else {}
+    if str(info.get("verb")).startswith("search"):
+        raise ValueError(f"{run} is a search; train its card first: nasdet train --card {run / 'card.json'}")
     if not (run / "model.json").is_file():
         raise FileNotFoundError(f"{run}: not the folder of a training run: it has no model.json")
     config = ModelConfig.load(run / "model.json")

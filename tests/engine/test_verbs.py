@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -280,6 +281,18 @@ def test_eval_of_an_unfinished_run_says_after_how_many_steps(run, tmp_path, caps
     save_checkpoint(begun / LAST, checkpoint | {"step": 1})
     assert verb(evaluate, begun, "--workers", 0, "--device", "cpu") == 0
     assert json.loads((begun / "eval.json").read_text())["step"] == 1
+
+
+def test_what_is_no_training_run_is_refused_in_one_line(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "search")
+    (other / "run.json").write_text('{"verb": "search fad"}')
+    told = f"{other} is a search; train its card first: nasdet train --card {other / 'card.json'}"
+    for words in ((evaluate, other), (detect, other, picture(tmp_path / "x.png"), "--out", tmp_path / "out")):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            verb(*words, "--device", "cpu")
+    (other / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json: must be a JSON object, got a list"):
+        verb(evaluate, other, "--device", "cpu")
 
 
 def test_eval_on_other_data(run, tmp_path, capsys):

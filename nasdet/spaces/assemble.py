@@ -19,6 +19,8 @@ from nasdet.detectors.norm import NORMS
 from nasdet.spaces import part_of, pieces_of, space_class
 
 PLAIN = "plain"
+#: pyramid levels: the last one's stride is larger than any picture, and that of the 61st larger than any integer
+MAX_LEVELS = 16
 #: part -> the field of a ModelConfig that holds its card
 _FIELDS = {
     "towers": "towers",
@@ -71,6 +73,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
         for name in ("fpn_channels", "levels", "num_classes", "tower_convs", "short_side", "long_side"):
             check_whole(name, getattr(self, name))
+        if self.levels > MAX_LEVELS:
+            raise ValueError(f"levels must be at most {MAX_LEVELS}, got {self.levels}")
         if isinstance(self.frozen_stages, bool) or not isinstance(self.frozen_stages, int) or self.frozen_stages < 0:
             raise ValueError(f"frozen_stages must be a non-negative integer, got {self.frozen_stages!r}")
         if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not 0 < self.width < 100:

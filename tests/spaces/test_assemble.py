@@ -88,6 +88,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"width": 0}, "width must be a positive number, got 0"),
     "nan": ({"width": float("nan")}, "width must be a positive number, got nan"),
     "levels": ({"levels": 0}, "levels must be a positive integer, got 0"),
+    "steps of levels": ({"levels": 99}, "levels must be at most 16, got 99"),
     "classes": ({"num_classes": True}, "num_classes must be a positive integer, got True"),
     "categories": ({"categories": ["a"]}, r"categories must be 2 names \(num_classes\), got 1"),
     "a-name": ({"categories": "ab"}, "categories must be a list of names, got 'ab'"),

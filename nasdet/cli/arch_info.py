@@ -77,7 +77,7 @@ def run(
             detector or usual_detector(chosen),
             settings.get("backbone", "resnet50") if backbone is None else names.backbone_option(backbone),
             pixels,
-            width=float(settings.get("width", 1.0)) if width is None else width,
+            width=settings.get("width", 1.0) if width is None else width,
             norm=norm or "frozen_bn",
             **options,
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nasdet.arch import load_card, save_card
 from nasdet.cli import main, names
 from nasdet.detectors import BACKBONES, DETECTORS, WITH_MASKS
 
@@ -24,6 +27,13 @@ def info(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
         return json.loads(capsys.readouterr().out)
 
     return call
+
+
+def test_a_card_whose_width_is_no_number_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = load_card("fad-paper")
+    path = save_card(replace(card, settings=card.settings | {"width": "0.25"}), tmp_path / "card.json")
+    assert main(["arch", "info", str(path), *SMALL]) == 2
+    assert "width must be a positive number, got '0.25'" in capsys.readouterr().err
 
 
 def parts(found: dict[str, Any], what: str = "macs") -> dict[str, int]:

@@ -79,6 +79,8 @@ def run(
     if format == "python":
         if weights is not None or size is not None or batch != 1:
             raise ValueError("--weights, --size and --batch need --format torch or onnx: a Python file holds none")
+        if Path(card).is_dir():
+            raise ValueError(f"--out must end in .pt2 or .onnx, or have a --format, for the run {card}, got {out}")
         return _python(card, out)
     from nasdet.cli.arch_info import parse_size
     from nasdet.engine.export import export_detector

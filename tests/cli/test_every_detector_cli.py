@@ -172,6 +172,7 @@ def test_export_of_a_card_with_weights_to_onnx(run: Path, tmp_path: Path) -> Non
         ("{run} --out x.pt2 --size big", "size must be HEIGHTxWIDTH"),
         ("fad-paper --out x.py", "method must be 'nats', got 'fad'"),
         ("fad-paper --out x.py --batch 2", "need --format torch or onnx"),
+        ("{run} --out x.py", "--out must end in .pt2 or .onnx, or have a --format, for the run"),
     ],
 )
 def test_export_says_what_is_wrong(

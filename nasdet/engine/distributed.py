@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nasdet.measure.machine import parse_device
+
 
 def active() -> bool:
     """Whether a process group stands."""
@@ -44,14 +46,14 @@ def launched() -> bool:
 def local_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this process: ``device`` when given, else ``cuda:LOCAL_RANK`` when there is a GPU, else the CPU.
 
-    A GPU is made torch's current one, whose generator checkpoints hold.
+    A GPU is made torch's current one, whose generator checkpoints hold. ``ValueError`` for a device that is not there.
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
         here = torch.cuda.is_available()
         chosen = torch.device("cuda", local % torch.cuda.device_count()) if here else torch.device("cpu")
     else:
-        chosen = torch.device(device)
+        chosen = parse_device(device)
         if chosen.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that is here, got {chosen} but torch finds no GPU")
         if chosen.type == "cuda" and chosen.index is None:

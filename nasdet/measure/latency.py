@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nasdet._checks import check_whole
 from nasdet._files import write_json
 from nasdet.measure.latency_table import Block, Blocks, Latency, LatencyTable, Net, Record, Setting
-from nasdet.measure.machine import device_name, versions
+from nasdet.measure.machine import device_name, parse_device, versions
 from nasdet.nn import accelerate
 
 Name = TypeVar("Name")
@@ -75,7 +75,7 @@ class Conditions:
     clock: str | None = None
 
     def __post_init__(self) -> None:
-        if (kind := torch.device(self.device).type) not in ("cpu", "cuda"):
+        if (kind := parse_device(self.device).type) not in ("cpu", "cuda"):
             raise ValueError(f"device must be a cpu or cuda device, got {kind!r}")
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that is here, got {self.device} but torch finds no GPU")

@@ -18,6 +18,14 @@ def versions() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
+def parse_device(device: str | torch.device) -> torch.device:
+    """``device`` as torch's; ``ValueError`` for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or such as cuda:0, got {device!r}") from None
+
+
 def device_name(device: torch.device) -> str:
     """The model of a GPU or of this machine's CPU."""
     if device.type == "cuda":

@@ -143,6 +143,8 @@ def test_alone_everything_is_plain(monkeypatch):
 
 
 def test_local_device():
+    with pytest.raises(ValueError, match="device must be cpu, cuda or such as cuda:0, got 'foo'"):
+        distributed.local_device("foo")
     assert distributed.local_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         assert distributed.local_device() == torch.device("cpu")

@@ -136,6 +136,7 @@ def test_cuda_events_time_a_module() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"device": "foo"}, "device must be cpu, cuda or such as cuda:0, got 'foo'"),
         ({"device": "meta"}, "device must be a cpu or cuda device, got 'meta'"),
         ({"threads": 0}, "threads must be a positive integer, got 0"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),

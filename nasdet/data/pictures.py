@@ -223,12 +223,12 @@ def decode_masks(segmentations: Sequence[Any], size: tuple[int, int], file: Path
 
 
 def read_image(path: str | Path, record: str = "") -> torch.Tensor:
-    """Read an image file as uint8 RGB ``[3, H, W]`` (channels last in memory), whatever its mode.
+    """Read an image file as uint8 RGB ``[3, H, W]`` (channels last in memory), whatever its mode of 8 or 16 bits.
 
     Pixels come as stored: an EXIF orientation is not applied, because annotations are drawn on the stored pixels.
 
     Raises:
-        DataError: the file is missing, truncated or no image.
+        DataError: the file is missing, truncated or no image, or its pixels have 32 bits, whose scale no file says.
     """
     from PIL import Image
 
@@ -236,6 +236,8 @@ def read_image(path: str | Path, record: str = "") -> torch.Tensor:
         with Image.open(path) as file:
             if file.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
                 pixels = np.repeat((np.asarray(file).astype(np.uint16) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            elif file.mode in ("I", "F"):  # Pillow would clip at 0 and 255 what may run to 1 or to 65535
+                raise ValueError(f"pixels must have 8 or 16 bits, got 32 (Pillow's mode {file.mode})")
             else:
                 pixels = np.array(file.convert("RGB"))
     except FileNotFoundError as error:
@@ -247,7 +249,8 @@ def read_image(path: str | Path, record: str = "") -> torch.Tensor:
 
 def _without_path(error: Exception, path: str | Path) -> str:
     """Pillow's words, without the path that the message already begins with."""
-    return str(error).replace(repr(str(path)), "the file")
+    name = repr(str(path))
+    return str(error).replace(f"file {name}", "file").replace(name, "the file")
 
 
 def read_picture(picture: Picture) -> torch.Tensor:

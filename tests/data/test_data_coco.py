@@ -93,6 +93,19 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert read_image(tmp_path / "deep.png")[0].tolist() == [[0, 1, 128, 255]]
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_of_unknown_scale_is_refused(tmp_path, kind):
+    Image.fromarray(np.array([[0, 1, 256, 65535]], dtype=kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(DataError, match=r"deep\.tiff: .*: pixels must have 8 or 16 bits, got 32"):
+        read_image(tmp_path / "deep.tiff")
+
+
+def test_what_is_no_image_is_told_in_plain_words(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"text\.png: truncated or unreadable image: cannot identify image file$"):
+        read_image(tmp_path / "text.png")
+
+
 def test_a_box_that_sticks_out_is_clipped_and_kept_in_ground_truth(make_coco):
     def plant(document):
         document["annotations"][0]["bbox"] = [-0.5, -2.0, 10.0, 8.0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nasdet._checks import check_whole
 from nasdet.ops import depthwise_conv2d
 from nasdet.ops._dilation import Pair, pair
-from nasdet.ops.depthwise_conv2d import checked_padding
+from nasdet.ops.depthwise_conv2d import LARGEST_KERNEL, checked_padding
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,6 +43,8 @@ class DepthwiseConv2d(nn.Conv2d):
     ) -> None:
         if check_whole("kernel_size", kernel_size) % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if kernel_size > LARGEST_KERNEL:
+            raise ValueError(f"kernel_size must be at most {LARGEST_KERNEL}, got {kernel_size}")
         dilations = pair("dilation", dilation)
         super().__init__(
             check_whole("channels", channels),
@@ -96,6 +98,22 @@ def beside_the_weight(conv: nn.Module) -> str | None:
     return ", ".join(repr(name) for name in own if name not in ("weight", "bias")) or None
 
 
+def check_sizes(conv: nn.Conv2d, name: str) -> Pair:
+    """The dilations of ``conv``, if the ops take its channels, kernel, weight, stride and dilations."""
+    if 0 in (conv.in_channels, conv.out_channels):
+        raise ValueError(f"{name} must have channels, got {conv.in_channels} inputs and {conv.out_channels} outputs")
+    height, width = conv.kernel_size
+    if height != width or height % 2 == 0:
+        raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
+    if height > LARGEST_KERNEL:
+        raise ValueError(f"{name} must have a kernel of at most {LARGEST_KERNEL}, got {height}x{width}")
+    shape = (conv.out_channels, conv.in_channels // conv.groups, height, width)
+    if (got := getattr(conv.weight, "shape", None)) != shape:
+        raise ValueError(f"{name} must have a weight of shape {shape}, got {None if got is None else tuple(got)}")
+    pair(f"stride of {name}", conv.stride)
+    return pair(f"dilation of {name}", conv.dilation)
+
+
 def check_depthwise(conv: nn.Module, name: str = "conv", *, kept: bool = False) -> nn.Conv2d:
     """``conv``, if it is a plain depthwise ``nn.Conv2d`` that the op can stand for; ``name`` is for the error.
 
@@ -109,11 +127,10 @@ def check_depthwise(conv: nn.Module, name: str = "conv", *, kept: bool = False) 
             f"{name} must have as many groups as input and output channels, got {conv.groups}, {conv.in_channels} and "
             f"{conv.out_channels}"
         )
-    height, width = conv.kernel_size
-    if height != width or height % 2 == 0:
-        raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
+    dilations = check_sizes(conv, name)
     if conv.padding_mode != "zeros" or conv.padding == "valid":
         raise ValueError(
             f"{name} must be padded with zeros, 'same' or by a number, got {conv.padding} ({conv.padding_mode})"
         )
+    checked_padding(conv.padding, conv.kernel_size[0], dilations)  # type: ignore[arg-type]  # any tuple, to mypy
     return conv

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from nasdet._checks import check_whole
-from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, beside_the_weight
+from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, beside_the_weight, check_sizes
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
-from nasdet.ops._dilation import Pair, checked_dilations, checked_splits, pair
+from nasdet.ops._dilation import Pair, checked_algorithm, checked_dilations, checked_splits, pair
+from nasdet.ops.depthwise_conv2d import LARGEST_KERNEL
 
 
 def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False) -> nn.Conv2d:
     """``conv``, if it is a plain ``nn.Conv2d`` that the modules below can stand for; ``name`` is for the error.
 
-    That is: a square kernel of odd size, zero padding that keeps the size at stride 1, and no subclass, whose own
-    forward would be lost, but :class:`DepthwiseConv2d` and :class:`~nasdet.nn.AcceleratedConv2d`, which compute the
+    That is: a square kernel of odd size up to 255, zero padding that keeps the size at stride 1, and no subclass, whose
+    own forward would be lost, but :class:`DepthwiseConv2d` and :class:`~nasdet.nn.AcceleratedConv2d`, which compute the
     same. Unless the module itself is ``kept``, it has nothing either that another in its place would lack: hooks, a
     forward of its own, or buffers, parameters and children beside weight and bias.
     """
@@ -29,10 +30,7 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False
         raise TypeError(f"{name} must be a plain nn.Conv2d, got {type(conv).__name__}")
     if not kept and (own := beside_the_weight(conv)):
         raise ValueError(f"{name} must have nothing but a weight and a bias, got {own}, which would be lost")
-    height, width = conv.kernel_size
-    if height != width or height % 2 == 0:
-        raise ValueError(f"{name} must have a square kernel of odd size, got {height}x{width}")
-    same = tuple(dilation * (height // 2) for dilation in conv.dilation)
+    same = tuple(dilation * (conv.kernel_size[0] // 2) for dilation in check_sizes(conv, name))
     padding = same if conv.padding == "same" else conv.padding
     if padding != same or conv.padding_mode != "zeros":
         raise ValueError(
@@ -81,6 +79,8 @@ class _DilationConv2d(nn.Module):
         self.kernel_size = pair("kernel_size", kernel_size)
         if self.kernel_size[0] != self.kernel_size[1] or self.kernel_size[0] % 2 == 0:
             raise ValueError(f"kernel_size must be odd, and the same in both directions, got {kernel_size}")
+        if self.kernel_size[0] > LARGEST_KERNEL:
+            raise ValueError(f"kernel_size must be at most {LARGEST_KERNEL}, got {kernel_size}")
         self.stride = pair("stride", stride)
         self.groups = check_whole("groups", groups)
         if in_channels % groups or out_channels % groups:
@@ -88,6 +88,7 @@ class _DilationConv2d(nn.Module):
                 f"groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}"
             )
         self.dilations = checked_dilations(dilations)
+        checked_algorithm(algorithm, precision)
         self.algorithm, self.precision, self.backend = algorithm, precision, backend
 
     def _make_parameters(self, replicas: int, bias: bool, device: Any, dtype: Any) -> None:

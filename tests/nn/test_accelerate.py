@@ -7,6 +7,7 @@ import importlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ LEFT = {
     "not-square": (nn.Conv2d(64, 64, (3, 1), padding=(1, 0)), "square kernel of odd size, got 3x1"),
     "subclass": (Doubled(64, 64, 3, padding=1), "plain nn.Conv2d, got Doubled"),
     "float64": (nn.Conv2d(64, 64, 3, padding=1).double(), "its weight is torch.float64"),
+    "large-kernel": (nn.Conv2d(1, 1, 257, padding=128), "it must have a kernel of at most 255, got 257x257"),
+    "depthwise-large-kernel": (nn.Conv2d(2, 2, 257, padding=128, groups=2), "of at most 255, got 257x257"),
+    "far": (nn.Conv2d(64, 64, 3, padding=2**30, dilation=2**30), "dilation of it must be below 2**30, got"),
+    "wide-steps": (nn.Conv2d(64, 64, 3, padding=1, stride=2**31), "stride of it must be below 2**30, got"),
+    "numpys": (nn.Conv2d(64, 64, 3, padding=np.int64(1), groups=64), "padding must be 'same', an integer"),
     "meta": (nn.Conv2d(64, 64, 3, padding=1, device="meta"), "its weight is on meta"),
 }
 
@@ -61,6 +67,22 @@ def test_left_to_torch_with_the_reason(case: str) -> None:
     assert report.swapped == () and not report.active and type(conv) is kind
     assert list(report.left) == ["0"] and reason in report.left["0"]
     assert "accelerated 0 of 1 convolutions" in str(report) and reason in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 0), (0, 8)])
+def test_no_channels_are_left(inputs: int, outputs: int) -> None:
+    reason = f"it must have channels, got {inputs} inputs and {outputs} outputs"
+    assert accelerate(nn.Conv2d(inputs, outputs, 3, padding=1)).left == {"": reason}
+
+
+def test_a_weight_of_another_shape_is_left() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    conv.weight = nn.Parameter(conv.weight[:32])
+    reason = "it must have a weight of shape (64, 64, 3, 3), got (32, 64, 3, 3)"
+    assert accelerate(conv).left == {"": reason}
+    conv.register_parameter("weight", None)
+    assert accelerate(conv).left == {"": reason.replace("(32, 64, 3, 3)", "None")}
 
 
 def test_a_replaced_forward_is_left() -> None:

@@ -78,6 +78,7 @@ def test_autocast_takes_both_operands_in_its_dtype() -> None:
         pytest.param(nn.Conv2d(4, 4, 3), "as many groups as .*got 1, 4 and 4", id="dense"),
         pytest.param(nn.Conv2d(4, 4, (3, 1), groups=4), "square kernel of odd size, got 3x1", id="flat-kernel"),
         pytest.param(nn.Conv2d(4, 4, 2, groups=4), "square kernel of odd size, got 2x2", id="even-kernel"),
+        pytest.param(nn.Conv2d(4, 4, 257, padding=128, groups=4), "at most 255, got 257x257", id="large-kernel"),
         pytest.param(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", groups=4), "reflect", id="reflect"),
     ],
 )
@@ -105,10 +106,11 @@ def test_refuses_what_is_no_plain_convolution() -> None:
     [
         ({"channels": 0}, "channels must be a positive integer, got 0"),
         ({"channels": 4, "kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"channels": 2, "kernel_size": 257}, "kernel_size must be at most 255, got 257"),
         ({"channels": 4, "stride": 0}, "stride must be a positive integer or a pair of them, got 0"),
         ({"channels": 4, "padding": "valid"}, "padding must be 'same', an integer of at least 0 .*got 'valid'"),
     ],
-    ids=["channels", "kernel", "stride", "padding"],
+    ids=["channels", "kernel", "large-kernel", "stride", "padding"],
 )
 def test_errors_name_the_argument(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -275,6 +275,9 @@ def test_convolutions_of_the_library_are_plain_ones() -> None:
         (lambda: MixedDilationConv2d(4, 6, 3, [1, 2], 4), "channel_groups must divide the 6 output channels, got 4"),
         (lambda: MixedDilationConv2d(4, 6, 3, [1, 2], 0), "channel_groups must be a positive integer, got 0"),
         (lambda: MixedDilationConv2d(0, 6), "in_channels must be a positive integer, got 0"),
+        (lambda: GroupedDilationConv2d(8, 8, 257), "kernel_size must be at most 255, got 257"),
+        (lambda: GroupedDilationConv2d(8, 8, algorithm="zzz"), "algorithm must be one of direct.*got 'zzz'"),
+        (lambda: MixedDilationConv2d(8, 8, precision="zzz"), "precision must be one of fast, exact, got 'zzz'"),
     ],
 )
 def test_bad_arguments(make: Any, message: str) -> None:

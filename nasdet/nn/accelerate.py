@@ -55,6 +55,9 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
 
 def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
     for conv in convs:
+        shared = conv.weight.is_cpu and conv.weight.is_shared()  # elsewhere torch calls everything shared
+        if shared or conv.weight.untyped_storage().nbytes() != conv.weight.nbytes:
+            continue  # another process, or a flat buffer, would lose it in a new place
         with torch.inference_mode(conv.weight.is_inference()):  # what could learn still can
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
 
@@ -131,8 +134,9 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     A convolution stays the module that it is: parameters, names in the state dict, hooks and options are untouched, and
     only its class changes, to :class:`AcceleratedConv2d`, and the order of its weight in memory, to contiguous, until
-    ``undo()``. Training and ``torch.compile`` work as before. Values agree
-    with torch's to the rounding of float32 (Winograd's algorithm: 1e-6 relative).
+    ``undo()``; a weight in shared memory, or that is a part of a larger buffer, stays where it lies. Training and
+    ``torch.compile`` work as before. Values agree with torch's to the rounding of float32 (Winograd's algorithm: 1e-6
+    relative).
 
     Swapped are plain ``nn.Conv2d`` on the CPU with an odd square kernel and zero padding: depthwise ones, and of
     others, of any dilation with "same" padding, those for which the op's cost model chooses one of its fast algorithms

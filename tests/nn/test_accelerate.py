@@ -10,28 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerated_net import net, picture
 from torch import Tensor, nn
 
 import nasdet
 from nasdet.nn import AcceleratedConv2d, DepthwiseConv2d, accelerate
 
 pytestmark = pytest.mark.needs("cpp")
-
-
-def net(**options: Any) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 7, stride=2, padding=3),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1, **options),
-        nn.BatchNorm2d(32),
-        nn.Conv2d(32, 48, 3, padding=2, dilation=2, bias=False),
-        nn.Conv2d(48, 16, 1),
-    )
-
-
-def picture(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 72, 96, generator=torch.Generator().manual_seed(1))
 
 
 class Doubled(nn.Conv2d):
@@ -147,90 +132,6 @@ def test_everything_but_the_class_is_the_very_same() -> None:
     assert all(after[key] is value for key, value in before.items())
 
 
-def test_weights_lie_as_the_kernels_take_them_until_undone() -> None:
-    model = net().to(memory_format=torch.channels_last)
-    weights = {name: model[int(name)].weight.detach().clone() for name in ("2", "4")}
-    report = accelerate(model)
-    model(picture()).sum().backward()
-    for name in report.swapped:
-        conv = model[int(name)]
-        assert conv.weight.is_contiguous() and conv.weight.grad.is_contiguous()
-    report.undo()
-    for name, before in weights.items():
-        weight = model[int(name)].weight
-        assert torch.equal(weight, before) and weight.stride() == before.stride()
-
-
-def test_weights_of_other_strides_stay_as_they_are() -> None:
-    conv = nn.Conv2d(64, 64, 3, padding=1)
-    conv.weight.data = conv.weight.data.transpose(0, 1)
-    strides, x = conv.weight.stride(), torch.randn(1, 64, 19, 26)
-    expected = conv(x)
-    with accelerate(conv) as report:
-        assert report.swapped and conv.weight.stride() == strides
-        assert torch.allclose(conv(x), expected, atol=1e-4)
-    assert conv.weight.stride() == strides
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_model_made_in_inference_mode(inside: bool) -> None:
-    with torch.inference_mode():
-        model = net().to(memory_format=torch.channels_last)
-        expected = model(picture())
-    with torch.inference_mode(inside):
-        report = accelerate(model)
-    with torch.inference_mode():
-        assert report.swapped and torch.allclose(model(picture()), expected, atol=1e-4)
-    with torch.inference_mode(inside):
-        report.undo()
-    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("undone", [False, True])
-def test_accelerated_in_inference_mode_it_learns_afterwards(undone: bool) -> None:
-    model = net().to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        report = accelerate(model)
-        model(picture())
-        if undone:
-            report.undo()
-    model(picture()).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_twice_is_harmless() -> None:
-    model = net()
-    first = accelerate(model)
-    second = accelerate(model)
-    assert second.swapped == () and second.left["2"] == second.left["4"] == "accelerated already"
-    second.undo()
-    assert type(model[2]) is AcceleratedConv2d, "what the first call did is the first's to undo"
-    with accelerate(model):
-        pass
-    assert first.active and type(model[2]) is AcceleratedConv2d
-    first.undo()
-    first.undo()
-    assert type(model[2]) is nn.Conv2d
-    with pytest.raises(RuntimeError, match="undone already"), first:
-        pass
-
-
-def test_undone_when_the_block_raises() -> None:
-    model = net()
-    with pytest.raises(KeyError), accelerate(model):
-        raise KeyError
-    assert type(model[2]) is nn.Conv2d
-
-
-def test_a_class_changed_since_is_named_and_the_rest_undone() -> None:
-    model = net()
-    report = accelerate(model)
-    torch.nn.utils.parametrizations.weight_norm(model[2])
-    with pytest.raises(RuntimeError, match="keep their class until undo.*: 2 is a Parametrized"):
-        report.undo()
-    assert type(model[4]) is nn.Conv2d and not report.active
-
-
 @pytest.mark.parametrize("value", [None, "resnet", torch.nn.functional.conv2d, [nn.Conv2d(4, 4, 3)]])
 def test_nonsense_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got"):
@@ -270,15 +171,6 @@ def test_states_go_both_ways() -> None:
     plain.load_state_dict(fast.state_dict())
     fast.load_state_dict(plain.state_dict())
     torch.testing.assert_close(fast.eval()(picture()), plain.eval()(picture()), rtol=1e-4, atol=1e-5)
-
-
-def test_copies_are_accelerated_on_their_own() -> None:
-    model = net()
-    report = accelerate(model)
-    twin = copy.deepcopy(model)
-    report.undo()
-    assert type(twin[2]) is AcceleratedConv2d and type(model[2]) is nn.Conv2d
-    torch.testing.assert_close(twin.eval()(picture()), model.eval()(picture()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])

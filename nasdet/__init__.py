@@ -14,14 +14,14 @@ from nasdet._version import __version__
 
 _SUBMODULES = ("arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces")
 
-__all__ = ["__version__", "accelerate", "release_scratch", "scratch_limit", "use_backend", *_SUBMODULES]
+__all__ = ["__version__", "accelerate", "decelerate", "release_scratch", "scratch_limit", "use_backend", *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"nasdet.{name}")
-    if name == "accelerate":
-        return importlib.import_module("nasdet.nn").accelerate
+    if name in ("accelerate", "decelerate"):
+        return getattr(importlib.import_module("nasdet.nn"), name)
     if name == "use_backend":
         return importlib.import_module("nasdet._dispatch").use_backend
     if name in ("release_scratch", "scratch_limit"):

@@ -62,6 +62,13 @@ def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
 
 
+def _make_plain(module: nn.Module) -> bool:
+    if type(module) is not AcceleratedConv2d:
+        return False
+    module.__class__ = nn.Conv2d  # type: ignore[assignment]  # back to the base class, on purpose
+    return True
+
+
 def _is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels == conv.out_channels > 1
 
@@ -85,27 +92,25 @@ class Acceleration:
     @property
     def active(self) -> bool:
         """Whether this call's convolutions are still accelerated; a call that swapped none is never active."""
-        return bool(self._convs)
+        return any(type(conv) is not nn.Conv2d for conv in self._convs.values())
 
     def undo(self) -> None:
         """Make the swapped convolutions plain ``nn.Conv2d`` again; again: no effect.
 
-        Raises RuntimeError, after all others, for those that something else changed the class of since.
+        Raises RuntimeError, after all others, for those that something else changed the class of since; they are left
+        to another ``undo()``, when their class is back.
         """
-        convs, self._convs = self._convs, {}
-        turned, self._turned = self._turned, []
-        _lay_out(turned, torch.channels_last)
-        changed = []
-        for name, conv in convs.items():
-            if type(conv) is AcceleratedConv2d:
-                conv.__class__ = nn.Conv2d  # type: ignore[assignment]  # back to the base class, on purpose
-            else:
-                changed.append(f"{name} is a {type(conv).__name__}")
-        if changed:
-            raise RuntimeError(f"accelerated convolutions must keep their class until undo(): {', '.join(changed)}")
+        for conv in self._convs.values():
+            _make_plain(conv)
+        self._convs = {name: conv for name, conv in self._convs.items() if type(conv) is not nn.Conv2d}
+        _lay_out([conv for conv in self._turned if type(conv) is nn.Conv2d], torch.channels_last)
+        self._turned = [conv for conv in self._turned if type(conv) is not nn.Conv2d]
+        if self._convs:
+            changed = ", ".join(f"{name} is a {type(conv).__name__}" for name, conv in self._convs.items())
+            raise RuntimeError(f"accelerated convolutions must keep their class until undo(): {changed}")
 
     def __enter__(self) -> Acceleration:
-        if self.swapped and not self._convs:
+        if self.swapped and not self.active:
             raise RuntimeError("this acceleration was undone already: call accelerate() again")
         return self
 
@@ -149,12 +154,12 @@ def accelerate(model: nn.Module) -> Acceleration:
     Returns:
         An :class:`Acceleration`: what was swapped, what was left and why, ``undo()``. In ``with accelerate(model) as
         report:`` it holds until the end of the block. What was accelerated before is left, and is not undone by it.
+        A copy of the model is accelerated too, and has no report: :func:`decelerate` is its way back.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_model(model)
     convs: dict[str, nn.Conv2d] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -167,6 +172,27 @@ def accelerate(model: nn.Module) -> Acceleration:
     for conv in convs.values():
         conv.__class__ = AcceleratedConv2d
     return Acceleration(convs, left)
+
+
+def decelerate(model: nn.Module) -> tuple[str, ...]:
+    """Make all accelerated convolutions of ``model`` plain ``nn.Conv2d`` again, whoever accelerated them.
+
+    For what has no :class:`Acceleration`: copies (``copy.deepcopy``, an average of the weights) and unpickled models.
+    Weights keep their order in memory, which is contiguous; where there is a report its ``undo()`` turns them back too.
+
+    Returns:
+        The names of these convolutions.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    _check_model(model)
+    return tuple(name for name, module in model.named_modules() if _make_plain(module))
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _why_not(conv: nn.Conv2d) -> str | None:

@@ -155,7 +155,7 @@ def test_public_names() -> None:
 
     parts = ["arch", "compat", "data", "detectors", "engine", "measure", "nn", "ops", "report", "search", "spaces"]
     assert sorted(nasdet.__all__) == sorted(
-        ["__version__", "accelerate", "release_scratch", "scratch_limit", "use_backend", *parts]
+        ["__version__", "accelerate", "decelerate", "release_scratch", "scratch_limit", "use_backend", *parts]
     )
     suppression = ["batched_nms", "box_iou", "generalized_box_iou", "nms", "nms_padded", "soft_nms"]
     others = ["mix", "multilevel_roi_align", "norm_act_mix", "roi_align", "sigmoid_focal_loss", "use_backend"]

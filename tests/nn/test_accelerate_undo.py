@@ -9,7 +9,7 @@ import torch
 from accelerated_net import net, picture
 from torch import nn
 
-from nasdet.nn import AcceleratedConv2d, accelerate
+from nasdet.nn import AcceleratedConv2d, accelerate, decelerate
 
 pytestmark = pytest.mark.needs("cpp")
 
@@ -117,12 +117,16 @@ def test_undone_when_the_block_raises() -> None:
 
 
 def test_a_class_changed_since_is_named_and_the_rest_undone() -> None:
-    model = net()
+    model = net().to(memory_format=torch.channels_last)
     report = accelerate(model)
     torch.nn.utils.parametrizations.weight_norm(model[2])
     with pytest.raises(RuntimeError, match="keep their class until undo.*: 2 is a Parametrized"):
         report.undo()
-    assert type(model[4]) is nn.Conv2d and not report.active
+    assert type(model[4]) is nn.Conv2d and report.active
+    torch.nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    report.undo()
+    assert type(model[2]) is nn.Conv2d and not report.active
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_copies_are_accelerated_on_their_own() -> None:
@@ -131,4 +135,18 @@ def test_copies_are_accelerated_on_their_own() -> None:
     twin = copy.deepcopy(model)
     report.undo()
     assert type(twin[2]) is AcceleratedConv2d and type(model[2]) is nn.Conv2d
-    torch.testing.assert_close(twin.eval()(picture()), model.eval()(picture()), rtol=1e-4, atol=1e-5)
+    expected = model.eval()(picture())
+    torch.testing.assert_close(twin.eval()(picture()), expected, rtol=1e-4, atol=1e-5)
+    assert decelerate(twin) == ("2", "4") and decelerate(twin) == ()
+    assert type(twin[2]) is nn.Conv2d and torch.equal(twin(picture()), expected)
+
+
+def test_what_was_decelerated_needs_no_undo() -> None:
+    model = net().to(memory_format=torch.channels_last)
+    report = accelerate(model)
+    decelerate(model)
+    assert not report.active and model[2].weight.is_contiguous()
+    report.undo()
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        decelerate("model")  # type: ignore[arg-type]  # what is tested

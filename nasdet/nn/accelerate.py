@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
 from nasdet.nn.dilation_conv import check_same_conv2d
@@ -27,22 +29,31 @@ class AcceleratedConv2d(nn.Conv2d):
     a depthwise one :func:`nasdet.ops.depthwise_conv2d`.
 
     :func:`accelerate` turns convolutions into it and back. It is ``nn.Conv2d`` elsewhere than on the CPU, in float64,
-    for unbatched inputs, where the model is traced or exported, and, in float32 and unless depthwise, for so little
-    work that a call of the op would take longer. Second derivatives of the library's kernels raise.
+    for unbatched inputs, where TorchScript traces or compiles the model or it is exported, and, in float32 and unless
+    depthwise, for so little work that a call of the op would take longer. ``torch.fx`` takes it as one call. Second
+    derivatives of the library's kernels raise.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ours = input.device.type == "cpu" and input.dim() == 4 and input.dtype in _TYPES
-        if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return super()._conv_forward(input, weight, bias)
-        dilation, stride = (self.dilation[0], self.dilation[1]), (self.stride[0], self.stride[1])
-        if _is_depthwise(self):
-            padding = self.padding if isinstance(self.padding, str) else (self.padding[0], self.padding[1])
-            return add_bias(depthwise_conv2d(input, weight, stride, padding, dilation), bias)
-        if _is_small(input, weight):
-            return super()._conv_forward(input, weight, bias)
-        y = grouped_dilation_conv2d(input, weight, (dilation,), (self.out_channels,), stride, self.groups)
-        return add_bias(y, bias)
+        if torch.jit.is_scripting():
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return _convolved(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    ours = x.device.type == "cpu" and x.dim() == 4 and x.dtype in _TYPES
+    if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if weight.shape[1] == 1 and weight.shape[0] == groups > 1:
+        return add_bias(depthwise_conv2d(x, weight, stride, padding, dilation), bias)
+    if _is_small(x, weight):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return add_bias(grouped_dilation_conv2d(x, weight, (dilation,), (weight.shape[0],), stride, groups), bias)
+
+
+torch.fx.wrap("_convolved")  # one node in a graph that torch.fx traces: the choice looks at real tensors
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nasdet._checks import check_whole
 from nasdet.ops import depthwise_conv2d
@@ -22,8 +23,8 @@ class DepthwiseConv2d(nn.Conv2d):
     """One ``k`` x ``k`` kernel per channel, run by :func:`nasdet.ops.depthwise_conv2d`.
 
     An ``nn.Conv2d`` with as many groups as channels: the same parameters ``weight [C, 1, k, k]`` and ``bias [C]``, in
-    name, shape and initial distribution, the same attributes; where the model is traced or exported it is one.
-    ``padding="same"``, the default, is ``dilation * (k // 2)`` at every stride.
+    name, shape and initial distribution, the same attributes; where TorchScript traces or compiles the model, or it is
+    exported, it is one. ``padding="same"``, the default, is ``dilation * (k // 2)`` at every stride.
 
     ``forward(x [N, C, H, W])`` gives ``[N, C, ceil(H / stride), ceil(W / stride)]`` with it.
     """
@@ -80,10 +81,18 @@ class DepthwiseConv2d(nn.Conv2d):
         return made.train(conv.training)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return super()._conv_forward(input, weight, bias)
-        options: tuple[Any, ...] = (self.stride, self.padding, self.dilation)
-        return add_bias(depthwise_conv2d(input, weight, *options, backend=self.backend), bias)
+        if torch.jit.is_scripting():
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return _depthwise(input, weight, bias, (self.stride, self.padding, self.dilation), self.backend)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...], backend: str | None) -> Tensor:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return F.conv2d(x, weight, bias, how[0], how[1], how[2], weight.shape[0])
+    return add_bias(depthwise_conv2d(x, weight, *how, backend=backend), bias)
+
+
+torch.fx.wrap("_depthwise")  # one node in a graph that torch.fx traces: the op looks at real tensors
 
 
 def beside_the_weight(conv: nn.Module) -> str | None:

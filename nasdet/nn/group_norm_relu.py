@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from nasdet.ops import norm_act_mix
@@ -14,17 +17,15 @@ def group_norm_relu(x: Tensor, norm: nn.GroupNorm, *, overwrite: bool = False, b
     """
     if norm.weight is None:
         raise ValueError("norm must be affine, got a GroupNorm without weight and bias")
-    gn_weight, gn_bias = norm.weight.unsqueeze(0), norm.bias.unsqueeze(0)
-    return norm_act_mix(
-        [x],
-        norm.weight.new_ones(1),
-        gn_weight,
-        gn_bias,
-        norm.num_groups,
-        eps=norm.eps,
-        overwrite_inputs=overwrite,
-        backend=backend,
-    )
+    how = {"eps": norm.eps, "overwrite_inputs": overwrite, "backend": backend}
+    return _normed(x, norm.weight, norm.bias, norm.num_groups, **how)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, groups: int, **how: Any) -> Tensor:
+    return norm_act_mix([x], weight.new_ones(1), weight.unsqueeze(0), bias.unsqueeze(0), groups, **how)
+
+
+torch.fx.wrap("_normed")  # one node in a graph that torch.fx traces: the op looks at real tensors
 
 
 class GroupNormReLU(nn.GroupNorm):

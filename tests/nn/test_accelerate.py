@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerated_net import net, picture
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 import nasdet
 from nasdet.nn import AcceleratedConv2d, DepthwiseConv2d, accelerate
@@ -261,6 +262,26 @@ def test_exported_as_torchs_convolution() -> None:
     assert any("conv2d" in name for name in called) and not any("nasdet" in name for name in called)
     traced = torch.jit.trace(model, picture())
     assert "nasdet::" not in str(traced.inlined_graph) and "aten::_convolution" in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("groups", [1, 32], ids=["plain", "depthwise"])
+def test_torch_fx_takes_one_call(groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=groups), nn.BatchNorm2d(32), nn.ReLU()).eval()
+    x = torch.randn(1, 32, 60, 70)
+    plain = model(x)
+    assert accelerate(model).swapped == ("0",)
+    traced, expected = torch.fx.symbolic_trace(model), model(x)
+    assert torch.equal(traced(x), expected) and torch.equal(copy.deepcopy(traced)(x), expected)
+    assert not torch.equal(expected, plain), "the library's kernel ran"
+    torch.testing.assert_close(fuse(model)(x), expected)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": "same", "groups": 32, "bias": False}])
+def test_scripted_as_torchs_convolution(options: dict[str, Any]) -> None:
+    model, x = nn.Sequential(nn.Conv2d(32, 32, 3, **options)), torch.randn(1, 32, 60, 70)
+    expected = model(x)
+    assert accelerate(model).swapped == ("0",)
+    assert torch.equal(torch.jit.script(model)(x), expected)
 
 
 def test_without_the_library_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

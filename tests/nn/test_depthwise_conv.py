@@ -126,3 +126,9 @@ def test_an_exported_one_needs_no_operator_of_ours() -> None:
     traced = torch.jit.trace(made, x)
     assert {node.kind() for node in traced.graph.nodes()} >= {"aten::_convolution"}
     assert not any(node.kind().startswith("nasdet") for node in traced.graph.nodes())
+    torch.testing.assert_close(torch.jit.script(made)(x), made(x))
+
+
+def test_torch_fx_takes_one_call() -> None:
+    model, x = nn.Sequential(DepthwiseConv2d(8, 5, 2), nn.ReLU()), torch.randn(1, 8, 9, 10)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

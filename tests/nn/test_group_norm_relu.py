@@ -35,6 +35,11 @@ def test_one_value_per_group_gives_relu_of_the_bias() -> None:
     assert norm(torch.full((1, 3, 1, 1), 9.0)).flatten().tolist() == [0.0, 0.0, 2.0]
 
 
+def test_torch_fx_takes_one_call() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), GroupNormReLU(2, 8)), torch.randn(1, 3, 4, 5)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_a_norm_without_affine_part_is_refused() -> None:
     with pytest.raises(ValueError, match="norm must be affine"):
         group_norm_relu(torch.ones(1, 4, 2, 2), nn.GroupNorm(2, 4, affine=False))

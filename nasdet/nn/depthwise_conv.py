@@ -26,7 +26,7 @@ class DepthwiseConv2d(nn.Conv2d):
     name, shape and initial distribution, the same attributes; where TorchScript traces or compiles the model, or it is
     exported, it is one. ``padding="same"``, the default, is ``dilation * (k // 2)`` at every stride.
 
-    ``forward(x [N, C, H, W])`` gives ``[N, C, ceil(H / stride), ceil(W / stride)]`` with it.
+    ``forward(x [N, C, H, W])`` gives ``[N, C, ceil(H / stride), ceil(W / stride)]`` with it; ``N`` may be left out.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class DepthwiseConv2d(nn.Conv2d):
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...], backend: str | None) -> Tensor:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return F.conv2d(x, weight, bias, how[0], how[1], how[2], weight.shape[0])
+    if x.dim() == 3:
+        return _depthwise(x.unsqueeze(0), weight, bias, how, backend).squeeze(0)
     return add_bias(depthwise_conv2d(x, weight, *how, backend=backend), bias)
 
 

@@ -43,6 +43,11 @@ def test_is_the_convolution(conv: nn.Conv2d, layout: torch.memory_format) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_takes_pictures_without_a_batch(conv: nn.Conv2d) -> None:
+    x = torch.randn(18, 9, 10)
+    torch.testing.assert_close(DepthwiseConv2d.from_conv(conv)(x), conv(x))
+
+
 def test_is_drawn_as_a_convolution_is() -> None:
     torch.manual_seed(3)
     made = DepthwiseConv2d(6, 5, 2)

@@ -40,6 +40,18 @@ def test_torch_fx_takes_one_call() -> None:
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
+def test_a_norm_without_bias() -> None:
+    norm, x = nn.GroupNorm(2, 8), torch.randn(1, 8, 3, 3)
+    expected = norm(x).relu()
+    norm.register_parameter("bias", None)
+    torch.testing.assert_close(group_norm_relu(x, norm), expected)
+
+
+def test_is_made_where_and_as_asked_for() -> None:
+    made = GroupNormReLU(2, 8, device="meta", dtype=torch.float64)
+    assert all(value.is_meta and value.dtype == torch.float64 for value in made.parameters())
+
+
 def test_a_norm_without_affine_part_is_refused() -> None:
     with pytest.raises(ValueError, match="norm must be affine"):
         group_norm_relu(torch.ones(1, 4, 2, 2), nn.GroupNorm(2, 4, affine=False))

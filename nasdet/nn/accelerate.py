@@ -73,6 +73,10 @@ def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
             conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
 
 
+def _shown(name: str) -> str:
+    return name or "the model itself"
+
+
 def _make_plain(module: nn.Module) -> bool:
     if type(module) is not AcceleratedConv2d:
         return False
@@ -117,7 +121,7 @@ class Acceleration:
         _lay_out([conv for conv in self._turned if type(conv) is nn.Conv2d], torch.channels_last)
         self._turned = [conv for conv in self._turned if type(conv) is not nn.Conv2d]
         if self._convs:
-            changed = ", ".join(f"{name} is a {type(conv).__name__}" for name, conv in self._convs.items())
+            changed = ", ".join(f"{_shown(name)} is a {type(conv).__name__}" for name, conv in self._convs.items())
             raise RuntimeError(f"accelerated convolutions must keep their class until undo(): {changed}")
 
     def __enter__(self) -> Acceleration:
@@ -134,9 +138,9 @@ class Acceleration:
         total = len(self.swapped) + len(self.left)
         state = "" if self.active or not self.swapped else " (undone)"
         lines = [f"accelerated {len(self.swapped)} of {total} convolutions{state}"]
-        lines += [f"  {name}" for name in self.swapped]
+        lines += [f"  {_shown(name)}" for name in self.swapped]
         for reason, count in Counter(self.left.values()).items():
-            names = [name for name, why in self.left.items() if why == reason]
+            names = [_shown(name) for name, why in self.left.items() if why == reason]
             shown = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
             lines.append(f"left {count}: {reason} ({shown})")
         return "\n".join(lines)

@@ -55,6 +55,12 @@ def test_left_to_torch_with_the_reason(case: str) -> None:
     assert "accelerated 0 of 1 convolutions" in str(report) and reason in str(report)
 
 
+def test_the_report_of_one_convolution_names_it() -> None:
+    swapped, left = accelerate(nn.Conv2d(64, 64, 3, padding=1)), accelerate(nn.Conv2d(64, 64, 3))
+    assert str(swapped).splitlines() == ["accelerated 1 of 1 convolutions", "  the model itself"]
+    assert str(left).endswith("(the model itself)")
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 0), (0, 8)])
 def test_no_channels_are_left(inputs: int, outputs: int) -> None:

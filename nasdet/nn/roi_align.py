@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nasdet.ops import multilevel_roi_align, roi_align
 from nasdet.ops._roi_reference import levels_of
+from nasdet.ops.roi_align import ASSIGNMENTS
 
 
 class RoIAlign(nn.Module):
@@ -63,7 +64,7 @@ class MultiScaleRoIAlign(nn.Module):
     (where the rounding of a map's size distorts least), and kept in ``scales``.
 
     Args:
-        featmap_names: the maps of ``x`` to pool from, finest first.
+        featmap_names: the maps of ``x`` to pool from; their order is that of ``x``, which has the finest first.
         output_size: ``(height, width)`` of the result, or one number for both.
         sampling_ratio: samples per bin and axis; as many as the bin has pixels when 0 or negative.
         canonical_scale: the size in pixels of a box that is pooled from ``canonical_level``.
@@ -86,6 +87,8 @@ class MultiScaleRoIAlign(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if assignment not in ASSIGNMENTS:
+            raise ValueError(f"assignment must be one of {list(ASSIGNMENTS)}, got {assignment!r}")
         size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
         self.featmap_names = list(featmap_names)
         self.sampling_ratio = sampling_ratio
@@ -108,7 +111,7 @@ class MultiScaleRoIAlign(nn.Module):
         if self.scales is None:
             self.scales = inferred_scales(features, image_shapes)
             self.map_levels = LevelMapper(
-                tuple(self.scales), self.canonical_scale, self.canonical_level, int(self.assignment == "detectron2")
+                tuple(self.scales), self.canonical_scale, self.canonical_level, ASSIGNMENTS[self.assignment]
             )
         if len(features) != len(self.scales):
             raise ValueError(f"x must have the {len(self.scales)} maps of the first call, got {len(features)}")

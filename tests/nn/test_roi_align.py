@@ -81,6 +81,8 @@ def test_options_reach_the_operator() -> None:
 
 
 def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"assignment must be one of \['torchvision', 'detectron2'\], got 'zz'"):
+        MultiScaleRoIAlign(["a"], 7, 2, assignment="zz")
     module = MultiScaleRoIAlign(["0", "1"], 7, 2)
     with pytest.raises(ValueError, match=r"x must have one of the maps \['0', '1'\], got \['p'\]"):
         module({"p": torch.zeros(1, 1, 2, 2)}, BOXES, [(8, 8)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nasdet._files import read_json
+from nasdet._files import first_line, read_json
 
 #: in the folder of a run of ``nasdet pretrain``: the weights, and what learnt them
 PRETRAINED, DESCRIPTION = "weights.pt", "classifier.json"
@@ -38,7 +38,7 @@ def _read_torch(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable weight file: {_first_line(error)}") from error
+        raise ValueError(f"{path}: not a readable weight file: {first_line(error)}") from error
 
 
 def _read_safetensors(path: Path) -> object:
@@ -50,11 +50,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable weight file: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable weight file: {first_line(error)}") from error
 
 
 def _describe(state: object) -> str:

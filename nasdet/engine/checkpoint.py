@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from nasdet._files import write_atomic
+from nasdet._files import first_line, write_atomic
 
 LAST = Path("checkpoints") / "last.pt"
 
@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the zip reader and the unpickler raise half a dozen unrelated types
-        raise ValueError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(payload, dict):
         raise ValueError(f"{path}: a checkpoint must hold a dict, got {type(payload).__name__}")
     return payload

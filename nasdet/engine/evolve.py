@@ -42,7 +42,15 @@ class Scores:
     def known(self, keys: Iterable[str]) -> dict[str, float]:
         """Those of these scores that are stored by now."""
         paths = {key: self.folder / f"{key}.json" for key in keys}
-        return {key: float(read_json(path)["score"]) for key, path in paths.items() if path.is_file()}
+        return {key: _score(path) for key, path in paths.items() if path.is_file()}
+
+
+def _score(path: Path) -> float:
+    content = read_json(path)
+    try:
+        return float(content["score"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: score must be a number, got {content!r:.80}") from error
 
 
 def evolve(

@@ -165,13 +165,15 @@ class Loop:
 
     def _load(self) -> None:
         payload = load_checkpoint(self.path)
+        if lost := [name for name in ("step", "state", "rng", "window") if name not in payload]:
+            raise ValueError(f"{self.path}: not the checkpoint of a run: it has no {', '.join(lost)}")
         here: dict[str, Any] = {"version": _VERSION, "seed": self.seed, "steps": self.steps}
         alike = payload.get("processes") == distributed.world_size()
-        if payload.get("step") != self.steps:  # a finished training may be read by any number of processes
+        if payload["step"] != self.steps:  # a finished training may be read by any number of processes
             here["processes"] = distributed.world_size()
         there = {key: payload.get(key) for key in here} | dict(payload.get("config", {}))
         here = {**here, **self.config}
-        there["state"], here["state"] = sorted(payload.get("state", {})), sorted(self.state)
+        there["state"], here["state"] = sorted(payload["state"]), sorted(self.state)
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
         differences = [f"{name}: {_short(there.get(name))} -> {_short(here.get(name))}" for name in names]
         if differences:

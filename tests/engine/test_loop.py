@@ -151,6 +151,22 @@ def test_damaged_checkpoint_is_named(tmp_path):
         train(tmp_path, resume=True)
 
 
+def test_an_empty_checkpoint_is_named(tmp_path):
+    train(tmp_path)
+    (tmp_path / LAST).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last\.pt: not a readable checkpoint: EOFError"):
+        train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("names", [["rng"], ["window"], ["step", "state"]], ids=" ".join)
+def test_a_checkpoint_that_is_no_runs_is_named(tmp_path, names):
+    train(tmp_path)
+    payload = load_checkpoint(tmp_path / LAST)
+    torch.save({key: value for key, value in payload.items() if key not in names}, tmp_path / LAST)
+    with pytest.raises(ValueError, match=rf"last\.pt: not the checkpoint of a run: it has no {', '.join(names)}$"):
+        train(tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(math.nan)], ids=["nan", "inf", "tensor"])
 def test_non_finite_loss_stops(tmp_path, value):
     options = {"checkpoint_every": 5, "progress": False, "tensorboard": False}

@@ -54,6 +54,16 @@ def test_scores_of_something_else_do_not_count(tmp_path: Path) -> None:
     assert Scores(tmp_path, 2, {"supernet": "a"}).known(keys) == {cards[0].key: 0.5}
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"score": null}', '{"score": "high"}'])
+def test_a_file_without_a_score_is_named(content: str, tmp_path: Path) -> None:
+    card = toy().candidates[0][0].card
+    scores = Scores(tmp_path, 0, {})
+    scores.add(card, 0.5)
+    (scores.folder / f"{card.key}.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{card.key}\.json: score must be a number, got "):
+        scores.known([card.key])
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
 def test_the_first_score_counts(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes may evaluate one candidate, and differ by a rounding: all are told the same."""

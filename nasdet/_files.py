@@ -15,6 +15,7 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     ``content`` is text, bytes, or a function that writes to the open binary file. Missing parent folders are made.
+    An ``OSError``, such as that of a full disk, names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +32,10 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     return path
 

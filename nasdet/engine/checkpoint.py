@@ -7,7 +7,7 @@ import importlib.util
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 import torch
@@ -32,13 +32,22 @@ def save_checkpoint(path: str | Path, payload: Mapping[str, Any]) -> Path:
 
     ``payload`` must be plain data (tensors, numbers, text, None, and lists, tuples, dicts of them), so that
     ``weights_only=True`` can read it: anything else is a ``TypeError`` naming its place. A floating tensor with NaN or
-    infinity is ``NonFiniteState``. In both cases the old file stays.
+    infinity is ``NonFiniteState``, and what the disk does not take an ``OSError``. In all cases the old file stays.
     """
     poisoned: list[str] = []
     _inspect(payload, "", poisoned)
     if poisoned:
         raise NonFiniteState(poisoned)
-    return write_atomic(path, lambda file: torch.save(dict(payload), file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(dict(payload), file)
+        except RuntimeError as error:  # of torch's zip writer, about the place where the file broke off
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    return write_atomic(path, write)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

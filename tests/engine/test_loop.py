@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import runpy
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from nasdet.engine.checkpoint import LAST, load_checkpoint
+from nasdet.engine.checkpoint import LAST, load_checkpoint, save_checkpoint
 from nasdet.engine.loop import Interrupted, Loop, NonFiniteLoss
 from nasdet.engine.records import append_line, read_lines
 
@@ -149,6 +150,19 @@ def test_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / LAST).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"last\.pt: not a readable checkpoint"):
         train(tmp_path, resume=True)
+
+
+def test_a_full_disk_is_named_and_the_old_checkpoint_stays(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", {"old": torch.zeros(3)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*/last\.pt'$"):
+            save_checkpoint(tmp_path / "last.pt", {"new": torch.zeros(10**5), "more": torch.zeros(3)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(load_checkpoint(tmp_path / "last.pt")) == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_an_empty_checkpoint_is_named(tmp_path):

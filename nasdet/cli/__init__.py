@@ -57,14 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit code 2 and one line on stderr for bad input, 130 when interrupted."""
+    """Run a verb. Exit code 2 and one line on stderr for bad input, 130 and how to go on when interrupted."""
     options = vars(build_parser().parse_args(arguments))
     verb = options.pop("verb")
     module = importlib.import_module(f"nasdet.cli.{VERBS[verb]}")
     try:
         return int(module.run(**options) or 0)
-    except KeyboardInterrupt:
-        print("nasdet: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"nasdet: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if "NASDET_TRACEBACK" in os.environ:  # for bug reports

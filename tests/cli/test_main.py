@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nasdet.cli import VERBS, main
+from nasdet.engine.loop import Interrupted
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -37,6 +39,21 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     error = capsys.readouterr().err.strip()
     assert error.startswith("nasdet train: ") and str(missing) in error and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(Interrupted("stopped after 3 of 9 steps"), "stopped after 3 of 9 steps"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    error: KeyboardInterrupt, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(**options: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("nasdet.cli.info.run", stopped)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == f"nasdet: {said}\n"
 
 
 def test_info_as_json_names_every_operator_and_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from nasdet.engine.checkpoint import (
     set_rng_state,
 )
 from nasdet.engine.records import append_line, truncate_lines
+from nasdet.engine.signals import handled
 
 RECORDS = ("metrics.jsonl", "alphas.jsonl")
 _VERSION = 1
@@ -258,24 +259,14 @@ class Loop:
     def _signals(self) -> Iterator[threading.Event]:
         """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT stops at once."""
         stopping = threading.Event()
-        if threading.current_thread() is not threading.main_thread():
-            yield stopping
-            return
-        # None stands for a handler that was not installed from Python and cannot be put back.
-        previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, _frame: Any) -> None:
             if stopping.is_set() and number == signal.SIGINT:
                 raise KeyboardInterrupt
             stopping.set()
 
-        for number in previous:
-            signal.signal(number, ask)
-        try:
+        with handled(ask, signal.SIGINT, signal.SIGTERM):
             yield stopping
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _bar(self) -> Any:
         return tqdm(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 
 from nasdet._files import read_json, write_json
 from nasdet.engine import distributed
+from nasdet.engine.signals import handled
 from nasdet.measure.machine import versions
 
 
@@ -51,7 +53,7 @@ def recorded(
 
     ``status`` is ``"running"``, then ``"done"``, ``"interrupted"`` or, with ``error``, ``"failed"``. A resumed
     run keeps its first start and adds to its ``seconds``. ``facts`` (data, skipped records, deviations, ...) are
-    stored as they are. Only rank 0 writes.
+    stored as they are. Only rank 0 writes. SIGTERM is a ``KeyboardInterrupt`` in the block, as Ctrl-C is.
     """
     path = Path(out) / "run.json"
     before = read_json(path) if resume and path.exists() else {}
@@ -71,7 +73,8 @@ def recorded(
     }
     _write(path, info)
     try:
-        yield info
+        with handled(signal.default_int_handler, signal.SIGTERM):
+            yield info
         info["status"] = "done"
     except KeyboardInterrupt:
         info["status"] = "interrupted"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,33 @@ def test_killed_in_the_training(
     torch.manual_seed(99)
     run("detnas", tmp_path, resume=True)
     assert files(tmp_path) == files(whole)
+
+
+def test_sigterm_in_the_search_is_an_interruption(
+    run: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/last.pt", "split.json", "metrics.jsonl", "run.json"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    reached: list[int] = []
+
+    def default(number: int, frame: Any) -> None:
+        reached.append(number)  # where the process would have ended
+        raise RuntimeError("terminated")
+
+    def terminated(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    before = signal.signal(signal.SIGTERM, default)
+    try:
+        monkeypatch.setattr(one_shot, "evaluate", terminated)
+        with pytest.raises(KeyboardInterrupt):
+            run("detnas", tmp_path, resume=True)
+        assert signal.getsignal(signal.SIGTERM) is default and not reached
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 4, 7])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nasdet._files import first_line, write_atomic
+from nasdet.detectors.weights import read_weights
 
 LAST = Path("checkpoints") / "last.pt"
 
@@ -108,6 +109,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
         found.update(name.encode())
         found.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def digest_of(weights: str | Path | None) -> str | None:
+    """The :func:`digest` of what a backbone's weight file holds; None for no file. It raises what reading it raises."""
+    return None if weights is None else digest(read_weights(weights))
 
 
 def load_into(name: str, target: Any, state: Any, source: str | Path) -> None:

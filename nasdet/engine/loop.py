@@ -37,6 +37,8 @@ from nasdet.engine.signals import handled
 
 RECORDS = ("metrics.jsonl", "alphas.jsonl")
 _VERSION = 1
+#: settings that checkpoints of before do not have, whose runs go on all the same
+_LATER = ("weights",)
 
 
 class Stateful(Protocol):
@@ -176,6 +178,7 @@ class Loop:
         here = {**here, **self.config}
         there["state"], here["state"] = sorted(payload["state"]), sorted(self.state)
         names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        names = [name for name in names if name in there or name not in _LATER]
         differences = [f"{name}: {_short(there.get(name))} -> {_short(here.get(name))}" for name in names]
         if differences:
             raise ValueError(

@@ -31,7 +31,7 @@ from nasdet.data import (
 )
 from nasdet.detectors import WITH_MASKS
 from nasdet.engine import distributed
-from nasdet.engine.checkpoint import LAST, seed_everything
+from nasdet.engine.checkpoint import LAST, digest_of, seed_everything
 from nasdet.engine.distributed import local_device
 from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop, Stateful
@@ -289,7 +289,8 @@ def run_search(
             together.enter_context(distributed.process_group(where))
         run = kind(config, data, where, backend, weights, started=resume and (out / LAST).exists())
         named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
-        settings = fixed(config) | {"split": data.split.sha256, "pretrained": weights is not None}
+        given = {"pretrained": weights is not None, "weights": digest_of(weights)}
+        settings = fixed(config) | {"split": data.split.sha256, **given}
         loop = None if run.ready(out, resume) else run.loop(out, settings, resume, progress)
         notes = measured_elsewhere(getattr(config, "latency_table", None), where)
         for line in notes if progress and distributed.is_main() else ():

@@ -20,7 +20,7 @@ from nasdet.data.loader import make_loader
 from nasdet.data.transforms import Batch, Compose, HorizontalFlip, Resize, padded
 from nasdet.detectors import countable
 from nasdet.engine import distributed
-from nasdet.engine.checkpoint import LAST, save_weights, seed_everything
+from nasdet.engine.checkpoint import LAST, digest_of, save_weights, seed_everything
 from nasdet.engine.evaluate import evaluate
 from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop
@@ -142,7 +142,7 @@ def train(
             checkpoint_every=config.checkpoint_every,
             resume=resume,
             progress=progress,
-            config=config.fixed() | _named(model_config) | {"split": data.split.sha256},
+            config=config.fixed() | _named(model_config) | {"split": data.split.sha256, "weights": digest_of(weights)},
         )
         facts = {"data": str(data.path.resolve()), "skipped": data.skipped or None, "weights": weights and str(weights)}
         arguments = asdict(config)

@@ -137,6 +137,13 @@ def test_refuses_another_configuration(tmp_path, change, message):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_weights_are_not_asked_of_a_checkpoint_that_does_not_know_them(tmp_path):
+    train(tmp_path, config={"lr": 0.2}, steps=2)
+    train(tmp_path, config={"lr": 0.2, "weights": "a"}, steps=2, resume=True)
+    with pytest.raises(ValueError, match="other: None -> 'a'"):
+        train(tmp_path, config={"lr": 0.2, "other": "a"}, steps=2, resume=True)
+
+
 def test_refuses_other_state_names(tmp_path):
     model = nn.Linear(1, 1)
     Loop(tmp_path, steps=1, state={"model": model}, progress=False, tensorboard=False).run(lambda index: {"loss": 0.0})

@@ -17,7 +17,7 @@ from nasdet.engine.checkpoint import LAST, load_weights
 from nasdet.engine.evaluate import coco_ap, detect_all, load_run
 from nasdet.engine.records import read_lines
 from nasdet.engine.train import TrainConfig, train
-from nasdet.spaces.assemble import ModelConfig
+from nasdet.spaces.assemble import ModelConfig, build_model
 
 pytest.importorskip("sklearn")
 pytest.importorskip("pycocotools")
@@ -111,6 +111,24 @@ def test_a_finished_run_is_not_trained_over(run, digits):
     with pytest.raises(ValueError, match="split: "):
         train(CONFIG, other, model_config(digits), run, progress=False, resume=True)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_other_pretrained_weights_are_refused(digits, tmp_path):
+    files = []
+    for name in ("one", "same", "other"):
+        torch.manual_seed(name == "other")
+        files.append(tmp_path / f"{name}.pth")
+        torch.save(build_model(model_config(digits)).backbone.state_dict(), files[-1])
+    config, out = replace(CONFIG, steps=1), tmp_path / "run"
+    train(config, digits, model_config(digits), out, progress=False, weights=files[0])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for weights, words in ((files[2], "weights: '.*' -> '"), (None, "weights: '.*' -> None")):
+        with pytest.raises(ValueError, match=f"written by another configuration.*{words}"):
+            train(config, digits, model_config(digits), out, progress=False, resume=True, weights=weights)
+    with pytest.raises(FileNotFoundError, match=r"lost\.pth: no such"):
+        train(config, digits, model_config(digits), out, progress=False, resume=True, weights=tmp_path / "lost.pth")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    train(config, digits, model_config(digits), out, progress=False, resume=True, weights=files[1])
 
 
 def test_a_non_finite_loss_is_recorded(digits, tmp_path):

@@ -186,7 +186,7 @@ def test_retraining_learns_from_the_weights_given(
         torch.testing.assert_close(found[name], state[name], rtol=0, atol=0.05)
 
 
-def test_pretrained_weights_go_into_every_replica(
+def test_pretrained_weights_go_into_every_replica_and_stay_the_runs(
     config: NATSSearchConfig, data: DataFolder, pretrained: Path, tmp_path: Path
 ) -> None:
     state = torch.load(pretrained, weights_only=True)
@@ -200,6 +200,13 @@ def test_pretrained_weights_go_into_every_replica(
     assert (derived.norm, derived.frozen_stages) == ("sync_bn", 2)
     built = build_model(derived, weights=pretrained)
     assert torch.equal(built.state_dict()["backbone.layer3.1.conv2.weight"], state["layer3.1.conv2.weight"])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    torch.save({name: 2 * value for name, value in state.items()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="written by another configuration.*weights: '.*' -> '"):
+        search_nats(still, data, tmp_path / "run", weights=tmp_path / "other.pth", resume=True, progress=False)
+    with pytest.raises(FileNotFoundError, match=r"lost\.pth: no such"):
+        search_nats(still, data, tmp_path / "run", weights=tmp_path / "lost.pth", resume=True, progress=False)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_resnext_and_path_level(config: NATSSearchConfig, data: DataFolder, records: Records, tmp_path: Path) -> None:

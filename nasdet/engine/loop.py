@@ -211,7 +211,7 @@ class Loop:
                 }
                 save_checkpoint(self.path, payload)
             except NonFiniteState as error:
-                raise self._non_finite(done - 1, dict.fromkeys(error.names[:3], math.nan)) from error
+                raise self.non_finite(done - 1, dict.fromkeys(error.names[:3], math.nan)) from error
         distributed.barrier()
         self._saved_step = done
 
@@ -219,9 +219,10 @@ class Loop:
         """Bring the pending values to the host, and stop at the first that is not finite."""
         found = self._window.settle()
         if found is not None:
-            raise self._non_finite(*found)
+            raise self.non_finite(*found)
 
-    def _non_finite(self, step: int, terms: Mapping[str, float]) -> NonFiniteLoss:
+    def non_finite(self, step: int, terms: Mapping[str, float]) -> NonFiniteLoss:
+        """The error of a step that made ``terms`` NaN or infinite, to be raised."""
         good = self.path if self._saved_step is not None else None
         return NonFiniteLoss(step, terms, good, self._saved_step or 0)
 

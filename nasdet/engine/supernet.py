@@ -173,6 +173,9 @@ class SupernetRun(ABC):
 
         def note(done: int, line: Mapping[str, float] | None = None) -> None:
             if alphas := self.alphas():
+                for group, rows in alphas.items():
+                    if bad := [value for row in rows for value in row if not math.isfinite(value)]:
+                        raise loop.non_finite(done - 1, {f"alphas of {group}": bad[0]})
                 append_line(loop.out / "alphas.jsonl", {"step": done, "alphas": alphas})
 
         if loop.start == 0:

@@ -21,9 +21,11 @@ from nasdet.detectors import BACKBONES, WITH_MASKS
 from nasdet.engine import receptive_field
 from nasdet.engine.checkpoint import load_checkpoint, seed_everything
 from nasdet.engine.evaluate import load_run
+from nasdet.engine.loop import NonFiniteLoss
 from nasdet.engine.search_nats import NATSSearchConfig, deviations, search_nats
 from nasdet.measure import effective_receptive_field, field_size
 from nasdet.nn import GroupedDilationConv2d
+from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
 from nasdet.spaces.nats import NATSSpace, decode
 
@@ -79,6 +81,20 @@ def test_weights_learn_alone_at_first(whole: Path, config: NATSSearchConfig, rec
     assert all(not rows.any() for rows in first[:3]), "no alpha moves in the first third"
     assert first[3].abs().min() > 0.04, "Adam's first step is arch_lr wherever there is a gradient"
     assert not torch.equal(first[6], first[5])
+
+
+def test_alphas_that_are_not_finite_stop_the_search(
+    config: NATSSearchConfig, data: DataFolder, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def far(self: Bilevel, loss: Any) -> torch.Tensor:
+        self.alphas[1].data[0, 0] = -math.inf
+        return torch.zeros(())
+
+    monkeypatch.setattr(Bilevel, "arch_step", far)
+    now = dataclasses.replace(config, frozen_epochs=0)
+    with pytest.raises(NonFiniteLoss, match=r"step 0: alphas of layer2\.1\.conv2 = -inf; there is no checkpoint yet"):
+        search_nats(now, data, tmp_path, progress=False)
+    assert [line["step"] for line in records(tmp_path, "alphas.jsonl")] == [0]
 
 
 def test_card_is_the_decoded_alphas_and_builds(whole: Path, config: NATSSearchConfig, records: Records) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,15 +95,6 @@ class Bilevel:
         self.weight_optimizer.step()
         self.weight_optimizer.zero_grad(set_to_none=True)
         return {"loss": value.detach(), "grad_norm": norm.detach()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Both optimisers' state; the parameters themselves belong to the model."""
-        return {"weights": self.weight_optimizer.state_dict(), "alphas": self.arch_optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.weight_optimizer.load_state_dict(state["weights"])
-        self.arch_optimizer.load_state_dict(state["alphas"])
 
 
 @contextmanager

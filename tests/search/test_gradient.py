@@ -125,13 +125,14 @@ def test_a_failing_loss_leaves_everything_trainable() -> None:
         assert all(p.requires_grad for name, p in model.named_parameters() if name != "frozen")
 
 
-def test_state_dict_continues_bit_for_bit() -> None:
+def test_model_and_optimisers_continue_bit_for_bit() -> None:
     model, search = toy()
     for index in range(3):
         search.step(index, loss(model, index), loss(model, index + 10))
     other, resumed = toy()
     other.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed.load_state_dict(copy.deepcopy(search.state_dict()))
+    for name in ("weight_optimizer", "arch_optimizer"):
+        getattr(resumed, name).load_state_dict(copy.deepcopy(getattr(search, name).state_dict()))
     for index in range(3, 6):
         search.step(index, loss(model, index), loss(model, index + 10))
         resumed.step(index, loss(other, index), loss(other, index + 10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from nasdet.engine.optim import OPTIMIZERS, Schedule, make_optimizer, make_sgd
 from nasdet.engine.paths import Paths
 from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.records import append_line, read_lines
-from nasdet.engine.runs import recorded
+from nasdet.engine.runs import recorded, sole_writer
 from nasdet.engine.step import train_step
 
 PARTS = ("train", "search-train")
@@ -139,17 +140,18 @@ def pretrain(
     Killed at any moment and resumed, it ends with the same weights. Under ``torchrun`` every process calls this; batch
     norms then see their own process's images, as in the paper.
 
-    Raises ``ValueError`` for a folder that already holds a run without ``resume`` and for one of other settings, and,
-    as ``NonFiniteLoss``, for a loss that is not finite.
+    Raises ``ValueError`` for a folder that already holds a run without ``resume``, for one of other settings or that
+    another process writes, and, as ``NonFiniteLoss``, for a loss that is not finite.
     """
     out, device, named = Path(out), distributed.local_device(config.device), dict(named or {})
-    with distributed.process_group(device):
+    with distributed.process_group(device), contextlib.ExitStack() as held:
         if config.batch % distributed.world_size():
             raise ValueError(f"batch must be a multiple of {distributed.world_size()} processes, got {config.batch}")
         seed_everything(config.seed)
         model = make_classifier(config, data, backbone)
         layout = place_model(model, device, config.channels_last)
         optimizer = _optimizer(config, model)
+        held.enter_context(sole_writer(out))
         loop = Loop(
             out,
             steps=config.steps,

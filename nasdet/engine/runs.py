@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import platform
 import resource
@@ -35,6 +36,30 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def sole_writer(out: str | Path) -> Iterator[None]:
+    """Hold the folder of a run while the block runs; ``ValueError`` where another process does.
+
+    Of several processes that share the run, rank 0 holds it. What is dead holds nothing, and where the file system has
+    no locks, nobody does.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    path = Path(out) / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            # Not flock: a process that reads pictures would inherit that, and outlives a killed run for seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            advice = "wait until it has ended, or choose another --out"
+            raise ValueError(f"{out} is being written by another process: {advice}") from error
+        except OSError:
+            pass
+        yield
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from nasdet.engine.layout import place_model
 from nasdet.engine.paths import Paths
 from nasdet.engine.pretrain import PARTS, PretrainConfig, recalibrate_classifier
 from nasdet.engine.recalibrate import MODES
-from nasdet.engine.runs import recorded
+from nasdet.engine.runs import recorded, sole_writer
 from nasdet.engine.trunks import Trunk, trunk
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Evolution, Offspring
@@ -114,7 +114,7 @@ def search_classification(
     own.
 
     Raises ``TestSplitError`` for test images, ``ValueError`` for a folder that already holds a search without
-    ``resume``, one of other settings or weights, and constraints that cannot be met.
+    ``resume``, one of other settings or weights or that another process writes, and constraints that cannot be met.
     """
     out, device = Path(out), distributed.local_device(trained.device)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -154,7 +154,7 @@ def search_classification(
         if not resume and any((out / name).exists() for name in (STATE, "run.json")):
             raise ValueError(f"{out} already holds a search: add --resume to go on with it, or choose another --out")
         distributed.barrier()  # no process may write there before all have looked
-        with recorded(out, "search classification", asdict(config), **place, **facts):
+        with sole_writer(out), recorded(out, "search classification", asdict(config), **place, **facts):
             together.close()  # each process evaluates its own candidates, on all images
             if rank == 0:
                 data.split.save(out / "split.json")

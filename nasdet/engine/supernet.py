@@ -37,7 +37,7 @@ from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule
 from nasdet.engine.records import append_line
-from nasdet.engine.runs import recorded
+from nasdet.engine.runs import recorded, sole_writer
 from nasdet.engine.train import write_cost
 from nasdet.measure.latency_table import Record
 from nasdet.measure.machine import device_name
@@ -282,19 +282,22 @@ def run_search(
     ``alphas.jsonl`` where there are alphas, checkpoints, and at the end ``card.json``, ``model.json`` (the derived
     detector) and ``cost.json``. Killed at any moment and resumed it ends with the same card.
 
-    Raises ``ValueError`` for a folder that holds a run when not resuming, or one made with other settings or another
-    split; ``TestSplitError`` for data that includes test images; ``NonFiniteLoss`` when the search diverges.
+    Raises ``ValueError`` for a folder that holds a run when not resuming, one made with other settings or another
+    split, or that another process writes; ``TestSplitError`` for data that includes test images; ``NonFiniteLoss`` when
+    the search diverges.
     """
     out, where = Path(out), local_device(device)
     check_search(kind, data, out, resume)
-    with contextlib.ExitStack() as together:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as together:
         if kind.parallel:
             together.enter_context(distributed.process_group(where))
         run = kind(config, data, where, backend, weights, started=resume and (out / LAST).exists())
         named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
         given = {"pretrained": weights is not None, "weights": digest_of(weights)}
         settings = fixed(config) | {"split": data.split.sha256, **given}
-        loop = None if run.ready(out, resume) else run.loop(out, settings, resume, progress)
+        ready = run.ready(out, resume)
+        held.enter_context(sole_writer(out))
+        loop = None if ready else run.loop(out, settings, resume, progress)
         notes = measured_elsewhere(getattr(config, "latency_table", None), where)
         for line in notes if progress and distributed.is_main() else ():
             tqdm.write(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from nasdet.engine.layout import place_model
 from nasdet.engine.loop import Loop
 from nasdet.engine.optim import OPTIMIZERS, Schedule, make_optimizer, scaled_lr
 from nasdet.engine.records import append_line, read_lines
-from nasdet.engine.runs import recorded
+from nasdet.engine.runs import recorded, sole_writer
 from nasdet.engine.step import train_step
 from nasdet.measure import count
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -114,7 +115,7 @@ def train(
     are the backbone's pretrained ones. Under ``torchrun`` every process calls this.
 
     Raises ``ValueError`` for a model that does not fit the data, for a folder that already holds a run without
-    ``resume``, and, as ``NonFiniteLoss``, for a loss that is not finite.
+    ``resume`` or that another process writes, and, as ``NonFiniteLoss``, for a loss that is not finite.
     """
     out, device = Path(out), distributed.local_device(config.device)
     categories = tuple(model_config.categories)
@@ -123,7 +124,7 @@ def train(
             f"model must have the {len(data.categories)} categories of {data.path}, got {model_config.num_classes} "
             f"({', '.join(categories[:3])}...)"
         )
-    with distributed.process_group(device):
+    with distributed.process_group(device), contextlib.ExitStack() as held:
         if config.batch % distributed.world_size():
             raise ValueError(f"batch must be a multiple of {distributed.world_size()} processes, got {config.batch}")
         seed_everything(config.seed)
@@ -133,6 +134,7 @@ def train(
         model = distributed.sync_batch_norm(model, device)
         rates = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         optimizer = make_optimizer(config.optimizer, model, config.schedule().lr, **rates)
+        held.enter_context(sole_writer(out))
         loop = Loop(
             out,
             steps=config.steps,

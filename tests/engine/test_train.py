@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from nasdet.engine import step as step_module
 from nasdet.engine.checkpoint import LAST, load_weights
 from nasdet.engine.evaluate import coco_ap, detect_all, load_run
 from nasdet.engine.records import read_lines
+from nasdet.engine.runs import sole_writer
 from nasdet.engine.train import TrainConfig, train
 from nasdet.spaces.assemble import ModelConfig, build_model
 
@@ -129,6 +131,45 @@ def test_other_pretrained_weights_are_refused(digits, tmp_path):
         train(config, digits, model_config(digits), out, progress=False, resume=True, weights=tmp_path / "lost.pth")
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     train(config, digits, model_config(digits), out, progress=False, resume=True, weights=files[1])
+
+
+HOLDER = """
+    import os
+    import sys
+    import time
+
+    from nasdet.engine.runs import sole_writer
+
+    with sole_writer(sys.argv[1]):
+        child = os.fork()  # as the processes that read pictures
+        if child:
+            print(child, flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_and_a_dead_one_leaves_it(run, digits, tmp_path):
+    script = tmp_path / "holder.py"
+    script.write_text(textwrap.dedent(HOLDER))
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(script), str(run)]
+    holder = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="is being written by another process"):
+                train(replace(CONFIG, eval_every=4), digits, model_config(digits), run, progress=False, resume=resume)
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        holder.kill()
+        holder.wait(60)
+        os.kill(child, 0)
+        with sole_writer(run):
+            pass
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_non_finite_loss_is_recorded(digits, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,30 @@ def test_a_run_is_not_overwritten(
     with pytest.raises(ValueError, match="split.json: split must be the run's own"):
         run(name, whole, data=open_data(folder, seed=1), resume=True)
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "ab") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["fad", "detnas"], indirect=True)
+def test_a_run_has_one_writer(name: str, run: Callable[..., Any], finished: Callable[[str], Path]) -> None:
+    whole = finished(name)
+    command = [sys.executable, "-c", HOLDER, str(whole / "run.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+            with pytest.raises(ValueError, match="is being written by another process"):
+                run(name, whole, resume=True)
+            assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+        finally:
+            holder.kill()
 
 
 class Cheating(DataFolder):

@@ -12,7 +12,7 @@ import torch
 from nasdet.data import DataFolder
 from nasdet.detectors import BACKBONES
 from nasdet.engine.epochs import FrozenEpochs
-from nasdet.engine.optim import Schedule
+from nasdet.engine.optim import Schedule, other_rate
 from nasdet.engine.supernet import check_settings, differences, model_around, own_ways, unlike_coco
 from nasdet.spaces.assemble import ModelConfig, backbone_maker
 from nasdet.spaces.hit import LAYOUTS, ONE_STAGE, TWO_STAGE, HitSpace, Sizes
@@ -171,7 +171,6 @@ _COMPARED = {
     "batch": "images a step",
     "short_side": "pixels on the short side",
     "long_side": "pixels on the long side at most",
-    "lr": "learning rate of the weights",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "clip": "gradient clipping",
@@ -215,6 +214,7 @@ def deviations(config: HitSearchConfig, data: DataFolder, pretrained: bool) -> l
         found.append(f"schedule: {ours}; the paper: {theirs}")
     plain = {} if "backbone" in config.searched_parts() and not screening else _PLAIN
     found += differences(config, paper, _COMPARED | (_SCREEN if screening else _JOINT) | plain)
+    found += other_rate("learning rate of the weights", (config.lr, paper.lr), (config.batch, paper.batch))
     if not screening and config.searched_parts() != paper.searched_parts():
         found.append(f"{', '.join(config.searched_parts())} alone, in a detector whose other parts are plain")
     if (width := config.sizes().channels) != LAYOUTS[config.layout].channels:

@@ -75,6 +75,15 @@ def scaled_lr(lr: float, batch: int, reference_batch: int = 16) -> float:
     return lr * batch / reference_batch
 
 
+def other_rate(words: str, rates: tuple[float, float], batches: tuple[int, int]) -> list[str]:
+    """A line of deviations where our learning rate is not the paper's by :func:`scaled_lr`; both are given, ours first,
+    and the images a step."""
+    (ours, theirs), (batch, their_batch) = rates, batches
+    if math.isclose(ours, scaled_lr(theirs, batch, their_batch)):
+        return []
+    return [f"{words}: {ours:g} for {batch} images a step; the paper: {theirs:g} for {their_batch}"]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate as a pure function of the step (from 0): ``lr * warm-up(step) * decay(step)``.

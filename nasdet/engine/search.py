@@ -12,7 +12,7 @@ from torch import Tensor
 from nasdet.arch import Card
 from nasdet.data import DataFolder
 from nasdet.detectors import parts_of
-from nasdet.engine.optim import Schedule
+from nasdet.engine.optim import Schedule, other_rate
 from nasdet.engine.supernet import (
     BilevelRun,
     SearchOptions,
@@ -161,7 +161,6 @@ _COMPARED = {
     "batch": "images a step",
     "short_side": "pixels on the short side",
     "long_side": "pixels on the long side at most",
-    "lr": "learning rate of the weights",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "clip": "gradient clipping",
@@ -200,6 +199,7 @@ def deviations(config: FADSearchConfig, data: DataFolder, pretrained: bool) -> l
         ours = f"{data.path.resolve().name}, {len(data.split.train)} images to search on"
         found.append(f"data: {ours}; the paper: {'COCO' if masks else 'PASCAL VOC 2012'}")
     found += differences(config, paper, _COMPARED)
+    found += other_rate("learning rate of the weights", (config.lr, paper.lr), (config.batch, paper.batch))
     if config.repshare is False and config.space != "darts":
         found.append("no representation sharing: every transformation is computed by itself")
     if not config.decouple:

@@ -10,6 +10,7 @@ from nasdet.arch import Card
 from nasdet.data import DataFolder
 from nasdet.detectors import TWO_STAGE
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
+from nasdet.engine.optim import other_rate
 from nasdet.engine.recalibrate import recalibrate
 from nasdet.engine.supernet import SearchOptions, differences, model_around, own_ways, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
@@ -224,8 +225,7 @@ def deviations(config: DetNASSearchConfig, data: DataFolder, pretrained: bool) -
     if config.space in LIMITS:
         paper = replace(paper, space=config.space)
     found += differences(config, paper, _COMPARED)
-    if config.rate() != paper.rate():
-        found.append(f"learning rate: {config.rate():g}; the paper: {paper.rate():g}")
+    found += other_rate("learning rate", (config.rate(), paper.rate()), (config.batch, paper.batch))
     if config.clip is not None:
         found.append(f"gradients clipped at {config.clip:g}; the paper: not")
     if config.shuffle != paper.shuffle:

@@ -13,7 +13,7 @@ from nasdet.data import DataFolder
 from nasdet.detectors import TWO_STAGE
 from nasdet.engine import distributed
 from nasdet.engine.one_shot import OneShotConfig, OneShotRun
-from nasdet.engine.optim import Schedule, make_optimizer
+from nasdet.engine.optim import Schedule, make_optimizer, other_rate
 from nasdet.engine.step import train_step
 from nasdet.engine.supernet import SearchOptions, differences, model_around, own_ways, run_search, unlike_coco
 from nasdet.search.constraints import Constraint
@@ -219,7 +219,6 @@ _COMPARED = {
     "short_side": "pixels on the short side",
     "long_side": "pixels on the long side at most",
     "optimizer": "optimiser",
-    "lr": "learning rate",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "decay": "decay of the learning rate",
@@ -237,7 +236,6 @@ _COMPARED = {
     "max_latency": "limit on milliseconds",
     "tuning_steps": "steps of a candidate on its own",
     "tuning_batch": "images in such a step",
-    "tuning_lr": "learning rate of such steps",
     "algorithm": "search algorithm",
     "population": "population",
     "parents": "parents",
@@ -262,7 +260,10 @@ def deviations(config: MSNASSearchConfig, data: DataFolder, pretrained: bool) ->
         found.append(f"steps: {config.steps}; the paper: {paper.epochs} epochs")
     elif config.epochs != paper.epochs:
         found.append(f"epochs: {config.epochs}; the paper: {paper.epochs}")
-    found += differences(_resolved(config), paper, _COMPARED)
+    found += differences(own := _resolved(config), paper, _COMPARED)
+    found += other_rate("learning rate", (own.lr, paper.lr), (own.batch, paper.batch))
+    tuning = own.tuning_batch or own.batch, paper.tuning_batch or paper.batch
+    found += other_rate("learning rate of a candidate on its own", (own.tuning_lr, paper.tuning_lr), tuning)
     if config.warmup_steps is not None:
         found.append(f"steps of warm-up: {config.warmup_steps}; the paper: an epoch")
     if config.tuning_micro_batch is not None:

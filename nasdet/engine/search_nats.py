@@ -13,7 +13,7 @@ from nasdet.arch import Card
 from nasdet.data import DataFolder
 from nasdet.engine.checkpoint import seed_everything
 from nasdet.engine.epochs import FrozenEpochs
-from nasdet.engine.optim import Schedule
+from nasdet.engine.optim import Schedule, other_rate
 from nasdet.engine.receptive_field import measure_field, write_fields
 from nasdet.engine.supernet import (
     BilevelRun,
@@ -189,8 +189,6 @@ _COMPARED = {
     "batch": "images a step",
     "short_side": "pixels on the short side",
     "long_side": "pixels on the long side at most",
-    "lr": "learning rate of the weights",
-    "final_lr": "learning rate of the weights at the end",
     "momentum": "momentum",
     "weight_decay": "weight decay",
     "arch_lr": "learning rate of the alphas",
@@ -219,6 +217,9 @@ def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> 
         ours, theirs = (f"{c.epochs} epochs, {c.frozen_epochs} without alphas" for c in (config, paper))
         found.append(f"schedule: {ours}; the paper: {theirs}")
     found += differences(config, paper, _COMPARED)
+    batches = config.batch, paper.batch
+    found += other_rate("learning rate of the weights", (config.lr, paper.lr), batches)
+    found += other_rate("learning rate of the weights at the end", (config.final_lr, paper.final_lr), batches)
     if config.warmup_steps != 0:
         length = "500 steps, at most a tenth of all" if config.warmup_steps is None else f"{config.warmup_steps} steps"
         found.append(f"warm-up from a third of the rate: {length}; the paper has one when retraining only")

@@ -15,6 +15,7 @@ import torch
 
 from nasdet.arch import load_card
 from nasdet.data import DataFolder, DetectionDataset, Split, TestSplitError, open_data
+from nasdet.engine import hit_config, search, search_detnas, search_msnas, search_nats
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.search import search_fad
 from nasdet.engine.supernet import SupernetRun
@@ -229,6 +230,44 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
 def test_bad_settings(name: str, changes: dict[str, Any], words: str, cases: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(cases[name].config, **changes)
+
+
+RATES: dict[str, tuple[Any, Any, Any, str]] = {
+    "fad": (search, search.FADSearchConfig, {"lr": 0.001}, "0.004 for 1 images a step; the paper: 0.004 for 4"),
+    "nats": (
+        search_nats,
+        search_nats.NATSSearchConfig,
+        {"lr": 0.00125, "final_lr": 0.00005},
+        "0.01 for 1 images a step; the paper: 0.01 for 8",
+    ),
+    "detnas": (
+        search_detnas,
+        search_detnas.DetNASSearchConfig,
+        {"lr": 0.00125},
+        "0.02 for 1 images a step; the paper: 0.02 for 16",
+    ),
+    "msnas": (
+        search_msnas,
+        search_msnas.MSNASSearchConfig,
+        {"lr": 0.00125, "tuning_lr": 0.000125},
+        "0.04 for 1 images a step; the paper: 0.04 for 32",
+    ),
+    "hit": (
+        hit_config,
+        hit_config.HitSearchConfig,
+        {"lr": 0.00125},
+        "0.04 for 1 images a step; the paper: 0.04 for 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_rate_is_the_papers_for_an_image(name: str, data: DataFolder) -> None:
+    module, settings, scaled, words = RATES[name]
+    kept = [line for line in module.deviations(settings(batch=1), data, True) if "learning rate" in line]
+    assert len(kept) == len(scaled) and words in kept[0]
+    assert not [line for line in module.deviations(settings(batch=1, **scaled), data, True) if "learning rate" in line]
+    assert any("learning rate" in line for line in module.deviations(settings(lr=0.5), data, True))
 
 
 def test_a_search_must_say_what_it_does() -> None:

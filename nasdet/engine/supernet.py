@@ -293,9 +293,9 @@ def run_search(
             together.enter_context(distributed.process_group(where))
         run = kind(config, data, where, backend, weights, started=resume and (out / LAST).exists())
         named: dict[str, Any] = {"seed": config.seed, "device": where, "command": command, "resume": resume}
+        ready = run.ready(out, resume)
         given = {"pretrained": weights is not None, "weights": digest_of(weights)}
         settings = fixed(config) | {"split": data.split.sha256, **given}
-        ready = run.ready(out, resume)
         held.enter_context(sole_writer(out))
         loop = None if ready else run.loop(out, settings, resume, progress)
         notes = measured_elsewhere(getattr(config, "latency_table", None), where)

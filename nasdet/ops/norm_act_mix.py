@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import checked_maps, checked_parameter
+from nasdet.ops._dilation import holds_data
 
 
 def norm_act_mix(
@@ -42,7 +44,8 @@ def norm_act_mix(
         normalized: per map, False to leave out ``GN_p`` (``relu(xs[p])``); all True when None.
         overwrite_inputs: let backward write each map's gradient over the map, which saves ``P`` maps of memory. For
             maps that nothing else reads afterwards, as fresh convolution outputs; autograd raises if something does.
-            Ignored under ``torch.compile`` and by the reference.
+            Ignored under ``torch.compile``, by the reference, and unless every map needs a gradient, is dense (NCHW or
+            channels_last) and lies in memory of its own: not in another map's, the incoming gradient's or a leaf's.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; the best that can run when None.
 
     Returns:
@@ -123,10 +126,29 @@ def _fake_backward_inplace(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    xs, weights, gn_weight, gn_bias, ctx.num_groups, _, ctx.normalized, ctx.overwrite = inputs
+    xs, weights, gn_weight, gn_bias, ctx.num_groups, _, ctx.normalized, overwrite = inputs
+    ctx.overwrite = overwrite and all(x.requires_grad and not _is_of_leaf(x) for x in xs)
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(weights, gn_weight, gn_bias, mean, rstd, *xs)
+
+
+def _is_of_leaf(x: Tensor) -> bool:
+    """Whether ``x`` is a leaf with a gradient, such as a parameter, or a view of one."""
+    owner = x if x._base is None else x._base
+    return owner.is_leaf and owner.requires_grad
+
+
+def _lie_apart(xs: Sequence[Tensor], grad: Tensor) -> bool:
+    """Whether the maps are dense and share no memory with one another nor with ``grad``; False while traced."""
+    if not all(holds_data(t) for t in (grad, *xs)):
+        return False
+    if not all(x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) for x in xs):
+        return False
+    storage = grad.untyped_storage()
+    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in xs]
+    spans = sorted([*spans, (storage.data_ptr(), storage.data_ptr() + storage.nbytes())])
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def _no_double_backward(ctx: Any, *grads: Any) -> Any:
@@ -155,7 +177,7 @@ def _define(suffix: str) -> None:
     def backward_formula(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         weights, gn_weight, gn_bias, mean, rstd, *xs = ctx.saved_tensors
         arguments = (grad, xs, weights, gn_weight, gn_bias, mean, rstd, ctx.num_groups, ctx.normalized)
-        if ctx.overwrite and not torch.is_grad_enabled():
+        if ctx.overwrite and not torch.is_grad_enabled() and _lie_apart(xs, grad):
             with torch.no_grad():
                 targets = [x.detach() for x in xs]
                 parameters = getattr(torch.ops.nasdet, f"{backward}_")(arguments[0], targets, *arguments[2:])

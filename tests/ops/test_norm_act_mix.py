@@ -92,6 +92,74 @@ def test_overwriting_a_map_that_another_node_saved_raises() -> None:
         (y.sum() + other.sum()).backward()
 
 
+def _twice(x: Tensor) -> list[Tensor]:
+    return [x, x]
+
+
+MAPS_THAT_STAY = [
+    pytest.param(_twice, id="one-map-twice"),
+    pytest.param(lambda x: [x, x.view(x.shape)], id="view"),
+    pytest.param(lambda x: [x[:2], x[1:]], id="overlapping-slices"),
+    pytest.param(lambda x: [x[:, ::2], x[:, 1::2]], id="sliced"),
+    pytest.param(lambda x: [x[:1].expand(3, -1, -1, -1), x], id="expanded"),
+    pytest.param(lambda x: [x, x.detach() + 1], id="no-gradient"),
+]
+
+
+def _gradients(make: Any, leaf: Tensor, compiled: bool = False, **options: Any) -> tuple[Tensor, list[Tensor]]:
+    """The leaf's gradient, and the maps that ``make`` gave of a copy of the leaf."""
+    maps = make(leaf * 1)
+    channels = maps[0].shape[1]
+    weights, gamma, beta = torch.tensor([0.5, 1.5]), torch.ones(2, channels), torch.zeros(2, channels)
+
+    def total(*xs: Tensor) -> Tensor:
+        y = norm_act_mix(xs, weights, gamma, beta, 2, **options)
+        return (y * torch.arange(y.numel()).reshape(y.shape)).sum()
+
+    loss = torch.compile(total, backend="aot_eager", fullgraph=True)(*maps) if compiled else total(*maps)
+    return torch.autograd.grad(loss, leaf)[0], maps
+
+
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("make", MAPS_THAT_STAY)
+def test_maps_without_memory_of_their_own_are_not_overwritten(make: Any) -> None:
+    leaf = _inputs(1)[0][0].repeat(2, 1, 1, 1)[:3].requires_grad_()
+    expected, untouched = _gradients(make, leaf, backend="cpp")
+    found, maps = _gradients(make, leaf, overwrite_inputs=True, backend="cpp")
+    assert torch.equal(found, expected)
+    assert all(torch.equal(x, y) for x, y in zip(maps, untouched, strict=True))
+
+
+@pytest.mark.needs("cpp")
+def test_compiled_calls_overwrite_nothing() -> None:
+    leaf = _inputs(1)[0][0].requires_grad_()
+    expected, untouched = _gradients(_twice, leaf, backend="cpp")
+    found, maps = _gradients(_twice, leaf, compiled=True, overwrite_inputs=True, backend="cpp")
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(maps[0], untouched[0])
+
+
+@pytest.mark.needs("cpp")
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.view(2, 8, 5, 6)], ids=["leaf", "view"])
+def test_a_leaf_keeps_its_values(make: Any) -> None:
+    xs, weights, gamma, beta = _inputs(1)
+    leaf, before = xs[0].requires_grad_(), xs[0].clone()
+    norm_act_mix([make(leaf)], weights, gamma, beta, 4, overwrite_inputs=True, backend="cpp").square().sum().backward()
+    assert torch.equal(leaf, before) and leaf.grad is not None and leaf.grad.data_ptr() != leaf.data_ptr()
+
+
+@pytest.mark.needs("cpp")
+def test_a_map_that_is_the_incoming_gradient_too_is_not_overwritten() -> None:
+    xs, weights, gamma, beta = _inputs()
+    leaves = [x.requires_grad_() for x in xs]
+    results = []
+    for overwrite in (False, True):
+        maps = [x * 1 for x in leaves]
+        y = norm_act_mix(maps, weights, gamma, beta, 4, overwrite_inputs=overwrite, backend="cpp")
+        results.append(torch.autograd.grad(y, leaves, maps[0].detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -184,13 +184,15 @@ def _fake_padded(
 def _vmap_padded(
     info: Any, in_dims: tuple[Any, ...], boxes: Tensor, scores: Tensor, classes: Tensor | None, *rest: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    def folded(tensor: Tensor, dim: int | None) -> Tensor:
-        lanes = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return lanes.reshape(lanes.shape[0] * lanes.shape[1], *lanes.shape[2:])
+    def lanes(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
-    classes = None if classes is None else folded(classes, in_dims[2])
-    outputs = torch.ops.nasdet.nms_padded(folded(boxes, in_dims[0]), folded(scores, in_dims[1]), classes, *rest)
-    index, count = (t.reshape(info.batch_size, t.shape[0] // info.batch_size, *t.shape[1:]) for t in outputs)
+    inputs = (boxes, scores) if classes is None else (boxes, scores, classes)
+    batched = [lanes(t, dim) for t, dim in zip(inputs, in_dims, strict=False)]
+    leading = batched[0].shape[:2]
+    folded = [t.reshape(leading.numel(), *t.shape[2:]) for t in batched]
+    outputs = torch.ops.nasdet.nms_padded(*folded, *([None] if classes is None else []), *rest)
+    index, count = (t.reshape(*leading, *t.shape[1:]) for t in outputs)
     return (index, count), (0, 0)
 
 

@@ -37,6 +37,15 @@ def test_padded_maps_over_any_dimension(backend: str) -> None:
         assert torch.equal(shared[0][b], alone[0]) and torch.equal(shared[1][b], alone[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_maps_over_no_lanes(backend: str) -> None:
+    boxes, scores, idxs = torch.zeros(0, 3, 4), torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64)
+    index, count = torch.vmap(lambda b, s: nms_padded(b, s, 0.5, 2, backend=backend))(boxes, scores)
+    assert index.shape == (0, 2) and count.shape == (0,)
+    by_class = torch.vmap(lambda b, s, i: nms_padded(b, s, 0.5, 2, idxs=i, backend=backend))(boxes, scores, idxs)
+    assert by_class[0].shape == (0, 2) and by_class[1].shape == (0,)
+
+
 @needs_cpp
 @pytest.mark.parametrize("by_class", [False, True], ids=["one-class", "classes"])
 def test_opcheck(by_class: bool) -> None:

@@ -135,7 +135,8 @@ torch.library.register_autograd("nasdet::soft_nms", _no_backward, setup_context=
 
 
 def _run_compiled(boxes: Tensor, scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.nasdet.soft_nms(boxes, scores, *rest)
+    # Detached: torch.func has no rule for the autograd formula that says that neither result has a gradient.
+    return torch.ops.nasdet.soft_nms(boxes.detach(), scores.detach(), *rest)
 
 
 def _boxes(boxes: Tensor, *_: Any) -> Tensor:

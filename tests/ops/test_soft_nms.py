@@ -195,6 +195,22 @@ def test_not_differentiable(backend: str) -> None:
         assert not order.requires_grad and not after.requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_take_the_lowered_scores_as_constants(backend: str) -> None:
+    boxes, scores = scene(20)
+
+    def total(scores: Tensor) -> Tensor:
+        order, after = soft_nms(boxes, scores, backend=backend)
+        return (scores[order].square() + after).sum()
+
+    def slope(scores: Tensor) -> Tensor:
+        return torch.func.grad(total)(scores).square().sum()
+
+    kept = torch.zeros(20).index_fill(0, soft_nms(boxes, scores)[0], 1.0)
+    assert torch.equal(torch.func.grad(total)(scores), 2 * scores * kept)
+    assert torch.equal(torch.func.grad(slope)(scores), 8 * scores * kept)
+
+
 @needs_cpp
 def test_raw_op() -> None:
     boxes, scores = scene(20)

@@ -18,13 +18,15 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Returns:
         ``[N, M]``: float64 when a box list is float64, else float32. Float16 and bfloat16 are widened to float32
-        first, small integers to int32. Differentiable.
+        first, integers to int64; areas of integers are taken in float64. Differentiable.
 
     Raises:
         TypeError: no tensor, or bool or complex. ValueError: another shape, or two devices.
     """
-    intersection, union = _areas(*_checked(boxes1, boxes2))
-    return intersection / union
+    boxes1, boxes2 = _checked(boxes1, boxes2)
+    intersection, union = _areas(boxes1, boxes2)
+    wanted = _result_type(boxes1, boxes2)
+    return intersection.to(wanted) / union.to(wanted)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -49,8 +51,9 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     left2, top2, right2, bottom2 = boxes2.unbind(1)
     width = (torch.maximum(right1, right2) - torch.minimum(left1, left2)).clamp(min=0)
     height = (torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)).clamp(min=0)
-    hull = width * height
-    return intersection / union - (hull - union) / hull
+    hull, wanted = _area(width, height), _result_type(boxes1, boxes2)
+    gap = (hull - union).to(wanted)
+    return intersection.to(wanted) / union.to(wanted) - gap / hull.to(wanted)
 
 
 def _checked(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,16 @@ def _checked(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
 def _widened(boxes: Tensor) -> Tensor:
     if boxes.is_floating_point():
         return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
-    return boxes if boxes.dtype in (torch.int32, torch.int64) else boxes.int()
+    return boxes.long()
+
+
+def _result_type(boxes1: Tensor, boxes2: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (boxes1.dtype, boxes2.dtype) else torch.float32
+
+
+def _area(width: Tensor, height: Tensor) -> Tensor:
+    """In float64 for whole sides, whose product can be beyond every integer."""
+    return width * height if width.is_floating_point() else width.double() * height.double()
 
 
 def _areas(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +89,6 @@ def _areas(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     left2, top2, right2, bottom2 = boxes2.unbind(1)
     width = (torch.minimum(right1, right2) - torch.maximum(left1, left2)).clamp(min=0)
     height = (torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)).clamp(min=0)
-    intersection = width * height
-    union = (right1 - left1) * (bottom1 - top1) + (right2 - left2) * (bottom2 - top2) - intersection
+    intersection = _area(width, height)
+    union = _area(right1 - left1, bottom1 - top1) + _area(right2 - left2, bottom2 - top2) - intersection
     return intersection, union

@@ -57,6 +57,18 @@ def test_values_are_exact_fractions_rounded(dtype: torch.dtype, result: torch.dt
     assert (iou > 0).any() and (giou < 0).any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "side"),
+    [(torch.int16, 2**15 - 1), (torch.int32, 10**5), (torch.int32, 2**30), (torch.int64, 2**33), (torch.int64, 2**61)],
+    ids=str,
+)
+def test_areas_beyond_every_integer(dtype: torch.dtype, side: int) -> None:
+    a, b = [-side, -side, side, side], [-side, -side, 0, 0]
+    iou, giou = (function(torch.tensor([a], dtype=dtype), torch.tensor([b, a], dtype=dtype)) for function in FUNCTIONS)
+    assert iou.dtype == giou.dtype == torch.float32
+    assert iou.tolist() == giou.tolist() == [[0.25, 1.0]]
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_properties(function: Pairwise) -> None:
     a, b = whole(20, 2).double(), whole(30, 3).double()

@@ -1,8 +1,14 @@
-"""A check of arguments that many parts share. No torch."""
+"""Checks of arguments that many parts share. No torch."""
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
+
+
+def plain_int(value: Any) -> Any:
+    """An integer of another library, such as NumPy's, as an int; anything else as it is."""
+    return value if isinstance(value, int) or not isinstance(value, numbers.Integral) else int(value)
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:

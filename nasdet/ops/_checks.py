@@ -10,12 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nasdet._checks import plain_int
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def is_integer(value: Any) -> bool:
     """Whether it is an int, also one that a compiler traces, and no bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def integer_within(name: str, value: Any, least: int, most: int) -> int:
+    """``value``, an integer of any library or one that a compiler traces, from ``least`` to ``most``; or an error."""
+    whole = plain_int(value)
+    if not is_integer(whole):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= whole <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {whole}")
+    return whole  # type: ignore[no-any-return]
 
 
 def check_number(name: str, value: Any) -> None:

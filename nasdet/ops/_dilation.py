@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasdet import _library
-from nasdet._checks import check_whole
+from nasdet._checks import check_whole, plain_int
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import FLOATS
 
@@ -26,11 +25,6 @@ LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost
 # once: a look-up per call would break torch.compile's graph
 _BFLOAT16_PRODUCTS = _library.cpu_isa() in ("avx512_bf16", "amx")
 _BFLOAT16_TILES = _library.cpu_tiles() == "hardware"
-
-
-def plain_int(value: Any) -> Any:
-    """An integer of another library, such as NumPy's, as an int; anything else as it is."""
-    return value if isinstance(value, int) or not isinstance(value, numbers.Integral) else int(value)
 
 
 def pair(name: str, value: Any) -> Pair:

@@ -9,23 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nasdet.ops._checks import is_integer
-
 
 def level_range(scales: Sequence[float]) -> tuple[int, int]:
     """The levels of the first and of the last map where scales halve: ``-log2`` of the first scale, and one a map."""
     first = -round(math.log2(scales[0]))
     return first, first + len(scales) - 1
-
-
-def check_levels(scales: Sequence[float], lowest_level: int | None) -> None:
-    """Scales halve, unless ``lowest_level`` says what levels the maps are of."""
-    if lowest_level is None:
-        # Rounded: a scale measured from a map's size is seldom a power of two.
-        if any(round(math.log2(scales[0] / scale)) != level for level, scale in enumerate(scales)):
-            raise ValueError(f"spatial_scales must halve from level to level, got {scales}")
-    elif not is_integer(lowest_level):
-        raise TypeError(f"lowest_level must be an integer or None, got {lowest_level!r}")
 
 
 def shifted_level(scales: Sequence[float], canonical_level: int, lowest_level: int | None) -> int:

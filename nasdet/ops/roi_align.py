@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import FLOATS, is_integer, positive_number
-from nasdet.ops._roi_reference import channels_last, check_levels, memory_format, reference, shifted_level
+from nasdet.ops._checks import is_integer, positive_number
+from nasdet.ops._roi_checks import checked_features, checked_level, checked_lowest_level, checked_rois, checked_size
+from nasdet.ops._roi_reference import channels_last, memory_format, reference, shifted_level
 
 ASSIGNMENTS = {"torchvision": 0, "detectron2": 1}
 
@@ -55,7 +55,7 @@ def roi_align(
         TypeError: a tensor or option has another type. ValueError: a shape, device or option is wrong. RuntimeError: an
         image index is outside ``[0, N)`` (CPU; on CUDA such a box pools to 0).
     """
-    features = _checked_features("input", [input])
+    features = checked_features("input", [input])
     args = _arguments(features, boxes, output_size, [spatial_scale], sampling_ratio, aligned, 0, 224, 4)
     return _dispatch.choose("roi_align", backend, *args).run(*args)
 
@@ -82,8 +82,8 @@ def multilevel_roi_align(
     223.9999 pixels. One call for all levels: no selection per level, no synchronisation.
 
     Args:
-        features: the levels, finest first, each ``[N, C, H_l, W_l]`` of one dtype: float32, float64, float16 or
-            bfloat16; each contiguous or channels_last without a copy.
+        features: the levels, at most 63, finest first, each ``[N, C, H_l, W_l]`` of one dtype: float32, float64,
+            float16 or bfloat16; each contiguous or channels_last without a copy.
         boxes: ``[K, 5]`` (image index, x1, y1, x2, y2), or one ``[L, 4]`` tensor per image, in pixels of the picture.
         output_size: ``(height, width)`` of the result, or one number for both.
         spatial_scales: per level, pixels of its map per pixel of the picture; each half of the one before, unless
@@ -92,10 +92,10 @@ def multilevel_roi_align(
         aligned: shift by half a pixel, as in :func:`roi_align`.
         assignment: whose rounding of the level.
         canonical_scale: ``s0``, in pixels of the picture.
-        canonical_level: ``k0``, where stride ``2**k`` is level ``k``.
-        lowest_level: the level of ``features[0]``; the next ones are of the next levels. By default its stride says
-            it. Given, scales need not halve and maps may come twice: boxes are grouped by size alone, and each group is
-            pooled from the map that it is given (MSNAS, figure 2b).
+        canonical_level: ``k0``, where stride ``2**k`` is level ``k``; from -2**20 to 2**20.
+        lowest_level: the level of ``features[0]``, in the same range; the next ones are of the next levels. By default
+            its stride says it. Given, scales need not halve and maps may come twice: boxes are grouped by size alone,
+            and each group is pooled from the map that it is given (MSNAS, figure 2b).
         backend: ``"cpp"``, ``"cuda"`` or ``"reference"``; the best that can run when None.
 
     Returns:
@@ -108,7 +108,7 @@ def multilevel_roi_align(
         TypeError, ValueError and RuntimeError as :func:`roi_align`; ValueError: ``spatial_scales`` do not halve,
         and ``lowest_level`` is None.
     """
-    checked = _checked_features("features", features)
+    checked = checked_features("features", features)
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be one of {list(ASSIGNMENTS)}, got {assignment!r}")
     scales = list(spatial_scales)
@@ -118,63 +118,9 @@ def multilevel_roi_align(
     args = _arguments(
         checked, boxes, output_size, scales, sampling_ratio, aligned, policy, canonical_scale, canonical_level
     )
-    check_levels(scales, lowest_level)
-    args = (*args[:-1], shifted_level(scales, canonical_level, lowest_level))
+    lowest_level = checked_lowest_level(scales, lowest_level)
+    args = (*args[:-1], shifted_level(scales, args[-1], lowest_level))
     return _dispatch.choose("multilevel_roi_align", backend, *args).run(*args)
-
-
-def _checked_features(name: str, features: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(features, Tensor) or not isinstance(features, Sequence):
-        raise TypeError(f"{name} must be a sequence of tensors, got {type(features).__name__}")
-    if len(features) == 0:
-        raise ValueError(f"{name} must hold at least one level, got none")
-    first = features[0]
-    for index, x in enumerate(features):
-        if isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() == 4 and x.dtype == first.dtype:
-            if x.shape[:2] == first.shape[:2] and x.device == first.device:
-                continue
-        which = name if name == "input" else f"{name}[{index}]"
-        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{which} must be a float32, float64, float16 or bfloat16 tensor, got {kind}")
-        if x.dim() != 4:
-            raise ValueError(f"{which} must have shape (N, C, H, W), got {tuple(x.shape)}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{which} must be {first.dtype} as features[0], got {x.dtype}")
-        if x.device != first.device:
-            raise ValueError(f"{which} must be on {first.device}, got {x.device}")
-        raise ValueError(f"{which} must have N, C = {tuple(first.shape[:2])}, got {tuple(x.shape[:2])}")
-    return list(features)
-
-
-def _checked_rois(boxes: Tensor | Sequence[Tensor], like: Tensor) -> Tensor:
-    """``boxes`` as ``[K, 5]`` in the dtype of the geometry."""
-    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if isinstance(boxes, Tensor):
-        _check_boxes("boxes", boxes, 5, like)
-        return boxes if boxes.dtype == wanted else boxes.to(wanted)
-    if not isinstance(boxes, Sequence):
-        raise TypeError(f"boxes must be a tensor or a sequence of tensors, got {type(boxes).__name__}")
-    if len(boxes) != like.shape[0]:
-        raise ValueError(f"boxes must hold one tensor per image ({like.shape[0]}), got {len(boxes)}")
-    rows = []
-    for image, own in enumerate(boxes):
-        _check_boxes(f"boxes[{image}]", own, 4, like)
-        rows.append(pad(own if own.dtype == wanted else own.to(wanted), (1, 0), value=float(image)))
-    if not rows:
-        return like.new_empty((0, 5), dtype=wanted)
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def _check_boxes(name: str, boxes: Tensor, columns: int, like: Tensor) -> None:
-    if not isinstance(boxes, Tensor) or boxes.dtype not in FLOATS:
-        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
-    if boxes.dim() != 2 or boxes.shape[1] != columns:
-        letter = "K" if columns == 5 else "L"
-        raise ValueError(f"{name} must have shape ({letter}, {columns}), got {tuple(boxes.shape)}")
-    if boxes.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {boxes.device}")
 
 
 def _arguments(
@@ -189,23 +135,16 @@ def _arguments(
     canonical_level: int,
 ) -> tuple[Any, ...]:
     """The raw op's arguments."""
-    size = _checked_size(output_size)
+    size = checked_size(output_size)
     scales = [positive_number("spatial_scale", scale) for scale in scales]
     canonical = positive_number("canonical_scale", canonical_scale)
-    for name, integer in (("sampling_ratio", sampling_ratio), ("canonical_level", canonical_level)):
-        if not is_integer(integer):
-            raise TypeError(f"{name} must be an integer, got {integer!r}")
+    if not is_integer(sampling_ratio):
+        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
+    canonical_level = checked_level("canonical_level", canonical_level)
     if not isinstance(aligned, bool):
         raise TypeError(f"aligned must be a bool, got {aligned!r}")
-    rois = _checked_rois(boxes, features[0])
+    rois = checked_rois(boxes, features[0])
     return (features, rois, scales, *size, sampling_ratio, aligned, policy, canonical, canonical_level)
-
-
-def _checked_size(output_size: int | Sequence[int]) -> Sequence[int]:
-    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
-    if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
-        raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
-    return size
 
 
 _POOLING = (

@@ -88,6 +88,13 @@ MAP = torch.randn(2, 3, 4, 4)
         ),
         ({"lowest_level": 1.0}, TypeError, "lowest_level must be an integer or None, got 1.0"),
         ({"lowest_level": True}, TypeError, "lowest_level must be an integer or None, got True"),
+        ({"lowest_level": -(2**31)}, ValueError, "lowest_level must be from -1048576 to 1048576, got -2147483648"),
+        ({"canonical_level": 2**31}, ValueError, "canonical_level must be from -1048576 to 1048576, got 2147483648"),
+        (
+            {"features": [MAP] * 64, "spatial_scales": [0.5**level for level in range(64)]},
+            ValueError,
+            "features must hold at most 63 levels, got 64",
+        ),
         ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive and finite, got 0"),
         ({"canonical_scale": "224"}, TypeError, "canonical_scale must be a number, got '224'"),
     ],
@@ -95,6 +102,25 @@ MAP = torch.randn(2, 3, 4, 4)
 def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+@pytest.mark.needs("cpp")
+def test_far_levels_and_as_many_as_there_may_be_agree_with_the_reference() -> None:
+    features = [torch.randn(1, 2, 4, 4, requires_grad=True) for _ in range(63)]
+    scales, boxes = [0.5**level for level in range(63)], torch.tensor([[0, 0, 0, 5, 5.0], [0, 1, 0, 25, 25.0]])
+    for options in (
+        {"lowest_level": 2**20, "canonical_level": -(2**20)},
+        {"lowest_level": -(2**20), "canonical_level": 2**20},
+        {"lowest_level": 0, "canonical_level": 40},
+    ):
+        found, expected = (
+            torch.autograd.grad(
+                multilevel_roi_align(features, boxes, 2, scales, 2, backend=backend, **options).square().sum(), features
+            )
+            for backend in ("cpp", "reference")
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 RAW = ([0.5, 0.25], 2, 3, 2, False, 0, 224.0, 4)

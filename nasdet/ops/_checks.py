@@ -30,19 +30,27 @@ def integer_within(name: str, value: Any, least: int, most: int) -> int:
     return whole  # type: ignore[no-any-return]
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise a ``TypeError`` for what is no number of any library; NaN is one here."""
+def _is_one_number(value: Any) -> bool:
+    return hasattr(value, "__float__") and tuple(getattr(value, "shape", ())) == ()
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A number of any library as a float, also one that a compiler traces; NaN is one here. Else an error."""
     known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
-    if isinstance(value, bool) or not (known or hasattr(value, "__float__")):
+    if isinstance(value, bool) or not (known or _is_one_number(value)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return torch.sym_float(value)  # type: ignore[no-any-return]
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits a float, got a larger {type(value).__name__}") from None
 
 
 def positive_number(name: str, value: Any) -> float:
     """``value`` as a float above 0 and finite, or an error."""
-    check_number(name, value)
-    if not 0 < value < math.inf:
+    number = checked_number(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
+    return number
 
 
 def checked_maps(xs: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nasdet._cases import Inputs
-from nasdet.ops._checks import FLOATS, check_number
+from nasdet.ops._checks import FLOATS, checked_number
 
 
 def wrong_boxes(boxes: Any, shape: str) -> Exception:
@@ -17,8 +17,8 @@ def wrong_boxes(boxes: Any, shape: str) -> Exception:
     return ValueError(f"boxes must have shape {shape}, got {tuple(boxes.shape)}")
 
 
-def checked_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, leading: int) -> tuple[Tensor, Tensor]:
-    """Boxes ``[..., N, 4]`` and scores ``[..., N]`` of one float dtype on one device; the threshold is a number."""
+def checked_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, leading: int) -> tuple[Tensor, Tensor, float]:
+    """Boxes ``[..., N, 4]`` and scores ``[..., N]`` of one float dtype on one device, and the threshold as a float."""
     if not isinstance(boxes, Tensor) or boxes.dim() != leading + 2 or boxes.shape[-1] != 4:
         raise wrong_boxes(boxes, "(..., N, 4)" if leading else "(N, 4)")
     if boxes.dtype not in FLOATS:
@@ -30,13 +30,13 @@ def checked_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, leading: 
         raise ValueError(f"scores must have shape {tuple(boxes.shape[:-1])}, got {tuple(scores.shape)}")
     if scores.device != boxes.device:
         raise ValueError(f"scores must be on {boxes.device}, got {scores.device}")
-    check_number("iou_threshold", iou_threshold)
-    if iou_threshold != iou_threshold:
+    threshold = checked_number("iou_threshold", iou_threshold)
+    if threshold != threshold:
         raise ValueError("iou_threshold must be a number, got nan")
     if scores.dtype != boxes.dtype:
         wider = torch.promote_types(scores.dtype, boxes.dtype)
-        return boxes.to(wider), scores.to(wider)
-    return boxes, scores
+        return boxes.to(wider), scores.to(wider), threshold
+    return boxes, scores, threshold
 
 
 def checked_classes(idxs: Tensor, scores: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
         TypeError: not floating-point tensors, or the threshold is no number. ValueError: wrong shapes or devices, or a
         NaN threshold.
     """
-    boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
+    boxes, scores, iou_threshold = checked_boxes(boxes, scores, iou_threshold, 0)
     return _dispatch.choose("nms", backend, boxes).run(boxes, scores, None, iou_threshold)
 
 
@@ -75,7 +75,7 @@ def batched_nms(
     Raises:
         TypeError, ValueError: as ``nms``; TypeError: ``idxs`` is no integer tensor.
     """
-    boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
+    boxes, scores, iou_threshold = checked_boxes(boxes, scores, iou_threshold, 0)
     idxs = checked_classes(idxs, scores)
     return _dispatch.choose("batched_nms", backend, boxes).run(boxes, scores, idxs, iou_threshold)
 
@@ -110,7 +110,7 @@ def nms_padded(
     """
     if not isinstance(boxes, Tensor) or boxes.dim() < 2:
         raise wrong_boxes(boxes, "(..., N, 4)")
-    boxes, scores = checked_boxes(boxes, scores, iou_threshold, boxes.dim() - 2)
+    boxes, scores, iou_threshold = checked_boxes(boxes, scores, iou_threshold, boxes.dim() - 2)
     idxs = None if idxs is None else checked_classes(idxs, scores)
     if isinstance(max_out, bool) or not isinstance(max_out, (int, torch.SymInt)):
         raise TypeError(f"max_out must be an int, got {type(max_out).__name__}")

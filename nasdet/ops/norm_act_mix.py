@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
+from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import checked_maps, checked_parameter
+from nasdet.ops._checks import checked_maps, checked_number, checked_parameter
 from nasdet.ops._dilation import holds_data
 
 
@@ -40,7 +42,7 @@ def norm_act_mix(
         weights: ``[P]``.
         gn_weight, gn_bias: ``[P, C]``, one row per map; the rows of maps that are not normalised are ignored.
         num_groups: groups of every ``GN_p``; divides ``C``.
-        eps: added to the variance.
+        eps: added to the variance; finite, at least 0.
         normalized: per map, False to leave out ``GN_p`` (``relu(xs[p])``); all True when None.
         overwrite_inputs: let backward write each map's gradient over the map, which saves ``P`` maps of memory. For
             maps that nothing else reads afterwards, as fresh convolution outputs; autograd raises if something does.
@@ -58,17 +60,29 @@ def norm_act_mix(
     if xs[0].dim() != 4:
         raise ValueError(f"xs must hold maps of shape (N, C, H, W), got {tuple(xs[0].shape)}")
     maps, channels = len(xs), xs[0].shape[1]
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+    groups = plain_int(num_groups)
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or channels % groups:
         raise ValueError(f"num_groups must be a positive divisor of the {channels} channels, got {num_groups}")
     weights = checked_parameter("weights", weights, (maps,), xs[0])
     gn_weight = checked_parameter("gn_weight", gn_weight, (maps, channels), xs[0])
     gn_bias = checked_parameter("gn_bias", gn_bias, (maps, channels), xs[0])
-    flags = [True] * maps if normalized is None else [bool(flag) for flag in normalized]
-    if len(flags) != maps:
-        raise ValueError(f"normalized must have {maps} entries, got {len(flags)}")
+    eps = checked_number("eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    flags = _checked_flags(normalized, maps)
     overwrite = overwrite_inputs and not torch.compiler.is_compiling()
-    arguments = (xs, weights, gn_weight, gn_bias, num_groups, float(eps), [int(flag) for flag in flags], overwrite)
+    arguments = (xs, weights, gn_weight, gn_bias, groups, eps, flags, overwrite)
     return _dispatch.choose("norm_act_mix", backend, *arguments).run(*arguments)
+
+
+def _checked_flags(normalized: Sequence[bool] | None, maps: int) -> list[int]:
+    if normalized is None:
+        return [1] * maps
+    if isinstance(normalized, (str, Tensor)) or not isinstance(normalized, Sequence):
+        raise TypeError(f"normalized must be a sequence of bools or None, got {normalized!r}")
+    if len(normalized) != maps:
+        raise ValueError(f"normalized must have {maps} entries, got {len(normalized)}")
+    return [int(bool(flag)) for flag in normalized]
 
 
 def _reference(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import FLOATS
+from nasdet.ops._checks import FLOATS, checked_number
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -50,17 +50,18 @@ def sigmoid_focal_loss(
     derivative but in the reference.
 
     Raises:
-        TypeError: ``inputs`` or ``targets`` is no floating-point tensor. ValueError: shapes or devices differ, or
-        ``alpha``, ``gamma`` or ``reduction`` is none of the above.
+        TypeError: ``inputs`` or ``targets`` is no floating-point tensor, or ``alpha`` or ``gamma`` no number.
+        ValueError: shapes or devices differ, or ``alpha``, ``gamma`` or ``reduction`` is none of the above.
     """
     inputs, targets = _checked(inputs, targets)
+    alpha, gamma = checked_number("alpha", alpha), checked_number("gamma", gamma)
     if not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"alpha must be in [0, 1], or -1 for no weights, got {alpha}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    arguments = (inputs, targets, float(alpha), float(gamma), reduction)
+    arguments = (inputs, targets, alpha, gamma, reduction)
     return _dispatch.choose("sigmoid_focal_loss", backend, *arguments).run(*arguments)
 
 

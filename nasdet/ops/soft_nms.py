@@ -10,7 +10,7 @@ from torch import Tensor
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import check_number
+from nasdet.ops._checks import checked_number
 from nasdet.ops._suppression import (
     above,
     checked_boxes,
@@ -63,12 +63,11 @@ def soft_nms(
         TypeError: not floating-point tensors, ``idxs`` is no integer tensor, or a setting is no number. ValueError:
         wrong shapes, devices or settings.
     """
-    boxes, scores = checked_boxes(boxes, scores, iou_threshold, 0)
+    boxes, scores, iou_threshold = checked_boxes(boxes, scores, iou_threshold, 0)
     idxs = None if idxs is None else checked_classes(idxs, scores)
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
-    check_number("sigma", sigma)
-    check_number("min_score", min_score)
+    sigma, min_score = checked_number("sigma", sigma), checked_number("min_score", min_score)
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
     if min_score != min_score:

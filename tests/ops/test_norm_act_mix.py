@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,9 @@ def test_a_map_that_is_the_incoming_gradient_too_is_not_overwritten() -> None:
     [
         pytest.param({"num_groups": 3}, "num_groups must be a positive divisor of the 8 channels, got 3", id="groups"),
         pytest.param({"num_groups": 0}, "num_groups must be a positive divisor", id="no-groups"),
+        pytest.param({"num_groups": True}, "num_groups must be a positive divisor.*, got True", id="bool-groups"),
+        pytest.param({"eps": float("nan")}, "eps must be finite and at least 0, got nan", id="nan-eps"),
+        pytest.param({"eps": -10}, "eps must be finite and at least 0, got -10", id="negative-eps"),
         pytest.param({"weights": torch.ones(3)}, r"weights must have shape \(2,\), got \(3,\)", id="weights"),
         pytest.param({"gn_weight": torch.ones(8)}, r"gn_weight must have shape \(2, 8\), got \(8,\)", id="gamma"),
         pytest.param({"gn_bias": torch.ones(2, 4)}, r"gn_bias must have shape \(2, 8\), got \(2, 4\)", id="beta"),
@@ -177,6 +182,28 @@ def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"xs": xs, "weights": weights, "gn_weight": gamma, "gn_bias": beta, "num_groups": 4}
     with pytest.raises(ValueError, match=message):
         norm_act_mix(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": "1e-3"}, "eps must be a number, got '1e-3'"),
+        ({"eps": None}, "eps must be a number, got None"),
+        ({"normalized": "ab"}, "normalized must be a sequence of bools or None, got 'ab'"),
+        ({"normalized": 3}, "normalized must be a sequence of bools or None, got 3"),
+    ],
+    ids=str,
+)
+def test_wrong_types_name_the_argument(change: dict[str, Any], message: str) -> None:
+    xs, weights, gamma, beta = _inputs()
+    with pytest.raises(TypeError, match=message):
+        norm_act_mix(xs, weights, gamma, beta, 4, **change)
+
+
+def test_numbers_of_other_libraries() -> None:
+    xs, weights, gamma, beta = _inputs()
+    y = norm_act_mix(xs, weights, gamma, beta, np.int64(4), eps=Fraction(1, 8), normalized=[np.True_, np.False_])
+    assert torch.equal(y, norm_act_mix(xs, weights, gamma, beta, 4, eps=0.125, normalized=[True, False]))
 
 
 def test_raw_ops_pass_opcheck() -> None:

@@ -240,6 +240,10 @@ def test_only_gradients_that_are_needed() -> None:
         pytest.param(lambda x, t: (x, t.to("meta")), ValueError, "targets must be on cpu, got meta", id="device"),
         pytest.param(lambda x, t: (x, t, 1.5), ValueError, r"alpha must be in .*, got 1.5", id="alpha"),
         pytest.param(lambda x, t: (x, t, -0.5), ValueError, r"alpha must be in .*, got -0.5", id="negative-alpha"),
+        pytest.param(lambda x, t: (x, t, "x"), TypeError, "alpha must be a number, got 'x'", id="text-alpha"),
+        pytest.param(lambda x, t: (x, t, True), TypeError, "alpha must be a number, got True", id="bool-alpha"),
+        pytest.param(lambda x, t: (x, t, 0.5, None), TypeError, "gamma must be a number, got None", id="no-gamma"),
+        pytest.param(lambda x, t: (x, t, 0.5, [1]), TypeError, r"gamma must be a number, got \[1\]", id="list-gamma"),
         pytest.param(lambda x, t: (x, t, math.nan), ValueError, r"alpha must be in .*, got nan", id="nan-alpha"),
         pytest.param(
             lambda x, t: (x, t, 0.5, -1.0), ValueError, "gamma must be finite and at least 0, got -1.0", id="gamma"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -257,6 +260,15 @@ def test_threads_do_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_other_libraries(backend: str) -> None:
+    boxes, scores = scene(40)
+    expected = soft_nms(boxes, scores, 0.25, 0.5, 0.125, backend=backend)
+    for kind in (Fraction, Decimal, np.float64, torch.tensor):
+        found = soft_nms(boxes, scores, kind(0.25), kind(0.5), kind(0.125), backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 BOXES, SCORES = torch.zeros(3, 4), torch.zeros(3)
 WRONG = {
     "method": (ValueError, r"method must be one of \['linear', 'gaussian', 'naive'\], got 'hard'", {"method": "hard"}),
@@ -265,6 +277,8 @@ WRONG = {
     "no threshold": (TypeError, "iou_threshold must be a number, got None", {"iou_threshold": None}),
     "no sigma": (TypeError, "sigma must be a number, got None", {"sigma": None}),
     "list of least scores": (TypeError, r"min_score must be a number, got \[0.5\]", {"min_score": [0.5]}),
+    "two thresholds": (TypeError, "iou_threshold must be a number, got tensor", {"iou_threshold": torch.zeros(2)}),
+    "large sigma": (ValueError, "sigma must be a number that fits a float, got a larger int", {"sigma": 10**400}),
     "nan threshold": (ValueError, "iou_threshold must be a number, got nan", {"iou_threshold": NAN}),
     "nan least score": (ValueError, "min_score must be a number, got nan", {"min_score": NAN}),
     "float classes": (TypeError, "idxs must be an integer tensor, got torch.float32", {"idxs": SCORES}),

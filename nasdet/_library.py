@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from nasdet._checks import plain_int
+
 LIBRARY = torch.library.Library("nasdet", "FRAGMENT")  # schemas are defined here, by the op modules
 
 _FOLDER = Path(__file__).parent
@@ -80,8 +82,11 @@ def scratch_limit(bytes: int | None = None) -> int:
     mean smaller pieces; a call takes more only where its smallest piece needs it. Calls at the same time have such
     memory each. 0 without the compiled library.
     """
+    bytes = plain_int(bytes)
     if bytes is not None and (isinstance(bytes, bool) or not isinstance(bytes, int) or bytes < 1):
         raise ValueError(f"bytes must be a positive integer or None, got {bytes!r}")
+    if bytes is not None and bytes >= 2**63:
+        raise ValueError(f"bytes must be below 2**63, got {bytes}")
     return 0 if why_not("cpu") else int(torch.ops.nasdet._scratch_limit(-1 if bytes is None else bytes))
 
 

@@ -20,7 +20,7 @@ Pair = tuple[int, int]
 ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
-LARGEST = 2**30  # dilations and strides are below
+LARGEST = 2**30  # dilations, strides and paddings are below
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 # once: a look-up per call would break torch.compile's graph
 _BFLOAT16_PRODUCTS = _library.cpu_isa() in ("avx512_bf16", "amx")

@@ -13,6 +13,7 @@ from nasdet._checks import plain_int
 from nasdet.ops._checks import FLOATS, integer_within, is_integer
 
 MOST_LEVELS = 63  # the raw backward takes their layouts as the bits of one int64
+LARGEST_SIDE = 2**20  # of a pooled box; the real ones are below
 LARGEST_LEVEL = 2**20  # the kernels keep levels, and what they are shifted by, in 32 bits
 
 
@@ -73,10 +74,20 @@ def _check_boxes(name: str, boxes: Tensor, columns: int, like: Tensor) -> None:
 
 
 def checked_size(output_size: int | Sequence[int]) -> Sequence[int]:
-    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    size = [plain_int(v) for v in (output_size if isinstance(output_size, Sequence) else (output_size, output_size))]
     if len(size) != 2 or not all(is_integer(side) and side > 0 for side in size):
         raise ValueError(f"output_size must be one or two positive integers, got {output_size}")
+    if not all(side < LARGEST_SIDE for side in size):
+        raise ValueError(f"output_size must be below 2**20, got {output_size}")
     return size
+
+
+def checked_scales(spatial_scales: Sequence[float], levels: int) -> list[float]:
+    if isinstance(spatial_scales, (str, Tensor)) or not isinstance(spatial_scales, Sequence):
+        raise TypeError(f"spatial_scales must be a sequence of numbers, got {type(spatial_scales).__name__}")
+    if len(spatial_scales) != levels:
+        raise ValueError(f"spatial_scales must have one entry per level ({levels}), got {len(spatial_scales)}")
+    return list(spatial_scales)
 
 
 def checked_level(name: str, level: int) -> int:

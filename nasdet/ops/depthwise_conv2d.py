@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
+from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
-from nasdet.ops._dilation import Pair, autocasts, checked_operands, empty_map, in_layout_of, pair
+from nasdet.ops._dilation import LARGEST, Pair, autocasts, checked_operands, empty_map, in_layout_of, pair
 
 LARGEST_KERNEL = 255
 
@@ -36,8 +37,9 @@ def depthwise_conv2d(
         weight: ``[C, 1, k, k]``, ``k`` odd and at most 255, the dtype and device of ``x``. Under autocast both are
             taken in autocast's dtype.
         stride: integer >= 1 or (vertical, horizontal).
-        padding: integer >= 0 or (vertical, horizontal), in pixels, or ``"same"``: ``dilation * (k // 2)``, which keeps
-            the size at stride 1 and divides it by the stride, rounded up, at others.
+        padding: integer >= 0 and below 2**30 or (vertical, horizontal), in pixels, or ``"same"``:
+            ``dilation * (k // 2)``, which keeps the size at stride 1 and divides it by the stride, rounded up, at
+            others.
         dilation: integer >= 1 or (vertical, horizontal).
         backend: ``"cpp"``, ``"cuda"`` or ``"reference"``; the best that can run when None.
 
@@ -70,10 +72,12 @@ def checked_padding(padding: int | Pair | str, kernel: int, dilations: Pair) -> 
     """``padding`` as (vertical, horizontal) pixels."""
     if padding == "same":
         return dilations[0] * (kernel // 2), dilations[1] * (kernel // 2)
-    values = padding if isinstance(padding, (tuple, list)) else (padding, padding)
+    values = [plain_int(v) for v in (padding if isinstance(padding, (tuple, list)) else (padding, padding))]
     whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
     if len(values) != 2 or len(whole) != 2:
         raise ValueError(f"padding must be 'same', an integer of at least 0 or a pair of them, got {padding!r}")
+    if max(whole) >= LARGEST:
+        raise ValueError(f"padding must be below 2**30, got {padding!r}")
     return whole[0], whole[1]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
+from nasdet._checks import plain_int
 from nasdet.ops._dilation import (
     Pair,
     algorithm_code,
@@ -76,6 +77,7 @@ def grouped_dilation_conv2d(
         TypeError, ValueError: "name must be X, got Y".
     """
     pairs, strides = checked_dilations(dilations), pair("stride", stride)
+    groups = plain_int(groups)
     x, weight = checked_operands(x, weight, "Cout, Cin / groups, k, k", groups)
     sizes = checked_splits(splits, len(pairs), weight.shape[0], groups)
     checked_algorithm(algorithm, precision)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
+from nasdet._checks import plain_int
 from nasdet.ops._checks import checked_parameter
 from nasdet.ops._dilation import (
     LARGE_MAP,
@@ -76,6 +77,7 @@ def mixed_dilation_conv2d(
         TypeError, ValueError: "name must be X, got Y". NaN or infinity in ``mix`` is refused on the CPU.
     """
     pairs, strides = checked_dilations(dilations), pair("stride", stride)
+    groups = plain_int(groups)
     x, weight = checked_operands(x, weight, "G, Cout, Cin / groups, k, k", groups)
     if weight.shape[0] != len(pairs):
         raise ValueError(f"weight must have a kernel for each of the {len(pairs)} dilations, got {weight.shape[0]}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
+from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
 from nasdet.ops._suppression import (
     above,
@@ -21,6 +22,8 @@ from nasdet.ops._suppression import (
     need_data,
     wrong_boxes,
 )
+
+MOST_PLACES = 2**31  # of nms_padded, per image
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | None = None) -> Tensor:
@@ -97,7 +100,7 @@ def nms_padded(
         boxes: ``[..., N, 4]``; every index of the leading dimensions is an image of its own. Else as for ``nms``.
         scores: ``[..., N]``.
         iou_threshold: as for ``nms``.
-        max_out: places for kept boxes per image, at least 0.
+        max_out: places for kept boxes per image, at least 0 and below 2**31.
         idxs: ``[..., N]`` integer classes; None for one class.
         backend: as for ``nms``.
 
@@ -106,16 +109,19 @@ def nms_padded(
         ``[...]``, how many are taken.
 
     Raises:
-        TypeError: as ``batched_nms``. ValueError: as ``nms``, or a negative ``max_out``.
+        TypeError: as ``batched_nms``. ValueError: as ``nms``, or ``max_out`` outside of its range.
     """
     if not isinstance(boxes, Tensor) or boxes.dim() < 2:
         raise wrong_boxes(boxes, "(..., N, 4)")
     boxes, scores, iou_threshold = checked_boxes(boxes, scores, iou_threshold, boxes.dim() - 2)
     idxs = None if idxs is None else checked_classes(idxs, scores)
+    max_out = plain_int(max_out)
     if isinstance(max_out, bool) or not isinstance(max_out, (int, torch.SymInt)):
         raise TypeError(f"max_out must be an int, got {type(max_out).__name__}")
     if max_out < 0:
         raise ValueError(f"max_out must be at least 0, got {max_out}")
+    if not torch.compiler.is_compiling() and max_out >= MOST_PLACES:  # a compiler may not know
+        raise ValueError(f"max_out must be below 2**31, got {max_out}")
     run = _dispatch.choose("nms_padded", backend, boxes).run
     if boxes.dim() == 3:
         return run(boxes, scores, idxs, iou_threshold, max_out)

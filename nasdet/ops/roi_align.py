@@ -12,8 +12,15 @@ from torch import Tensor
 from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
-from nasdet.ops._checks import is_integer, positive_number
-from nasdet.ops._roi_checks import checked_features, checked_level, checked_lowest_level, checked_rois, checked_size
+from nasdet.ops._checks import integer_within, positive_number
+from nasdet.ops._roi_checks import (
+    checked_features,
+    checked_level,
+    checked_lowest_level,
+    checked_rois,
+    checked_scales,
+    checked_size,
+)
 from nasdet.ops._roi_reference import channels_last, memory_format, reference, shifted_level
 
 ASSIGNMENTS = {"torchvision": 0, "detectron2": 1}
@@ -39,9 +46,9 @@ def roi_align(
         input: ``[N, C, H, W]``; float32, float64, float16 or bfloat16; contiguous or channels_last without a copy.
         boxes: ``[K, 5]`` (image index, x1, y1, x2, y2), or one ``[L, 4]`` tensor per image, in pixels of the picture;
             of any floating dtype: the geometry is computed in float32 (float64 for a float64 ``input``).
-        output_size: ``(height, width)`` of the result, or one number for both.
+        output_size: ``(height, width)`` of the result, or one number for both; below 2**20.
         spatial_scale: pixels of the map per pixel of the picture, e.g. 1/16 for stride 16.
-        sampling_ratio: samples per bin and axis; ``ceil(box size / output size)`` when 0 or negative.
+        sampling_ratio: samples per bin and axis, below 2**31; ``ceil(box size / output size)`` when 0 or negative.
         aligned: shift by half a pixel so that the map's pixel i covers ``[i, i + 1]``; boxes may be thinner than 1.
         backend: ``"cpp"``, ``"cuda"`` or ``"reference"``; the best that can run when None.
 
@@ -85,10 +92,10 @@ def multilevel_roi_align(
         features: the levels, at most 63, finest first, each ``[N, C, H_l, W_l]`` of one dtype: float32, float64,
             float16 or bfloat16; each contiguous or channels_last without a copy.
         boxes: ``[K, 5]`` (image index, x1, y1, x2, y2), or one ``[L, 4]`` tensor per image, in pixels of the picture.
-        output_size: ``(height, width)`` of the result, or one number for both.
+        output_size: ``(height, width)`` of the result, or one number for both; below 2**20.
         spatial_scales: per level, pixels of its map per pixel of the picture; each half of the one before, unless
             ``lowest_level`` is given.
-        sampling_ratio: samples per bin and axis; ``ceil(box size / output size)`` when 0 or negative.
+        sampling_ratio: samples per bin and axis, below 2**31; ``ceil(box size / output size)`` when 0 or negative.
         aligned: shift by half a pixel, as in :func:`roi_align`.
         assignment: whose rounding of the level.
         canonical_scale: ``s0``, in pixels of the picture.
@@ -109,11 +116,9 @@ def multilevel_roi_align(
         and ``lowest_level`` is None.
     """
     checked = checked_features("features", features)
-    if assignment not in ASSIGNMENTS:
+    if assignment not in tuple(ASSIGNMENTS):  # a tuple takes what has no hash
         raise ValueError(f"assignment must be one of {list(ASSIGNMENTS)}, got {assignment!r}")
-    scales = list(spatial_scales)
-    if len(scales) != len(checked):
-        raise ValueError(f"spatial_scales must have one entry per level ({len(checked)}), got {len(scales)}")
+    scales = checked_scales(spatial_scales, len(checked))
     policy = ASSIGNMENTS[assignment]
     args = _arguments(
         checked, boxes, output_size, scales, sampling_ratio, aligned, policy, canonical_scale, canonical_level
@@ -138,8 +143,7 @@ def _arguments(
     size = checked_size(output_size)
     scales = [positive_number("spatial_scale", scale) for scale in scales]
     canonical = positive_number("canonical_scale", canonical_scale)
-    if not is_integer(sampling_ratio):
-        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
+    sampling_ratio = integer_within("sampling_ratio", sampling_ratio, -(2**31), 2**31 - 1)
     canonical_level = checked_level("canonical_level", canonical_level)
     if not isinstance(aligned, bool):
         raise TypeError(f"aligned must be a bool, got {aligned!r}")

@@ -176,6 +176,7 @@ def test_autocast_takes_both_operands_in_its_dtype(backend: str, request: pytest
         ({"stride": (1, 2, 3)}, r"stride must be a positive integer or a pair of them, got \(1, 2, 3\)"),
         ({"dilation": 0}, "dilation must be a positive integer or a pair of them, got 0"),
         ({"padding": -1}, "padding must be 'same', an integer of at least 0 or a pair of them, got -1"),
+        ({"padding": 2**40}, r"padding must be below 2\*\*30, got 1099511627776"),
         ({"padding": "valid"}, "padding must be 'same', .*got 'valid'"),
         ({"padding": 0, "dilation": (1, 5)}, r"x must be at least 11 wide with its padding .*got 10 \+ 2 x 0"),
         ({"padding": (1, 0), "dilation": (6, 1)}, r"x must be at least 13 high with its padding .*got 9 \+ 2 x 1"),

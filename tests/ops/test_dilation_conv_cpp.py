@@ -166,6 +166,8 @@ def test_a_lower_limit_gives_back_what_is_larger() -> None:
 def test_the_limit_is_a_positive_integer(value: object) -> None:
     with pytest.raises(ValueError, match="bytes must be a positive integer or None"):
         nasdet.scratch_limit(value)  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(ValueError, match=r"bytes must be below 2\*\*63, got 9223372036854775808"):
+        nasdet.scratch_limit(2**63)
 
 
 def test_sixteen_threads_at_once_have_scratch_of_their_own() -> None:

@@ -324,6 +324,7 @@ WRONG = {
     "fewer classes": (ValueError, r"idxs must .* \(3,\), got \(2,\)", batched_nms, (BOXES, SCORES, IDXS[:2], 0.5)),
     "one box alone": (ValueError, r"\(..., N, 4\), got \(4,\)", nms_padded, (BOXES[0], SCORES[0], 0.5, 3)),
     "negative max_out": (ValueError, "max_out must be at least 0, got -1", nms_padded, (BOXES, SCORES, 0.5, -1)),
+    "large max_out": (ValueError, r"max_out must be below 2\*\*31, got", nms_padded, (BOXES, SCORES, 0.5, 2**62)),
     "float max_out": (TypeError, "max_out must be an int, got float", nms_padded, (BOXES, SCORES, 0.5, 2.0)),
 }
 

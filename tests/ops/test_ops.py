@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -179,3 +180,20 @@ def test_backends_explain_themselves(op: Op) -> None:
     for name in elsewhere:
         with pytest.raises(ValueError, match="cannot run"), nasdet.ops.use_backend(name):
             op.call(*args, **kwargs)
+
+
+def test_integers_of_numpy_are_taken_everywhere() -> None:
+    one, two = np.int64(1), np.int32(2)
+    x, boxes = torch.randn(1, 4, 6, 6), torch.tensor([[0, 0, 4, 4.0], [1, 1, 5, 6.0]])
+    kernels, rois = torch.randn(4, 2, 3, 3), torch.cat([torch.zeros(2, 1), boxes], 1)
+    for call in (
+        lambda one, two: nasdet.ops.depthwise_conv2d(x, kernels[:, :1], two, (one, two), one),
+        lambda one, two: nasdet.ops.grouped_dilation_conv2d(x, kernels, [one], [two * two], one, two),
+        lambda one, two: nasdet.ops.mixed_dilation_conv2d(x, kernels[None], torch.ones(1, 4), [two], one, two),
+        lambda one, two: nasdet.ops.roi_align(x, rois, (one, two), 1.0, two),
+        lambda one, two: nasdet.ops.multilevel_roi_align([x], rois, two, [1], canonical_level=one, lowest_level=two),
+        lambda one, two: nasdet.ops.nms_padded(boxes, boxes[:, 2], 0.5, two)[0],
+    ):
+        assert torch.equal(call(one, two), call(1, 2))
+    limit = nasdet.scratch_limit()
+    assert nasdet.scratch_limit(np.int64(limit or 1)) == limit

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nasdet.ops._dilation import is_channels_last
+
 
 def level_range(scales: Sequence[float]) -> tuple[int, int]:
     """The levels of the first and of the last map where scales halve: ``-log2`` of the first scale, and one a map."""
@@ -19,11 +21,6 @@ def level_range(scales: Sequence[float]) -> tuple[int, int]:
 def shifted_level(scales: Sequence[float], canonical_level: int, lowest_level: int | None) -> int:
     """``canonical_level`` for levels counted as if scales halved, where the first map is of ``lowest_level``."""
     return canonical_level if lowest_level is None else canonical_level + level_range(scales)[0] - lowest_level
-
-
-def channels_last(x: Tensor) -> bool:
-    """Dense as NHWC, and not as NCHW too."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def memory_format(nhwc: bool) -> torch.memory_format:
@@ -45,7 +42,7 @@ def reference(
     """The pixels of every sample gathered, 64 boxes of one map at a time."""
     first = features[0]
     y = torch.zeros(len(rois), first.shape[1], height, width, dtype=rois.dtype, device=rois.device)
-    y = y.to(memory_format=memory_format(channels_last(first)))
+    y = y.to(memory_format=memory_format(is_channels_last(first)))
     y = y + sum(x[:0].sum() for x in features)  # nothing: without boxes the maps still get a gradient
     if first.device.type == "meta":
         return y.to(first.dtype)

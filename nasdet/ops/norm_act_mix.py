@@ -15,7 +15,7 @@ from nasdet._cases import Case, Inputs
 from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import checked_maps, checked_number, checked_parameter
-from nasdet.ops._dilation import holds_data
+from nasdet.ops._dilation import empty_map, holds_data
 
 
 def norm_act_mix(
@@ -106,12 +106,6 @@ def _reference(
     return total.to(xs[0].dtype)
 
 
-def _empty_map(x: Tensor) -> Tensor:
-    """An empty map in the layout that the compiled kernels give: channels_last if ``x`` is, else contiguous."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty_like(x, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-
-
 def _fake(
     xs: Sequence[Tensor],
     weights: Tensor,
@@ -123,13 +117,13 @@ def _fake(
     overwrite_inputs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = (len(xs), xs[0].shape[0], num_groups)
-    return _empty_map(xs[0]), weights.new_empty(statistics), weights.new_empty(statistics)
+    return empty_map(xs[0], xs[0].shape), weights.new_empty(statistics), weights.new_empty(statistics)
 
 
 def _fake_backward(
     grad: Tensor, xs: Sequence[Tensor], weights: Tensor, gn_weight: Tensor, gn_bias: Tensor, *_: Any
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    dxs = [_empty_map(xs[0]) for _ in xs]
+    dxs = [empty_map(xs[0], xs[0].shape) for _ in xs]
     return dxs, torch.empty_like(weights), torch.empty_like(gn_weight), torch.empty_like(gn_bias)
 
 

@@ -13,6 +13,7 @@ from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import integer_within, positive_number
+from nasdet.ops._dilation import empty_map, is_channels_last
 from nasdet.ops._roi_checks import (
     checked_features,
     checked_level,
@@ -21,7 +22,7 @@ from nasdet.ops._roi_checks import (
     checked_scales,
     checked_size,
 )
-from nasdet.ops._roi_reference import channels_last, memory_format, reference, shifted_level
+from nasdet.ops._roi_reference import memory_format, reference, shifted_level
 
 ASSIGNMENTS = {"torchvision": 0, "detectron2": 1}
 
@@ -164,13 +165,7 @@ LIBRARY.define(
 
 @torch.library.register_fake("nasdet::multilevel_roi_align")
 def _fake(features: Sequence[Tensor], rois: Tensor, scales: Any, height: int, width: int, *_: Any) -> Tensor:
-    shape = (rois.shape[0], features[0].shape[1], height, width)
-    return torch.empty(
-        shape,
-        dtype=features[0].dtype,
-        device=features[0].device,
-        memory_format=memory_format(channels_last(features[0])),
-    )
+    return empty_map(features[0], (rois.shape[0], features[0].shape[1], height, width))
 
 
 @torch.library.register_fake("nasdet::multilevel_roi_align_backward")
@@ -194,7 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.batch = features[0].shape[0]
     ctx.heights = [x.shape[2] for x in features]
     ctx.widths = [x.shape[3] for x in features]
-    ctx.mask = sum(channels_last(x) << level for level, x in enumerate(features))
+    ctx.mask = sum(is_channels_last(x) << level for level, x in enumerate(features))
     ctx.pooling = pooling
 
 

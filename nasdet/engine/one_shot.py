@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nasdet._files import read_json
 from nasdet.arch import Card, save_card
 from nasdet.data import DetectionDataset, require_selectable
 from nasdet.engine import distributed
@@ -22,6 +21,7 @@ from nasdet.engine.evolve import SCORES, STATE, check_same, evolve
 from nasdet.engine.loop import Loop, Stateful
 from nasdet.engine.optim import Schedule, make_optimizer
 from nasdet.engine.paths import uniform_draw
+from nasdet.engine.runs import read_info
 from nasdet.engine.step import train_step
 from nasdet.engine.supernet import SupernetRun, check_settings, fixed
 from nasdet.measure.latency_table import Blocks, LatencyTable, Record
@@ -236,9 +236,8 @@ class OneShotRun(SupernetRun):
         return self.config.supernet is not None
 
     def _take_supernet(self, run: Path) -> None:
-        info = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-        if info.get("verb") != self.verb:
-            raise ValueError(f"supernet must be the folder of a run of {self.verb}, got {run}: {info.get('verb')}")
+        if (verb := read_info(run).get("verb")) != self.verb:
+            raise ValueError(f"supernet must be the folder of a run of {self.verb}, got {run}: {verb}")
         payload = load_checkpoint(run / LAST)
         theirs, wanted = payload["config"], fixed(self.config) | {"split": self.data.split.sha256}
         for name in (*self.of_supernet, "split"):

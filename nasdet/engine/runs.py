@@ -81,7 +81,7 @@ def recorded(
     stored as they are. Only rank 0 writes. SIGTERM is a ``KeyboardInterrupt`` in the block, as Ctrl-C is.
     """
     path = Path(out) / "run.json"
-    before = read_json(path) if resume and path.exists() else {}
+    before = read_info(out) if resume else {}
     began = time.monotonic()
     info: dict[str, Any] = {
         "verb": verb,

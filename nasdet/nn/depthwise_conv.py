@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from nasdet._checks import check_whole
 from nasdet.ops import depthwise_conv2d
-from nasdet.ops._dilation import Pair, pair
-from nasdet.ops.depthwise_conv2d import LARGEST_KERNEL, checked_padding
+from nasdet.ops._dilation import LARGEST_KERNEL, Pair, pair
+from nasdet.ops.depthwise_conv2d import checked_padding
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from nasdet._checks import check_whole
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, beside_the_weight, check_sizes
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
-from nasdet.ops._dilation import Pair, checked_algorithm, checked_dilations, checked_splits, pair
-from nasdet.ops.depthwise_conv2d import LARGEST_KERNEL
+from nasdet.ops._dilation import LARGEST_KERNEL, Pair, checked_algorithm, checked_dilations, checked_splits, pair
 
 
 def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False) -> nn.Conv2d:

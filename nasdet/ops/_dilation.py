@@ -20,6 +20,7 @@ Pair = tuple[int, int]
 ALGORITHMS = ("direct", "frequency", "winograd")
 FASTEST, FASTEST_EXACT = 0, 4  # to the raw ops; between them the places of ALGORITHMS, counted from 1
 PRECISIONS = ("fast", "exact")
+LARGEST_KERNEL = 255
 LARGEST = 2**30  # dilations, strides and paddings are below
 LARGE_MAP = 2048  # pixels of all images, from which several calls of torch cost little beside their work
 # once: a look-up per call would break torch.compile's graph
@@ -220,8 +221,9 @@ def checked_operands(x: Tensor, weight: Tensor, weight_axes: str, groups: int) -
     *_, out_channels, fan, height, width = weight.shape
     if height != width or height % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size, got {height}x{width}")
-    if height > 255:
-        raise ValueError(f"weight must have a kernel of at most 255x255, got {height}x{width}")
+    if height > LARGEST_KERNEL:
+        most = f"{LARGEST_KERNEL}x{LARGEST_KERNEL}"
+        raise ValueError(f"weight must have a kernel of at most {most}, got {height}x{width}")
     check_whole("groups", groups)
     if x.shape[1] % groups or out_channels % groups or out_channels == 0:
         raise ValueError(

@@ -12,9 +12,16 @@ from nasdet import _dispatch
 from nasdet._cases import Case, Inputs
 from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
-from nasdet.ops._dilation import LARGEST, Pair, autocasts, checked_operands, empty_map, in_layout_of, pair
-
-LARGEST_KERNEL = 255
+from nasdet.ops._dilation import (
+    LARGEST,
+    LARGEST_KERNEL,
+    Pair,
+    autocasts,
+    checked_operands,
+    empty_map,
+    in_layout_of,
+    pair,
+)
 
 
 def depthwise_conv2d(

@@ -22,12 +22,12 @@ def is_integer(value: Any) -> bool:
 
 def integer_within(name: str, value: Any, least: int, most: int) -> int:
     """``value``, an integer of any library or one that a compiler traces, from ``least`` to ``most``; or an error."""
-    whole = plain_int(value)
+    whole: int = plain_int(value)
     if not is_integer(whole):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not least <= whole <= most:
         raise ValueError(f"{name} must be from {least} to {most}, got {whole}")
-    return whole  # type: ignore[no-any-return]
+    return whole
 
 
 def _is_one_number(value: Any) -> bool:
@@ -40,9 +40,10 @@ def checked_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not (known or _is_one_number(value)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
-        return torch.sym_float(value)  # type: ignore[no-any-return]
+        number: float = torch.sym_float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number that fits a float, got a larger {type(value).__name__}") from None
+    return number
 
 
 def positive_number(name: str, value: Any) -> float:

@@ -21,5 +21,12 @@ inline int64_t core_cache() {
   return bytes;
 }
 
+// Whether a result of whole cache lines is better written past the caches: with what it is made from it does not stay in a
+// core's own, and its lines would be fetched to be overwritten.
+inline bool written_past(const void* result, int64_t row_bytes, int64_t bytes_of_all) {
+  constexpr int64_t kLine = 64;
+  return bytes_of_all > core_cache() && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(result) % kLine == 0;
+}
+
 }  // namespace
 }  // namespace nasdet

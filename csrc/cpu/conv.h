@@ -25,6 +25,7 @@ struct ConvProblem {
   std::vector<ConvBranch> branches;
   bool input_grad = false;  // the backward is to give the gradient of the input
 
+  int64_t map_floats() const { return images * (in_channels * height * width + out_channels * out_height * out_width); }
   bool weight_grads() const {
     for (const ConvBranch& b : branches)
       if (b.weight_grad || b.mix_grad) return true;

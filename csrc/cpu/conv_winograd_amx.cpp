@@ -6,7 +6,9 @@
 namespace nasdet::NASDET_ISA {
 
 void winograd_amx_weights(const WinogradAmx& job, int64_t column, int64_t block, char* to) {
-  split_weights(job.product, column, block, to, job.weight_plane);
+  // Together the weights are larger than a core's cache.
+  split_weights<true>(job.product, column, block, to, job.weight_plane);
+  streaming_fence();
 }
 
 void winograd_amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scratch) {

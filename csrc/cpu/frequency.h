@@ -20,6 +20,7 @@ struct FrequencyTiles {
   int32_t margin_h, margin_w;
   bool inner;                 // only the step is read or written, not the margins
   int64_t first_tile, tiles;  // those in hand
+  bool streaming;             // a map is written past the caches
 };
 
 // Planes of some channels of some tiles, by blocks of channels: [block][plane][tile][channel of the block].

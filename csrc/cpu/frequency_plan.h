@@ -52,8 +52,8 @@ struct FrequencyGeometry {
   int64_t planes() const { return frequency_planes(tile); }
   FrequencyTiles tiles(const ConvProblem& p, int64_t channels, bool with_margin, int64_t first_row,
                        int64_t row_count) const {
-    return {p.height, p.width,  channels, int32_t(rows), int32_t(columns),    step_h,
-            step_w,   radius_h, radius_w, !with_margin,  first_row * columns, row_count * columns};
+    return {p.height, p.width,  channels,     int32_t(rows),       int32_t(columns),    step_h, step_w,
+            radius_h, radius_w, !with_margin, first_row * columns, row_count * columns, false};
   }
 };
 

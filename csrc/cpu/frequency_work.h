@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "caches.h"
 #include "frequency_plan.h"
 #include "nasdet/checks.h"
 #include "tasks.h"

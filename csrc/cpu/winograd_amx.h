@@ -7,13 +7,14 @@
 namespace nasdet::NASDET_ISA {
 namespace {
 
-// The parts of pairs of floats, `part_bytes` apart.
+// The parts of pairs of floats, `part_bytes` apart; past the caches only whole lines of them.
+template <bool kStreaming = false>
 NASDET_INLINE void store_pairs(Vector low, Vector high, char* to, int64_t part_bytes) {
   Vector even[kFloatParts], odd[kFloatParts];
   split(low, even), split(high, odd);
   for (int part = 0; part < kFloatParts; ++part) {
     const vec_u32 pairs = paired_halves(even[part], odd[part]);
-    __builtin_memcpy(to + part * part_bytes, &pairs, sizeof pairs);
+    store_to<kStreaming && kBytes == 64>(reinterpret_cast<float*>(to + part * part_bytes), (Vector)pairs);
   }
 }
 
@@ -28,6 +29,7 @@ NASDET_INLINE void split_row(const float* from, int64_t terms, char* to, int64_t
 }
 
 // The weights of 16 columns and a block of terms, to the planes' tiles at `to`.
+template <bool kStreaming = false>
 void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char* to, int64_t plane_bytes) {
   TermTaps terms[2];
   Vector values[2][kWinogradPlanes];
@@ -46,7 +48,7 @@ void split_weights(const WinogradProduct& p, int64_t column, int64_t block, char
                            [&](int plane, Vector value) { values[half][plane] = value; });
         char* row = to + (first + k) * kAmxRowBytes + lane * 4;
         for (int plane = 0; plane < kWinogradPlanes; ++plane, row += plane_bytes)
-          store_pairs(values[0][plane], values[1][plane], row, 2 * kAmxTileBytes);
+          store_pairs<kStreaming>(values[0][plane], values[1][plane], row, 2 * kAmxTileBytes);
       }
     }
   }
@@ -131,9 +133,7 @@ void amx_chunk(const WinogradAmx& job, int64_t first, int64_t count, char* scrat
         parts, weights, values, a_tile, panel, wide, 2 * kAmxSide, weights + panel, (job.columns + 1) / 2 * panel};
     multiply_tiles(tiles, operands, amx_tiles(rows.of(plane)), job.columns, job.blocks, false);
   }
-  WinogradRows{}.for_tiles(map_tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
-    write_tile(p, {0, p.wide.count}, tile, {domain, wide, p.deep_plane}, at);
-  });
+  write_tiles(p, {0, p.wide.count}, map_tiles, count, {domain, wide, p.deep_plane});
 }
 
 // The parts of 16 map tiles, for all columns.
@@ -184,9 +184,7 @@ void amx_columns(const WinogradAmx& job, int64_t first, int64_t count, char* scr
     }
   }
   const int64_t vector = first * (kAmxSide / W), rest = p.wide.count - vector, most = count * (kAmxSide / W);
-  WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
-    write_tile(p, {vector, rest < most ? rest : most}, tile, {sums, row, p.wide_plane}, at);
-  });
+  write_tiles(p, {vector, rest < most ? rest : most}, p.tiles, job.tiles, {sums, row, p.wide_plane});
 }
 
 }  // namespace

@@ -55,9 +55,7 @@ void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
                outputs + plane * p.wide_plane, wide, rows.of(plane), p.depth, false,
                weights + (plane + 1) * p.weight_plane, p.depth * wide / rows.of(plane));
     }
-    WinogradRows{}.for_tiles(tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
-      write_tile(p, panel, tile, {outputs, wide, p.wide_plane}, at);
-    });
+    write_tiles(p, panel, tiles, count, {outputs, wide, p.wide_plane});
   }
 }
 
@@ -98,9 +96,7 @@ void convolve_columns(const WinogradColumns& job, float* scratch) {
                  sums.data + plane * sums.plane + panel->first * W, sums.row, rows.of(plane), p.depth, k > 0,
                  inputs + (plane + 1) * job.input_plane, kColumnTerms);
   }
-  WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
-    write_tile(p, {0, count}, tile, sums, at);
-  });
+  write_tiles(p, {0, count}, p.tiles, job.tiles, sums);
 }
 
 // Zeros in the planes that a tile is not in.

@@ -127,13 +127,23 @@ NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, co
 struct TileOutputs {
   float* start;
   int64_t down, right;
-  bool accumulate;
+  WinogradWrite write;
 
   NASDET_INLINE void put(int64_t r, int64_t c, const WinogradChannels& channels, Vector value) const {
     float* const to = start + r * down + c * right + channels.first;
-    store_up_to(to, accumulate ? value + load_up_to(to, channels.count) : value, channels.count);
+    store_up_to(to, write == WinogradWrite::add ? value + load_up_to(to, channels.count) : value, channels.count);
   }
 };
+
+// A whole tile's outputs for a full vector of channels.
+template <WinogradWrite kWrite>
+NASDET_INLINE void write_full(const float* from, int64_t plane, const TileOutputs& outputs, int64_t channel) {
+  transform_output(from, plane, [&](int r, int c, Vector value) {
+    float* const to = outputs.start + r * outputs.down + c * outputs.right + channel;
+    if constexpr (kWrite == WinogradWrite::stream) store_streaming(to, value);
+    else store(to, kWrite == WinogradWrite::add ? value + load(to) : value);
+  });
+}
 
 // The vectors from `vectors` on of a tile that is not whole.
 __attribute__((noinline)) void write_short_tile(const WinogradChannels* vectors, int64_t count,
@@ -154,15 +164,27 @@ NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& pan
                               const Domain& from, const WinogradRows& at) {
   const int64_t pixel = p.wide.pixel;
   const TileOutputs outputs{p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel,
-                            p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.accumulate};
+                            p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.write};
   const WinogradChannels* const vectors = p.wide.vectors + panel.first;
   if (!tile.whole()) return write_short_tile(vectors, panel.count, tile, outputs, from, at);
   for (int64_t v = 0; v < panel.count; ++v) {
-    Vector out[4][4];
-    transform_output(from.data + at.whole * from.row + v * W, from.plane, out);
-    for (int r = 0; r < 4; ++r)
-      for (int c = 0; c < 4; ++c) outputs.put(r, c, vectors[v], out[r][c]);
+    const WinogradChannels& channels = vectors[v];
+    const float* const sums = from.data + at.whole * from.row + v * W;
+    if (channels.count < W)
+      transform_output(sums, from.plane, [&](int r, int c, Vector value) { outputs.put(r, c, channels, value); });
+    else if (p.write == WinogradWrite::add) write_full<WinogradWrite::add>(sums, from.plane, outputs, channels.first);
+    else if (p.write == WinogradWrite::stream && channels.first % W == 0)
+      write_full<WinogradWrite::stream>(sums, from.plane, outputs, channels.first);
+    else write_full<WinogradWrite::store>(sums, from.plane, outputs, channels.first);
   }
+}
+
+// The outputs of `count` tiles, for the vectors of one panel.
+NASDET_INLINE void write_tiles(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile* tiles,
+                               int64_t count, const Domain& from) {
+  WinogradRows{}.for_tiles(
+      tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) { write_tile(p, panel, tile, from, at); });
+  if (p.write == WinogradWrite::stream) streaming_fence();
 }
 
 }  // namespace

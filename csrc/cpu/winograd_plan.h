@@ -60,6 +60,9 @@ struct WinogradSide {
   int64_t count;
 };
 
+// How results get to their map; by streaming past the caches, whole cache lines.
+enum class WinogradWrite { store, stream, add };
+
 // Outputs `wide` = inputs `deep` times the weights, for one dilation: y from x, or the gradient of x from that of y.
 struct WinogradProduct {
   int64_t height, width, dilation_h, dilation_w;
@@ -69,7 +72,7 @@ struct WinogradProduct {
   int64_t in_channels;  // of the convolution
   int64_t depth;        // rows of the weights: all vectors of `deep` but for the end of the last one
   bool transposed;      // the gradient of x: `deep` are y's channels, and the kernel is flipped
-  bool accumulate;      // adds to `out`
+  WinogradWrite write;
   const WinogradPanel* panels;
   int64_t panel_count;
   float* weights;                                // [planes][panel][depth][vectors of the panel]

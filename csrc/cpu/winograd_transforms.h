@@ -119,8 +119,8 @@ NASDET_INLINE void transform_gradient(const float* p, int64_t row, int64_t colum
   }
 }
 
-// The output transform of 36 planes, to 4 x 4 vectors.
-NASDET_INLINE void transform_output(const float* p, int64_t plane, Vector (*out)[4]) {
+// The output transform of 36 planes: put(row, column, value) for the 4 x 4 outputs.
+template <class Put> NASDET_INLINE void transform_output(const float* p, int64_t plane, const Put& put) {
   Vector lines[4][6];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
@@ -132,7 +132,12 @@ NASDET_INLINE void transform_output(const float* p, int64_t plane, Vector (*out)
     for (int r = 0; r < 4; ++r) lines[r][j] = sums[r];
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) sum4(lines[r], out[r]);
+  for (int r = 0; r < 4; ++r) {
+    Vector values[4];
+    sum4(lines[r], values);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) put(r, c, values[c]);
+  }
 }
 
 // The kernel's transform of 3 x 3 taps: put(plane, value) for the 36 planes.

@@ -188,6 +188,12 @@ int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) {
   return int64_t(channels.size() - 1) * lanes + channels.back().count;
 }
 
+WinogradWrite write_of(const Work& work, const float* to, int64_t channels, bool add) {
+  if (add) return WinogradWrite::add;
+  const bool past = work.kernels.lanes == 16 && written_past(to, channels * 4, work.p.map_floats() * 4);
+  return past ? WinogradWrite::stream : WinogradWrite::store;
+}
+
 // The product of one dilation with all of its channels, but for the cut: panels, weights and planes.
 WinogradProduct product_of(const Work& work, const Dilated& d, const float* from, float* to, bool transposed) {
   const ConvProblem& p = work.p;
@@ -205,7 +211,7 @@ WinogradProduct product_of(const Work& work, const Dilated& d, const float* from
   product.in_channels = p.in_channels;
   product.depth = rows_of(deep, work.kernels.lanes);
   product.transposed = transposed;
-  product.accumulate = transposed && &d != work.dilations.data();
+  product.write = write_of(work, to, product.wide.pixel, transposed && &d != work.dilations.data());
   return product;
 }
 

@@ -73,6 +73,7 @@ SHAPES = [
     pytest.param((1, 16, 40, 37), 33, (6, (3, 8)), id="radius-8"),
     pytest.param((2, 8, 40, 37), 16, (14, (3, 9)), id="radius-14"),
     pytest.param((5, 40, 19, 23), 48, SET_C, id="batch-5"),
+    pytest.param((1, 16, 97, 99), 48, (1, (1, 3)), id="maps-past-the-caches"),
 ]
 
 

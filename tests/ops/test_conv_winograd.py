@@ -55,6 +55,8 @@ SHAPES = {
     "all-wide": Shape(1, 100, 25, 38, (2, (1, 3)), (97, 130)),
     "wide-and-narrow": Shape(1, 100, 13, 19, (3, 1, 2), (20, 97, 17)),
     "wide-weights": Shape(1, 330, 9, 10, (1,), (296,)),
+    "maps-past-the-caches": Shape(1, 32, 97, 99, (1,), (32,)),
+    "unaligned-slices-past-the-caches": Shape(1, 32, 97, 99, (1, 2, (1, 3)), (17, 15, 32)),
 }
 
 

@@ -76,27 +76,35 @@ void column_inputs(const WinogradColumns& job, int64_t first, int64_t count) {
   });
 }
 
-// All tiles by the panels of the product, through `scratch`: [planes][a block's weights] and [planes][tiles][wide].
+// Through `scratch`: [planes][weights of kColumnOuts], the sums, [planes][tiles][wide], and a block of inputs that are not given.
 void convolve_columns(const WinogradColumns& job, float* scratch) {
-  WinogradProduct p = job.product;
-  const int64_t count = p.wide.count;
-  p.weights = scratch;
-  const Domain sums{scratch + kWinogradPlanes * p.weight_plane, count * W, p.wide_plane};
+  constexpr int64_t kVectors = kColumnOuts / W < kMostVectors ? kColumnOuts / W : kMostVectors;
+  const WinogradProduct& whole = job.product;
+  const Domain sums{scratch + kWinogradPlanes * whole.weight_plane, whole.wide.count * W, whole.wide_plane};
+  Domain inputs{job.inputs ? job.inputs : sums.data + kWinogradPlanes * sums.plane, kColumnTerms, job.input_plane};
   WinogradRows rows;
-  rows.add(p.tiles, job.tiles);
-  const float* inputs = job.inputs;
-  for (int64_t k = 0; k < job.product.depth; k += kColumnTerms, inputs += job.input_block) {
-    p.depth = job.product.depth - k < kColumnTerms ? job.product.depth - k : kColumnTerms;
-    p.deep.vectors = job.product.deep.vectors + k / W, p.deep.count = (p.depth + W - 1) / W;
-    for (int64_t task = 0; task < count * p.deep.count; ++task) transform_weights(p, task);
-    for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
-      for (const WinogradPanel* panel = p.panels; panel < p.panels + p.panel_count; ++panel)
-        multiply(panel->count, inputs + plane * job.input_plane, kColumnTerms, 1,
-                 p.weights + plane * p.weight_plane + panel->first * p.depth * W, panel->count * W,
-                 sums.data + plane * sums.plane + panel->first * W, sums.row, rows.of(plane), p.depth, k > 0,
-                 inputs + (plane + 1) * job.input_plane, kColumnTerms);
+  rows.add(whole.tiles, job.tiles);
+  for (int64_t k = 0; k < whole.depth; k += kColumnTerms, inputs.data += job.inputs ? job.input_block : 0) {
+    WinogradProduct p = whole;
+    p.weights = scratch;
+    p.depth = whole.depth - k < kColumnTerms ? whole.depth - k : kColumnTerms;
+    p.deep.vectors += k / W, p.deep.count = (p.depth + W - 1) / W;
+    if (job.inputs == nullptr)
+      WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
+        transform_inputs(p, p.deep, tile, inputs, at);
+      });
+    for (int64_t first = 0; first < whole.wide.count; first += kVectors) {
+      const WinogradPanel panel{0, whole.wide.count - first < kVectors ? whole.wide.count - first : kVectors};
+      p.wide.vectors = whole.wide.vectors + first, p.wide.count = panel.count;
+      p.panels = &panel, p.panel_count = 1;
+      for (int64_t task = 0; task < panel.count * p.deep.count; ++task) transform_weights(p, task);
+      for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+        multiply(panel.count, inputs.data + plane * inputs.plane, inputs.row, 1, p.weights + plane * p.weight_plane,
+                 panel.count * W, sums.data + plane * sums.plane + first * W, sums.row, rows.of(plane), p.depth, k > 0,
+                 inputs.data + (plane + 1) * inputs.plane, inputs.row);
+    }
   }
-  write_tiles(p, {0, count}, p.tiles, job.tiles, sums);
+  write_tiles(whole, {0, whole.wide.count}, whole.tiles, job.tiles, sums);
 }
 
 // Zeros in the planes that a tile is not in.
@@ -112,10 +120,7 @@ void gradient_tiles(const WinogradGradient& g) {
   const Domain x{g.x_tiles, g.x_row, g.x_plane}, y{g.y_tiles, g.y_row, g.y_plane};
   const auto transform = [&](const WinogradTile& tile, const WinogradRows& at) {
     transform_inputs(g, g.x, tile, x, at);
-    transform_tile<GradientLine, 4>(g, g.y, tile, tile.row, tile.column, y, at,
-                                    [](const float* p, int64_t down, int64_t right, float* to, int64_t step) {
-                                      transform_gradient(p, down, right, to, step);
-                                    });
+    transform_tile<GradientLine, 4, GradientTransform>(g, g.y, tile, tile.row, tile.column, y, at);
   };
   WinogradRows rows;
   for (int64_t i = 0; i < g.tile_count; ++i) {

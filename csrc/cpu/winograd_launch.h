@@ -2,7 +2,7 @@
 // chunks of tiles, and estimates the time. Only for conv_winograd.cpp under NASDET_REGISTER.
 #pragma once
 #include "winograd_amx_launch.h"
-#include "winograd_work.h"
+#include "winograd_columns.h"
 
 namespace nasdet {
 namespace {
@@ -16,46 +16,6 @@ struct Piece {
   std::vector<WinogradPanel> panels;
   int64_t tiles, chunks, chunk_floats;
 };
-
-// Some tiles first, and then columns of weights for all of them.
-void run_columns(const Work& work, const WinogradProduct& product, int64_t tiles) {
-  constexpr int64_t kTilesAtOnce = 8;
-  const int64_t lanes = work.kernels.lanes, blocks = (product.depth + kColumnTerms - 1) / kColumnTerms;
-  WinogradColumns job{product, tiles, nullptr, 0, 0};
-  const int64_t width = std::min(kColumnOuts / lanes, (product.wide.count + threads() - 1) / threads());
-  job.input_plane = plane_floats(tiles * kColumnTerms), job.input_block = kWinogradPlanes * job.input_plane;
-  job.product.weight_plane = plane_floats(kColumnTerms * width * lanes);
-  job.product.wide_plane = plane_floats(tiles * width * lanes);
-  const auto padded = [](int64_t floats) { return int64_t(Scratch::padded(size_t(floats) * 4) / 4); };
-  const int64_t inputs = padded(blocks * job.input_block);
-  const int64_t own = padded(kWinogradPlanes * (job.product.weight_plane + job.product.wide_plane));
-  const int64_t workers = std::clamp<int64_t>((scratch_limit() / 4 - inputs) / own, 1, threads());
-  Scratch scratch(size_t(inputs + workers * own) * 4);
-  job.inputs = scratch.take<float>(size_t(inputs));
-  float* const memory = scratch.take<float>(size_t(workers * own));
-  for_tasks((tiles + kTilesAtOnce - 1) / kTilesAtOnce, workers, [&](int64_t, int64_t task) {
-    const int64_t first = task * kTilesAtOnce;
-    work.kernels.column_inputs(job, first, std::min(kTilesAtOnce, tiles - first));
-  });
-  for_tasks((product.wide.count + width - 1) / width, workers, [&](int64_t worker, int64_t task) {
-    const int64_t first = task * width;
-    WinogradColumns columns = job;
-    columns.product.wide.vectors += first;
-    columns.product.wide.count = std::min(width, product.wide.count - first);
-    const std::vector<WinogradPanel> panels = panels_of(columns.product.wide.count, work.kernels.most_vectors);
-    columns.product.panels = panels.data(), columns.product.panel_count = int64_t(panels.size());
-    work.kernels.columns(columns, memory + worker * own);
-  });
-}
-
-void run_column_product(const Work& work, const Dilated& d, WinogradProduct product) {
-  const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
-  for (int64_t i = 0; i < goes; ++i) {
-    const int64_t begin = all * i / goes;
-    product.tiles = d.tiles.data() + begin;
-    run_columns(work, product, all * (i + 1) / goes - begin);
-  }
-}
 
 // A piece of each of some dilations, or several where the weights of one would not stay in the caches.
 std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>& dilations, const float* from,
@@ -146,18 +106,17 @@ void run_pieces(const Work& work, std::vector<Piece> pieces) {
 void run_products(const Work& work, const float* from, float* to, bool transposed) {
   run_amx_products(work, from, to, transposed);
   std::vector<const Dilated*> waiting;
+  std::vector<WinogradColumns> columns;
   const auto run_waiting = [&] {
     if (!waiting.empty()) run_pieces(work, pieces_of(work, waiting, from, to, transposed));
-    waiting.clear();
+    if (!columns.empty()) run_columns(work, columns, false);
+    waiting.clear(), columns.clear();
   };
   for (const Dilated& d : work.dilations) {
     if (d.on_tiles) continue;
-    if (d.column_tiles == 0) {
-      waiting.push_back(&d);
-    } else {
-      if (transposed) run_waiting();
-      run_column_product(work, d, product_of(work, d, from, to, transposed));
-    }
+    if (transposed && (d.column_tiles != 0 || !columns.empty())) run_waiting();
+    if (d.column_tiles == 0) waiting.push_back(&d);
+    else add_or_run_columns(columns, work, d, product_of(work, d, from, to, transposed));
   }
   run_waiting();
 }

@@ -79,12 +79,13 @@ struct WinogradProduct {
   int64_t weight_plane, deep_plane, wide_plane;  // floats from plane to plane: of the weights, and of a chunk's scratch
 };
 
-// A product of few map tiles, whose weights are made for a block of terms and some vectors of `wide`, and used once.
+// A product of few map tiles: of some vectors of `wide`, whose sums stay in a core's cache over all terms. Of a block of terms at a
+// time the weights of kColumnOuts after kColumnOuts are made, for one use.
 constexpr int64_t kColumnTerms = 64, kColumnOuts = 32;
 struct WinogradColumns {
   WinogradProduct product;
   int64_t tiles;
-  float* inputs;                     // of all tiles: [block of terms][plane][tile][kColumnTerms]
+  float* inputs;  // of all tiles: [block of terms][plane][tile][kColumnTerms]; null: made block by block
   int64_t input_plane, input_block;  // floats
 };
 

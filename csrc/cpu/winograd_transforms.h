@@ -64,49 +64,39 @@ NASDET_INLINE void interpolate(const Vector* d, float* out, int64_t plane) {
   for (int j = 0; j < 6; ++j) store(out + j * plane, values[j]);
 }
 
-// The input transform of 6 x 6 pixels, to the 36 planes. Pixels are read again for each pair of lines: that is cheaper than
-// keeping 36 vectors between the passes.
-NASDET_INLINE void transform_input(const float* p, int64_t row, int64_t column, float* out, int64_t plane) {
+// The input transform of 6 x 6 pixels, get(row, column), to the 36 planes. Pixels are read again for each pair of lines: that is
+// cheaper than keeping 36 vectors between the passes.
+template <class Get> NASDET_INLINE void transform_input(const Get& get, float* out, int64_t plane) {
   Vector first[6], second[6];
 #pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    const float* d = p + j * column;
-    first[j] = (load(d) + load(d + 4 * row)) - 2.5f * load(d + 2 * row);
-  }
+  for (int j = 0; j < 6; ++j) first[j] = (get(0, j) + get(4, j)) - 2.5f * get(2, j);
   interpolate(first, out, plane);
 #pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    const float* d = p + j * column;
-    first[j] = (load(d + row) + load(d + 5 * row)) - 2.5f * load(d + 3 * row);
-  }
+  for (int j = 0; j < 6; ++j) first[j] = (get(1, j) + get(5, j)) - 2.5f * get(3, j);
   interpolate(first, out + 6 * plane, plane);
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
-    const float* d = p + j * column;
-    const Vector even = load(d + 4 * row) - 2 * load(d + 2 * row),
-                 odd = kA * load(d + 3 * row) - (2 * kA) * load(d + row);
+    const Vector even = get(4, j) - 2 * get(2, j), odd = kA * get(3, j) - (2 * kA) * get(1, j);
     first[j] = even + odd, second[j] = even - odd;
   }
   interpolate(first, out + 12 * plane, plane);
   interpolate(second, out + 18 * plane, plane);
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
-    const float* d = p + j * column;
-    const Vector even = load(d + 4 * row) - 0.5f * load(d + 2 * row),
-                 odd = kB * load(d + 3 * row) - (0.5f * kB) * load(d + row);
+    const Vector even = get(4, j) - 0.5f * get(2, j), odd = kB * get(3, j) - (0.5f * kB) * get(1, j);
     first[j] = even + odd, second[j] = even - odd;
   }
   interpolate(first, out + 24 * plane, plane);
   interpolate(second, out + 30 * plane, plane);
 }
 
-// The transpose of the output transform, of 4 x 4 pixels to the 36 planes: what the gradient of the weights takes of y's.
-NASDET_INLINE void transform_gradient(const float* p, int64_t row, int64_t column, float* out, int64_t plane) {
+// The transpose of the output transform, of 4 x 4 pixels, get(row, column), to the 36 planes: what the gradient of the weights takes
+// of y's.
+template <class Get> NASDET_INLINE void transform_gradient(const Get& get, float* out, int64_t plane) {
   Vector lines[4][6];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const Vector d[4] = {load(p + j * column), load(p + row + j * column), load(p + 2 * row + j * column),
-                         load(p + 3 * row + j * column)};
+    const Vector d[4] = {get(0, j), get(1, j), get(2, j), get(3, j)};
     evaluate4(d, lines[j]);
   }
 #pragma GCC unroll 6

@@ -188,9 +188,11 @@ int64_t rows_of(const std::vector<WinogradChannels>& channels, int64_t lanes) {
   return int64_t(channels.size() - 1) * lanes + channels.back().count;
 }
 
-WinogradWrite write_of(const Work& work, const float* to, int64_t channels, bool add) {
-  if (add) return WinogradWrite::add;
-  const bool past = work.kernels.lanes == 16 && written_past(to, channels * 4, work.p.map_floats() * 4);
+// The gradient of x adds up over the dilations, and so is read again.
+WinogradWrite write_of(const Work& work, const Dilated& d, const float* to, int64_t channels, bool transposed) {
+  if (transposed && &d != work.dilations.data()) return WinogradWrite::add;
+  const bool past = work.kernels.lanes == 16 && (!transposed || work.dilations.size() == 1) &&
+                    written_past(to, channels * 4, work.p.map_floats() * 4);
   return past ? WinogradWrite::stream : WinogradWrite::store;
 }
 
@@ -211,7 +213,7 @@ WinogradProduct product_of(const Work& work, const Dilated& d, const float* from
   product.in_channels = p.in_channels;
   product.depth = rows_of(deep, work.kernels.lanes);
   product.transposed = transposed;
-  product.write = write_of(work, to, product.wide.pixel, transposed && &d != work.dilations.data());
+  product.write = write_of(work, d, to, product.wide.pixel, transposed);
   return product;
 }
 

@@ -55,6 +55,7 @@ SHAPES = {
     "all-wide": Shape(1, 100, 25, 38, (2, (1, 3)), (97, 130)),
     "wide-and-narrow": Shape(1, 100, 13, 19, (3, 1, 2), (20, 97, 17)),
     "wide-weights": Shape(1, 330, 9, 10, (1,), (296,)),
+    "narrow-columns": Shape(1, 150, 25, 21, ((1, 2), 3), (50, 17)),
     "maps-past-the-caches": Shape(1, 32, 97, 99, (1,), (32,)),
     "unaligned-slices-past-the-caches": Shape(1, 32, 97, 99, (1, 2, (1, 3)), (17, 15, 32)),
 }
@@ -94,6 +95,16 @@ def test_values_and_gradients(s: Shape) -> None:
     exact = results(s, x.double(), weight.double(), grad.double(), **REFERENCE)
     for name, got, expected in zip(("y", "dx", "dweight"), results(s, x, weight, grad, **FORCED), exact, strict=True):
         assert got.shape == expected.shape and bool(got.isfinite().all()), name
+        assert error(got, expected) <= ERROR, name
+
+
+def test_the_map_ends_alike_for_the_last_of_many_channels() -> None:
+    s = Shape(1, 2070, 5, 6, (1,), (3,))
+    x, weight = operands(s)
+    weight[:, :2030] = 0  # so many terms would round to more than is promised
+    grad = torch.randn(s.n, 3, s.h, s.w)
+    exact = results(s, x.double(), weight.double(), grad.double(), **REFERENCE)
+    for name, got, expected in zip(("y", "dx", "dweight"), results(s, x, weight, grad, **FORCED), exact, strict=True):
         assert error(got, expected) <= ERROR, name
 
 

@@ -41,11 +41,6 @@ void frequency_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in
   for_tile(tile, [&](auto size) { maps<size>(t, in, map, begin, end); });
 }
 
-void frequency_add_maps(int tile, const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases,
-                        int64_t begin, int64_t end) {
-  for_tile(tile, [&](auto size) { add_maps<size>(t, in, map, phase, phases, begin, end); });
-}
-
 void frequency_weights(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
   weights(tile, w, begin, end);
 }

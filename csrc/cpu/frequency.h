@@ -121,8 +121,6 @@ NASDET_DECLARE_KERNEL(void, frequency_spectra, int tile, const FrequencyTiles&, 
                       const float* map, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map,
                       int64_t begin, int64_t end)
-NASDET_DECLARE_KERNEL(void, frequency_add_maps, int tile, const FrequencyTiles&, const FrequencyPlanes&, float* map,
-                      int phase, int phases, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, const FrequencyWeights&, int64_t begin, int64_t end)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&,

@@ -105,13 +105,12 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
                        0,
                        gradient,
                        nullptr};
-  if (gradient) clear_map(to, p.images * p.height * p.width * out);
   for (int64_t row = 0; row < g.all_rows; row += plan.rows) {
     const int64_t rows = std::min(plan.rows, g.all_rows - row), tiles = rows * g.columns;
     FrequencyTiles written = g.tiles(p, out, false, row, rows);
     written.streaming = written_past(to, out * 4, p.map_floats() * 4);
     if (!spectra)
-      run_spectra(g, g.tiles(p, in, !gradient, row, rows),
+      run_spectra(g, g.tiles(p, in, true, row, rows),
                   {own, from_plane, block, in_padded, 0, from_elements * 4 >= kFrequencyCached}, from);
     crew.run(pieces_of(out, plan.outs), [&](size_t one, int64_t chunk) {
       const int64_t o = chunk * plan.outs, outs = std::min(plan.outs, out - o);
@@ -128,8 +127,7 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
                              block, to_plane, tiles, i > 0});
       }
       const FrequencyPlanes result{results[one], to_plane, padded_to(outs, lanes), padded_to(outs, lanes), o, false};
-      if (gradient) run_add_maps(g, g.tiles(p, out, true, row, rows), result, to);
-      else run_maps(g, written, result, to);
+      run_maps(g, written, result, to);
     });
   }
 }

@@ -50,7 +50,7 @@ void frequency_backward(const ConvProblem& p, const void* x, const void* grad, v
   Scratch scratch(held + std::max(dx ? dx_crew.bytes() : 0, wanted ? dw_crew.bytes() : 0));
   float* const spectra = shared ? scratch.take<float>(elements) : nullptr;
   if (shared)
-    run_spectra(g, g.tiles(p, p.out_channels, false, 0, g.all_rows),
+    run_spectra(g, g.tiles(p, p.out_channels, true, 0, g.all_rows),
                 {spectra, plane, block, out_padded, 0, elements * 4 >= size_t(kFrequencyCached)},
                 static_cast<const float*>(grad));
   const size_t mark = scratch.used();

@@ -102,7 +102,7 @@ template <int T> struct Tile {
     for (int column = 1; column < kLast; ++column) complex_column_back(planes, plane, half, column);
   }
 
-  template <bool kAdd, bool kStreaming>
+  template <bool kStreaming>
   static NASDET_APART void map_row_back(const Half& half, int row, float* p, int64_t pixel, int first, int last,
                                         int64_t count) {
     Complexes<kLast + 1> x;
@@ -115,7 +115,7 @@ template <int T> struct Tile {
       float* const to = p + j * pixel;
       if (j < first || j >= last) return;
       if constexpr (kStreaming) store_streaming(to, y.at[j]);
-      else store_up_to(to, kAdd ? y.at[j] + load_up_to(to, count) : y.at[j], count);
+      else store_up_to(to, y.at[j], count);
     });
   }
 };
@@ -173,8 +173,8 @@ void spectra(const FrequencyTiles& t, const FrequencyPlanes& out, const float* m
   streaming_fence();
 }
 
-// One tile's vector of channels back into its map, or added to it where that is a gradient.
-template <int T, bool kAdd, bool kStreaming = false>
+// One tile's vector of channels back into its map.
+template <int T, bool kStreaming>
 NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t tile,
                             int64_t channel) {
   using Two = Tile<T>;
@@ -184,33 +184,18 @@ NASDET_INLINE void map_back(const FrequencyTiles& t, const FrequencyPlanes& in, 
   Two::columns_back(planes_of<T>(in, tile, channel), in.plane, half);
   float* const corner = map + at.offset + in.first_channel + channel;
   for (int row = at.row_first; row < at.row_last; ++row)
-    Two::template map_row_back<kAdd, kStreaming>(half, row, corner + row * t.width * t.channels, t.channels,
-                                                 at.column_first, at.column_last, count);
+    Two::template map_row_back<kStreaming>(half, row, corner + row * t.width * t.channels, t.channels, at.column_first,
+                                           at.column_last, count);
 }
 
 template <int T> void maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int64_t begin, int64_t end) {
   const int64_t vectors = in.channels / kFloats;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t tile = i / vectors, channel = i % vectors * kFloats;
-    if (kBytes == 64 && t.streaming) map_back<T, false, true>(t, in, map, tile, channel);
+    if (kBytes == 64 && t.streaming) map_back<T, true>(t, in, map, tile, channel);
     else map_back<T, false>(t, in, map, tile, channel);
   }
   if (t.streaming) streaming_fence();
-}
-
-// No two rows of tiles that are `phases` rows apart overlap. A range counts rows of tiles of this phase x vectors of
-// channels; along a row the order is that of its columns, so that every sum has one order. Tiles in hand are whole rows.
-template <int T>
-void add_maps(const FrequencyTiles& t, const FrequencyPlanes& in, float* map, int phase, int phases, int64_t begin,
-              int64_t end) {
-  const int64_t vectors = in.channels / kFloats;
-  for (int64_t i = begin, next; i < end; i = next) {
-    const int64_t row = phase + i / vectors * phases, first = i % vectors;
-    next = end - i < vectors - first ? end : i + vectors - first;
-    for (int64_t column = 0; column < t.columns; ++column)
-      for (int64_t v = first; v < first + next - i; ++v)
-        map_back<T, true>(t, in, map, row * t.columns + column, v * kFloats);
-  }
 }
 
 }  // namespace

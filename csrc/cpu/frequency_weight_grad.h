@@ -121,12 +121,12 @@ class WeightGradients {
     const int64_t lanes = frequency_costs().lanes;
     if (!given_ && (loaded_grad_[0] != o || loaded_grad_[1] != row))
       run_spectra(
-          g, g.tiles(p_, p_.out_channels, false, row, rows_from(row)),
+          g, g.tiles(p_, p_.out_channels, true, row, rows_from(row)),
           {own_, grad_plane_, grad_block_, padded_to(outs_from(o), lanes), o, grad_elements_ * 4 >= kFrequencyCached},
           grad);
     if (loaded_x_[0] != i || loaded_x_[1] != row)
       run_spectra(
-          g, g.tiles(p_, p_.in_channels, true, row, rows_from(row)),
+          g, g.tiles(p_, p_.in_channels, false, row, rows_from(row)),
           {x_planes_, x_plane_, x_block_, padded_to(ins_from(i), lanes), i, x_elements_ * 4 >= kFrequencyCached}, x);
     loaded_grad_[0] = o, loaded_grad_[1] = row, loaded_x_[0] = i, loaded_x_[1] = row;
   }

@@ -1,6 +1,5 @@
 // What both directions of the convolution in the frequency domain share: scratch of the threads, spectra, and maps.
 #pragma once
-#include <cstring>
 #include <vector>
 
 #include "caches.h"
@@ -86,23 +85,6 @@ void run_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const Fre
   const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_maps);
   for_ranges(tiles.tiles * vectors_of(planes.channels), threads(),
              [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, begin, end); });
-}
-
-void run_add_maps(const FrequencyGeometry& g, const FrequencyTiles& tiles, const FrequencyPlanes& planes, float* map) {
-  const auto kernel = NASDET_FREQUENCY_KERNEL(frequency_add_maps);
-  const int phases = (g.tile + g.step_h - 1) / g.step_h;
-  const int64_t rows = tiles.tiles / g.columns;
-  for (int phase = 0; phase < phases && phase < rows; ++phase)
-    for_ranges(
-        (rows - phase + phases - 1) / phases * vectors_of(planes.channels), threads(),
-        [&](int64_t, int64_t begin, int64_t end) { kernel(g.tile, tiles, planes, map, phase, phases, begin, end); });
-}
-
-void clear_map(float* map, int64_t count) {
-  constexpr int64_t kPart = 1 << 16;
-  for_ranges((count + kPart - 1) / kPart, threads(), [&](int64_t, int64_t begin, int64_t end) {
-    std::memset(map + begin * kPart, 0, size_t(std::min(end * kPart, count) - begin * kPart) * sizeof(float));
-  });
 }
 
 }  // namespace

@@ -57,7 +57,8 @@ void add_or_run_columns(std::vector<WinogradColumns>& tasks, const Work& work, c
     const bool narrow = vectors <= 2 * panel && vectors * lanes * tiles <= room;
     product.tiles = d.tiles.data() + begin;
     if (narrow) {
-      add_columns(tasks, work, product, tiles, std::clamp<int64_t>(vectors / panel, 1, threads()));
+      const int64_t together = product.transposed ? 1 : int64_t(work.dilations.size());
+      add_columns(tasks, work, product, tiles, std::min(vectors, (threads() + together - 1) / together));
     } else {
       std::vector<WinogradColumns> columns;
       add_columns(columns, work, product, tiles, std::max((vectors + panel - 1) / panel, std::min(vectors, threads())));

@@ -130,7 +130,7 @@ int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   const int64_t most = std::min(within(core_cache(), kColumnTerms),
                                 within(scratch_limit() / 2, std::max(p.in_channels, outs) + kColumnTerms));
   const int64_t goes = kPlanes * p.in_channels * outs > kWeightBytes ? kGoes : 1;
-  return outs >= kColumnOuts * threads() && most > 0 && tiles <= goes * most ? most : 0;
+  return outs >= kColumnOuts && most > 0 && tiles <= goes * most ? most : 0;
 }
 
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {

@@ -106,6 +106,12 @@ struct FrequencySizes {
   }
 };
 
+// How many of the gradient of the input: of few channels, less at a time leave room in the caches for the spectra they come from.
+inline int64_t gradient_outs(int64_t channels) {
+  constexpr int64_t kLess = 48;
+  return channels <= 3 * kLess && (channels % kLess == 0 || channels % kLess == 32) ? kLess : kFrequencyOuts;
+}
+
 inline int64_t block_of(int64_t channels) { return std::min(channels, kFrequencyBlock); }
 
 // A convolution (forward, or of the gradient to the input): all inputs of some rows of tiles in hand at once, then
@@ -148,13 +154,14 @@ class FrequencyPlanner {
     for (const ConvBranch& b : p.branches) taps_ += 9 * double(b.last - b.first) / double(p.out_channels);
   }
 
-  FrequencyPlan forward() const { return convolution(in_padded_, out_padded_, 0, false); }
+  FrequencyPlan forward() const { return convolution(in_padded_, out_padded_, kFrequencyOuts, 0, false); }
 
   FrequencyBackwardPlan backward() const {
-    FrequencyBackwardPlan best{convolution(out_padded_, in_padded_, 0, false), gradient(0, false), false, 0};
+    const int64_t outs = gradient_outs(in_padded_);
+    FrequencyBackwardPlan best{convolution(out_padded_, in_padded_, outs, 0, false), gradient(0, false), false, 0};
     best.seconds = best.dx.seconds + best.dw.seconds;
     for (int tile : kFrequencyTiles) {
-      FrequencyBackwardPlan plan{convolution(out_padded_, in_padded_, tile, true), gradient(tile, true), true, 0};
+      FrequencyBackwardPlan plan{convolution(out_padded_, in_padded_, outs, tile, true), gradient(tile, true), true, 0};
       if (plan.dx.bytes == 0 || plan.dw.bytes == 0 || std::max(plan.dx.bytes, plan.dw.bytes) > limit_) continue;
       plan.seconds = plan.dx.seconds + plan.dw.seconds - map_transforms(plan.dx.g, out_padded_, c_.point);
       const auto worth = [&](const FrequencyBackwardPlan& b) {
@@ -166,13 +173,13 @@ class FrequencyPlanner {
   }
 
  private:
-  // With one tile, or any (0); `whole`: with all tiles in hand at once. No bytes where there is no such plan.
-  FrequencyPlan convolution(int64_t in, int64_t out, int only, bool whole) const {
+  // `outs` at a time; with one tile, or any (0); `whole`: with all tiles in hand at once. No bytes where there is no such plan.
+  FrequencyPlan convolution(int64_t in, int64_t out, int64_t outs, int only, bool whole) const {
     FrequencyPlan best{};
     for (int tile : kFrequencyTiles) {
       FrequencyPlan plan{};
       if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
-      plan.terms = terms_, plan.outs = std::min(kFrequencyOuts, out), plan.ins = folded_ins(in, plan.outs);
+      plan.terms = terms_, plan.outs = std::min(outs, out), plan.ins = folded_ins(in, plan.outs);
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
         plan.rows = pieces_of(plan.g.all_rows, parts);
         const FrequencySizes s = plan.sizes();
@@ -193,7 +200,7 @@ class FrequencyPlanner {
       FrequencyGradientPlan plan{};
       if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
       plan.terms = terms_;
-      for (int64_t ins : {2 * kFrequencyBlock, 8 * kFrequencyBlock, in_padded_}) {
+      for (int64_t ins : {kFrequencyBlock, 2 * kFrequencyBlock, 8 * kFrequencyBlock, in_padded_}) {
         for (int64_t outs : {kFrequencyOuts, 2 * kFrequencyOuts, 4 * kFrequencyOuts, out_padded_}) {
           plan.ins = std::min(ins, in_padded_), plan.outs = std::min(outs, out_padded_);
           if (!whole || plan.outs == out_padded_) try_rows(plan, whole, best);

@@ -120,7 +120,7 @@ void gradient_tiles(const WinogradGradient& g) {
   const Domain x{g.x_tiles, g.x_row, g.x_plane}, y{g.y_tiles, g.y_row, g.y_plane};
   const auto transform = [&](const WinogradTile& tile, const WinogradRows& at) {
     transform_inputs(g, g.x, tile, x, at);
-    transform_tile<GradientLine, 4, GradientTransform>(g, g.y, tile, tile.row, tile.column, y, at);
+    transform_tile<GradientLine>(g, g.y, tile, tile.row, tile.column, y, at);
   };
   WinogradRows rows;
   for (int64_t i = 0; i < g.tile_count; ++i) {

@@ -89,10 +89,11 @@ __attribute__((noinline)) void transform_short_tile(const WinogradSide& side, co
 constexpr int64_t kZeros = 2048;
 alignas(64) constexpr float kZeroPixel[kZeros] = {};
 
-// Vectors of a whole tile at the map's edge, or from one that is not full on: kSize x kSize pixels.
-template <int kSize, class Transform>
+// Vectors of a whole tile at the map's edge, or from one that is not full on.
+template <class Line>
 __attribute__((noinline)) void transform_edge_tile(const WinogradChannels* vectors, int64_t count,
                                                    const TilePixels& pixels, float* out, int64_t plane) {
+  constexpr int kSize = Line::from(4);
   const float* places[kSize * kSize];
   for (int r = 0; r < kSize; ++r)
     for (int c = 0; c < kSize; ++c)
@@ -100,16 +101,14 @@ __attribute__((noinline)) void transform_edge_tile(const WinogradChannels* vecto
   for (int64_t v = 0; v < count; ++v, out += W) {
     const WinogradChannels& channels = vectors[v];
     if (channels.count == W && channels.first + W <= kZeros)
-      Transform::run([&](int r, int c) { return load(places[r * kSize + c] + channels.first); }, out, plane);
+      Line::whole([&](int r, int c) { return load(places[r * kSize + c] + channels.first); }, out, plane);
     else
-      Transform::run([&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, channels) : Vector{}; }, out,
-                     plane);
+      Line::whole([&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, channels) : Vector{}; }, out, plane);
   }
 }
 
-// A tile's pixels from (row, column) on for all vectors of the side, kSize x kSize and by Transform where it is whole, else by Line.
-// Its rows in the planes are `at`.
-template <class Line, int kSize, class Transform, class Job>
+// A tile's pixels from (row, column) on, transformed by Line, for all vectors of the side. Its rows in the planes are `at`.
+template <class Line, class Job>
 NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, const WinogradTile& tile, int64_t row,
                                   int64_t column, const Domain& to, const WinogradRows& at) {
   const int64_t pixel = side.pixel;
@@ -119,34 +118,22 @@ NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, cons
                           inside(column, job.dilation_w, job.width, Line::from(tile.columns))};
   if (!tile.whole()) return transform_short_tile<Line>(side, tile, pixels, to, at);
   const Span rows = pixels.rows, columns = pixels.columns;
+  constexpr int kSize = Line::from(4);
   const bool all = rows.begin == 0 && columns.begin == 0 && rows.end == kSize && columns.end == kSize;
   float* const out = to.data + at.whole * to.row;
   int64_t full = 0;
   for (; all && full < side.count && side.vectors[full].count == W; ++full) {
     const float* const p = pixels.start + side.vectors[full].first;
-    Transform::run([&](int r, int c) { return load(p + r * pixels.down + c * pixels.right); }, out + full * W,
-                   to.plane);
+    Line::whole([&](int r, int c) { return load(p + r * pixels.down + c * pixels.right); }, out + full * W, to.plane);
   }
   if (full < side.count)
-    transform_edge_tile<kSize, Transform>(side.vectors + full, side.count - full, pixels, out + full * W, to.plane);
+    transform_edge_tile<Line>(side.vectors + full, side.count - full, pixels, out + full * W, to.plane);
 }
-
-struct InputTransform {
-  template <class Get> static NASDET_INLINE void run(const Get& get, float* out, int64_t plane) {
-    transform_input(get, out, plane);
-  }
-};
-struct GradientTransform {
-  template <class Get> static NASDET_INLINE void run(const Get& get, float* out, int64_t plane) {
-    transform_gradient(get, out, plane);
-  }
-};
 
 template <class Job>
 NASDET_INLINE void transform_inputs(const Job& job, const WinogradSide& side, const WinogradTile& tile,
                                     const Domain& to, const WinogradRows& at) {
-  transform_tile<InputLine, 6, InputTransform>(job, side, tile, tile.row - job.dilation_h, tile.column - job.dilation_w,
-                                               to, at);
+  transform_tile<InputLine>(job, side, tile, tile.row - job.dilation_h, tile.column - job.dilation_w, to, at);
 }
 
 // Where a tile's outputs go.

@@ -10,6 +10,9 @@ namespace {
 
 // The input transform of a line of m + 2 values.
 struct InputLine {
+  template <class Get> static NASDET_INLINE void whole(const Get& get, float* out, int64_t plane) {
+    transform_input(get, out, plane);
+  }
   static constexpr int from(int outputs) { return outputs + 2; }
   static constexpr int to(int outputs) { return outputs + 2; }
   template <int kOutputs> static NASDET_INLINE void transform(const Vector* d, Vector* out) {
@@ -58,6 +61,9 @@ struct OutputLine {
 
 // The transpose of the output transform, of a line of m gradients.
 struct GradientLine {
+  template <class Get> static NASDET_INLINE void whole(const Get& get, float* out, int64_t plane) {
+    transform_gradient(get, out, plane);
+  }
   static constexpr int from(int outputs) { return outputs; }
   static constexpr int to(int outputs) { return outputs + 2; }
   template <int kOutputs> static NASDET_INLINE void transform(const Vector* g, Vector* out) {

@@ -50,6 +50,7 @@ void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
     const float* const weights = p.weights + panel.first * p.depth * W;
     const int64_t wide = panel.count * W;
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
+      ask_for_outputs(p, panel, tiles, count, plane);
       if (rows.of(plane) == 0) continue;
       multiply(panel.count, inputs.data + plane * inputs.plane, inputs.row, 1, weights + plane * p.weight_plane, wide,
                outputs + plane * p.wide_plane, wide, rows.of(plane), p.depth, false,

@@ -70,6 +70,15 @@ struct TilePixels {
   }
 };
 
+// Half a cache line is read of every pixel at a time, from places that are too many for the caches' own guesses: the next line of
+// each of `count` is asked for with the first half. Vectors of a whole line were not measured, and ask for nothing.
+template <class Place> NASDET_INLINE void ask_for_next_lines(int64_t vector, int count, const Place& place) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  if (W >= kLine || vector % (kLine / W) != 0) return;
+#pragma GCC unroll 36
+  for (int i = 0; i < count; ++i) __builtin_prefetch(place(i) + kLine, 0, 3);
+}
+
 // All vectors of a tile that is not whole, transformed by Line.
 template <class Line>
 __attribute__((noinline)) void transform_short_tile(const WinogradSide& side, const WinogradTile& tile,
@@ -100,6 +109,7 @@ __attribute__((noinline)) void transform_edge_tile(const WinogradChannels* vecto
       places[r * kSize + c] = pixels.inside(r, c) ? pixels.start + r * pixels.down + c * pixels.right : kZeroPixel;
   for (int64_t v = 0; v < count; ++v, out += W) {
     const WinogradChannels& channels = vectors[v];
+    ask_for_next_lines(v, kSize * kSize, [&](int i) { return places[i] + channels.first; });
     if (channels.count == W && channels.first + W <= kZeros)
       Line::whole([&](int r, int c) { return load(places[r * kSize + c] + channels.first); }, out, plane);
     else
@@ -124,6 +134,8 @@ NASDET_INLINE void transform_tile(const Job& job, const WinogradSide& side, cons
   int64_t full = 0;
   for (; all && full < side.count && side.vectors[full].count == W; ++full) {
     const float* const p = pixels.start + side.vectors[full].first;
+    ask_for_next_lines(full, kSize * kSize,
+                       [&](int i) { return p + i / kSize * pixels.down + i % kSize * pixels.right; });
     Line::whole([&](int r, int c) { return load(p + r * pixels.down + c * pixels.right); }, out + full * W, to.plane);
   }
   if (full < side.count)
@@ -172,12 +184,31 @@ __attribute__((noinline)) void write_short_tile(const WinogradChannels* vectors,
         [&](int r, int c, Vector value) { outputs.put(r, c, vectors[v], value); });
 }
 
+NASDET_INLINE TileOutputs outputs_of(const WinogradProduct& p, const WinogradTile& tile) {
+  const int64_t pixel = p.wide.pixel;
+  return {p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel,
+          p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.write};
+}
+
+// While the products of one plane run: its share of the lines that `count` tiles will write, for a panel of a line's width.
+NASDET_INLINE void ask_for_outputs(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile* tiles,
+                                   int64_t count, int64_t plane) {
+  if (W * sizeof(float) >= 64 || p.write == WinogradWrite::stream) return;
+  constexpr int64_t kPixels = 16;
+  const int64_t end = count * kPixels * (plane + 1) / kWinogradPlanes;
+  for (int64_t i = count * kPixels * plane / kWinogradPlanes; i < end; ++i) {
+    const WinogradTile& tile = tiles[i / kPixels];
+    const int64_t r = i % kPixels / 4, c = i % 4;
+    if (r >= tile.rows || c >= tile.columns) continue;
+    const TileOutputs outputs = outputs_of(p, tile);
+    __builtin_prefetch(outputs.start + r * outputs.down + c * outputs.right + p.wide.vectors[panel.first].first, 1, 3);
+  }
+}
+
 // A tile's outputs, for the vectors of one panel.
 NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile,
                               const Domain& from, const WinogradRows& at) {
-  const int64_t pixel = p.wide.pixel;
-  const TileOutputs outputs{p.out + ((int64_t(tile.image) * p.height + tile.row) * p.width + tile.column) * pixel,
-                            p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.write};
+  const TileOutputs outputs = outputs_of(p, tile);
   const WinogradChannels* const vectors = p.wide.vectors + panel.first;
   if (!tile.whole()) return write_short_tile(vectors, panel.count, tile, outputs, from, at);
   for (int64_t v = 0; v < panel.count; ++v) {

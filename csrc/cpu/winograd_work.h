@@ -234,7 +234,8 @@ int64_t piece_vectors(const WinogradKernels& k, int64_t depth, int64_t bytes) {
 
 // Tiles of a chunk: so many by the core's cache, whatever the channels, and half as many where all weights stay there too.
 int64_t chunk_tiles(int64_t weight_bytes) {
-  const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, 6);
+  constexpr int64_t kLeastTiles = 12;  // half of them fill the rows of a product on AVX2
+  const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, kLeastTiles);
   return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;
 }
 

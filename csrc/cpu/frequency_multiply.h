@@ -36,7 +36,7 @@ template <int kRows, int kVectors> struct RegisterTile {
 
   template <Term kTerm>
   NASDET_INLINE void multiply(const Rows& rows, int64_t first, const float* b, int64_t b_step, int64_t b_im,
-                              int64_t depth, const char*& ahead, int lines) {
+                              int64_t depth, const char*& ahead) {
     const int64_t a_row = rows.row, a_step = rows.step;
     const float* a = rows.p + first * a_row;
 #pragma GCC unroll 2
@@ -51,7 +51,7 @@ template <int kRows, int kVectors> struct RegisterTile {
         unroll<kVectors>(
             [&](auto v) { sums[r][v] += kTerm == Term::kSubtract ? -(factor * row[v]) : factor * row[v]; });
       });
-      for (int i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead, 0, 2), ahead += 64;
       a += a_step, b += b_step;
     }
   }
@@ -67,46 +67,40 @@ template <int kRows, int kVectors> struct RegisterTile {
 };
 
 template <int kRows, int kVectors>
-NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead, int lines) {
+NASDET_APART void register_tile(const PanelProduct& p, int64_t first, const char* ahead) {
   RegisterTile<kRows, kVectors> tile{};
   float* const c = p.c + first * p.c_row;
-  tile.template multiply<Term::kAdd>(p.re, first, p.b, p.b_step, 0, p.depth, ahead, lines);
+  tile.template multiply<Term::kAdd>(p.re, first, p.b, p.b_step, 0, p.depth, ahead);
   if (p.complex) {
     const RegisterTile<kRows, kVectors> re_re = tile;
-    tile.template multiply<Term::kSubtract>(p.im, first, p.b + p.b_im, p.b_step, 0, p.depth, ahead, lines);
+    tile.template multiply<Term::kSubtract>(p.im, first, p.b + p.b_im, p.b_step, 0, p.depth, ahead);
     tile.put(c, p.c_row, p.add);
     unroll<kRows>([&](auto r) { unroll<kVectors>([&](auto v) { tile.sums[r][v] -= 2 * re_re.sums[r][v]; }); });
-    tile.template multiply<Term::kAddOfSum>(p.both, first, p.b, p.b_step, p.b_im, p.depth, ahead, lines);
+    tile.template multiply<Term::kAddOfSum>(p.both, first, p.b, p.b_step, p.b_im, p.depth, ahead);
   }
   tile.put(c + p.c_im, p.c_row, p.add);
 }
 
 template <int kVectors, int kRows = most_rows(kVectors)>
-NASDET_INLINE void dispatch_rows(int64_t rows, const PanelProduct& p, int64_t first, const char* ahead, int lines) {
-  if (rows == kRows) return register_tile<kRows, kVectors>(p, first, ahead, lines);
-  if constexpr (kRows > 1) dispatch_rows<kVectors, kRows - 1>(rows, p, first, ahead, lines);
+NASDET_INLINE void dispatch_rows(int64_t rows, const PanelProduct& p, int64_t first, const char* ahead) {
+  if (rows == kRows) return register_tile<kRows, kVectors>(p, first, ahead);
+  if constexpr (kRows > 1) dispatch_rows<kVectors, kRows - 1>(rows, p, first, ahead);
 }
 
-// What the next frequency reads or writes, in runs of consecutive lines, handed out so fast that all are asked for in time; the
-// last run is what is asked for when they are through.
+// What the next frequency reads or writes, in runs of consecutive lines: one is asked for in every step of a sum, for a number of
+// them takes a loop that costs more than the few lines that come too late. The last run is for when they are through.
 struct Ahead {
   struct Run {
     const float* first;
     int64_t lines;
   };
   Run runs[4];
-  int current = 0, lines = 0;
-  // Over so many steps of a sum.
-  void spread(int64_t steps) {
-    int64_t all = 0;
-    for (const Run& run : runs) all += run.lines;
-    lines = all == 0 ? 0 : all <= steps ? 1 : all < 4 * steps ? int((all + steps - 1) / steps) : 4;
-  }
+  int current = 0;
   const char* take(int64_t steps) {
     while (current < 3 && runs[current].lines <= 0) ++current;
     Run& run = runs[current];
     const char* const from = reinterpret_cast<const char*>(run.first);
-    run.first += steps * lines * 16, run.lines -= steps * lines;
+    run.first += steps * 16, run.lines -= steps;
     return from;
   }
 };
@@ -116,7 +110,7 @@ template <int kVectors> void panel(const PanelProduct& p, int64_t rows, Ahead& a
   const int64_t blocks = (rows + kMost - 1) / kMost, steps = p.depth * (p.complex ? 3 : 1);
   for (int64_t i = 0, row = 0; i < blocks; ++i) {
     const int64_t some = (rows - row + blocks - i - 1) / (blocks - i);
-    dispatch_rows<kVectors>(some, p, row, ahead.take(steps), ahead.lines);
+    dispatch_rows<kVectors>(some, p, row, ahead.take(steps));
     row += some;
   }
 }
@@ -136,10 +130,6 @@ inline void dispatch_panel(int64_t width, const PanelProduct& p, int64_t rows, A
   }
 }
 
-// Terms of all register tiles of a real product.
-NASDET_INLINE int64_t panel_steps(int64_t rows, int64_t columns, int64_t depth) {
-  return (rows + 5) / 6 * ((columns + kPanel - 1) / kPanel) * depth;
-}
 NASDET_INLINE int64_t whole_vectors(int64_t count) { return (count + kFloats - 1) / kFloats * kFloats; }
 
 // to[row][column] = a + b.
@@ -161,7 +151,6 @@ inline void multiply(const FrequencyProduct& p) {
                  {c + planes * p.c_plane, p.fetch_c ? planes * p.c_plane / 16 : 0},
                  {},
                  {a, 0}}};
-    ahead.spread(panel_steps(p.rows, p.columns, p.depth) * (complex ? 3 : 1));
     if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.rows, packed_row, p.packed);
     for (int64_t column = 0; column < p.columns; column += kPanel) {
       const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
@@ -208,7 +197,6 @@ inline void multiply_gradients(const FrequencyGradientProduct& p) {
                  {b + planes * p.b_plane, b_lines},
                  {b + p.b_block + planes * p.b_plane, p.columns > p.b_row ? b_lines : 0},
                  {a, 0}}};
-    ahead.spread(panel_steps(p.rows, p.columns, p.tiles) * (complex ? 3 : 1));
     pack_factors(p, b, complex, factors);
     if (complex) pack_sum(a, a + p.a_plane, p.a_row, p.tiles, sum_row, sums);
     for (int64_t column = 0; column < p.columns; column += kPanel) {

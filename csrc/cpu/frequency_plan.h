@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "caches.h"
 #include "conv.h"
 #include "frequency.h"
 #include "frequency_fold.h"
@@ -82,8 +83,10 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
 
 // Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
 // and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
-constexpr int64_t kFrequencyOuts = 64, kFrequencyBlock = 32;
-constexpr int64_t kFoldedBytes = 320 << 10;  // of a chunk's folded weights, which are to stay in the inner cache
+constexpr int64_t kFrequencyBlock = 32;
+inline int64_t frequency_outs() { return core_cache() < 1 << 20 ? 32 : 64; }
+// Bytes of a chunk's folded weights, which are to stay there too.
+inline int64_t folded_bytes() { return std::min<int64_t>(core_cache() * 5 / 16, 320 << 10); }
 
 // What the pieces of scratch take, in elements.
 struct FrequencySizes {
@@ -109,7 +112,8 @@ struct FrequencySizes {
 // How many of the gradient of the input: of few channels, less at a time leave room in the caches for the spectra they come from.
 inline int64_t gradient_outs(int64_t channels) {
   constexpr int64_t kLess = 48;
-  return channels <= 3 * kLess && (channels % kLess == 0 || channels % kLess == 32) ? kLess : kFrequencyOuts;
+  const bool less = channels <= 3 * kLess && (channels % kLess == 0 || channels % kLess == 32);
+  return less ? std::min(kLess, frequency_outs()) : frequency_outs();
 }
 
 inline int64_t block_of(int64_t channels) { return std::min(channels, kFrequencyBlock); }
@@ -154,7 +158,7 @@ class FrequencyPlanner {
     for (const ConvBranch& b : p.branches) taps_ += 9 * double(b.last - b.first) / double(p.out_channels);
   }
 
-  FrequencyPlan forward() const { return convolution(in_padded_, out_padded_, kFrequencyOuts, 0, false); }
+  FrequencyPlan forward() const { return convolution(in_padded_, out_padded_, frequency_outs(), 0, false); }
 
   FrequencyBackwardPlan backward() const {
     const int64_t outs = gradient_outs(in_padded_);
@@ -201,7 +205,7 @@ class FrequencyPlanner {
       if ((only && tile != only) || !frequency_geometry(p_, tile, plan.g)) continue;
       plan.terms = terms_;
       for (int64_t ins : {kFrequencyBlock, 2 * kFrequencyBlock, 8 * kFrequencyBlock, in_padded_}) {
-        for (int64_t outs : {kFrequencyOuts, 2 * kFrequencyOuts, 4 * kFrequencyOuts, out_padded_}) {
+        for (int64_t outs : {frequency_outs(), 2 * frequency_outs(), 4 * frequency_outs(), out_padded_}) {
           plan.ins = std::min(ins, in_padded_), plan.outs = std::min(outs, out_padded_);
           if (!whole || plan.outs == out_padded_) try_rows(plan, whole, best);
           if (plan.outs == out_padded_) break;
@@ -214,7 +218,7 @@ class FrequencyPlanner {
 
   void try_rows(FrequencyGradientPlan plan, bool whole, FrequencyGradientPlan& best) const {
     plan.rows = plan.g.all_rows;
-    plan.part_outs = std::min(kFrequencyOuts, plan.outs), plan.part_ins = folded_ins(plan.ins, plan.part_outs);
+    plan.part_outs = std::min(frequency_outs(), plan.outs), plan.part_ins = folded_ins(plan.ins, plan.part_outs);
     consider(plan, best);
     if (whole || best.bytes <= limit_) return;
     for (int64_t parts = 2; plan.rows > 1; parts += (parts + 1) / 2) {
@@ -248,7 +252,7 @@ class FrequencyPlanner {
 
   // As many as leave the folded weights in the inner cache.
   int64_t folded_ins(int64_t in, int64_t outs) const {
-    const int64_t most = kFoldedBytes / (terms_ * outs * 4) / kFrequencyBlock * kFrequencyBlock;
+    const int64_t most = folded_bytes() / (terms_ * outs * 4) / kFrequencyBlock * kFrequencyBlock;
     return std::min(in, std::max(most, kFrequencyBlock));
   }
   static int64_t bytes(std::initializer_list<int64_t> pieces) {

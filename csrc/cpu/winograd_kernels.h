@@ -36,7 +36,7 @@ void transform_weights(const WinogradProduct& p, int64_t task) {
   }
 }
 
-// `count` tiles from `first` on, through `scratch`: [planes][tiles][deep] and [planes][tiles][a panel].
+// `count` tiles from `first` on, through `scratch`: [planes][tiles][deep] and [planes][tiles][panels of a go].
 void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, float* scratch) {
   const Domain inputs{scratch, p.deep.count * W, p.deep_plane};
   float* const outputs = scratch + kWinogradPlanes * p.deep_plane;
@@ -45,18 +45,25 @@ void convolve_tiles(const WinogradProduct& p, int64_t first, int64_t count, floa
   rows.for_tiles(tiles, count, [&](const WinogradTile& tile, const WinogradRows& at) {
     transform_inputs(p, p.deep, tile, inputs, at);
   });
-  for (int64_t k = 0; k < p.panel_count; ++k) {
-    const WinogradPanel& panel = p.panels[k];
-    const float* const weights = p.weights + panel.first * p.depth * W;
-    const int64_t wide = panel.count * W;
+  for (int64_t k = 0; k < p.panel_count; k += p.panels_of_go) {
+    const int64_t last = k + p.panels_of_go < p.panel_count ? k + p.panels_of_go : p.panel_count;
+    const WinogradPanel *const panels = p.panels + k, *const end = p.panels + last;
+    const WinogradPanel go{panels->first, end[-1].first + end[-1].count - panels->first};
+    const Domain sums{outputs, go.count * W, p.wide_plane};
     for (int64_t plane = 0; plane < kWinogradPlanes; ++plane) {
-      ask_for_outputs(p, panel, tiles, count, plane);
+      ask_for_outputs(p, go, tiles, count, plane);
       if (rows.of(plane) == 0) continue;
-      multiply(panel.count, inputs.data + plane * inputs.plane, inputs.row, 1, weights + plane * p.weight_plane, wide,
-               outputs + plane * p.wide_plane, wide, rows.of(plane), p.depth, false,
-               weights + (plane + 1) * p.weight_plane, p.depth * wide / rows.of(plane));
+      for (const WinogradPanel* panel = panels; panel < end; ++panel) {
+        const float* const weights = weight_row(p, panel - p.panels, panel->first, 0) + plane * p.weight_plane;
+        const int64_t wide = panel->count * W;
+        const float* const next =
+            panel + 1 < end ? weights + p.depth * wide : weight_row(p, k, go.first, 0) + (plane + 1) * p.weight_plane;
+        multiply(panel->count, inputs.data + plane * inputs.plane, inputs.row, 1, weights, wide,
+                 sums.data + plane * sums.plane + (panel->first - go.first) * W, sums.row, rows.of(plane), p.depth,
+                 false, next, p.depth * wide / rows.of(plane));
+      }
     }
-    write_tiles(p, panel, tiles, count, {outputs, wide, p.wide_plane});
+    write_tiles(p, go, tiles, count, sums);
   }
 }
 

@@ -26,7 +26,8 @@ std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>
     const WinogradProduct whole = product_of(work, *d, from, to, transposed);
     const int64_t depth = whole.depth, vectors = whole.wide.count, tiles = int64_t(d->tiles.size());
     const int64_t step = piece_vectors(work.kernels, depth, bytes);
-    const int64_t widest = std::min({work.kernels.most_vectors, step, vectors});
+    // On 16 registers a panel is narrow: a plane of a chunk is read once for all of them, not once for each.
+    const int64_t widest = std::min({lanes == 8 ? step : work.kernels.most_vectors, step, vectors});
     const int64_t chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
     for (int64_t first = 0; first < vectors; first += step) {
       WinogradProduct product = whole;
@@ -35,6 +36,7 @@ std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>
       product.weight_plane = plane_floats(depth * product.wide.count * lanes);
       product.deep_plane = plane_floats(chunk * product.deep.count * lanes);
       product.wide_plane = plane_floats(chunk * widest * lanes);
+      product.panels_of_go = (widest + work.kernels.most_vectors - 1) / work.kernels.most_vectors;
       pieces.push_back({product, panels_of(product.wide.count, work.kernels.most_vectors), tiles,
                         chunks_of(tiles, chunk), kWinogradPlanes * (product.deep_plane + product.wide_plane)});
     }

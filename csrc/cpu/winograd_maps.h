@@ -190,22 +190,23 @@ NASDET_INLINE TileOutputs outputs_of(const WinogradProduct& p, const WinogradTil
           p.dilation_h * p.width * pixel, p.dilation_w * pixel, p.write};
 }
 
-// While the products of one plane run: its share of the lines that `count` tiles will write, for a panel of a line's width.
-NASDET_INLINE void ask_for_outputs(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile* tiles,
+// While the products of one plane run: its share of the pixels that `count` tiles will write, for the vectors of a go.
+NASDET_INLINE void ask_for_outputs(const WinogradProduct& p, const WinogradPanel& go, const WinogradTile* tiles,
                                    int64_t count, int64_t plane) {
-  if (W * sizeof(float) >= 64 || p.write == WinogradWrite::stream) return;
-  constexpr int64_t kPixels = 16;
+  constexpr int64_t kLine = 64 / sizeof(float), kPixels = 16;
+  if (W >= kLine || p.write == WinogradWrite::stream) return;
   const int64_t end = count * kPixels * (plane + 1) / kWinogradPlanes;
   for (int64_t i = count * kPixels * plane / kWinogradPlanes; i < end; ++i) {
     const WinogradTile& tile = tiles[i / kPixels];
     const int64_t r = i % kPixels / 4, c = i % 4;
     if (r >= tile.rows || c >= tile.columns) continue;
     const TileOutputs outputs = outputs_of(p, tile);
-    __builtin_prefetch(outputs.start + r * outputs.down + c * outputs.right + p.wide.vectors[panel.first].first, 1, 3);
+    const float* const pixel = outputs.start + r * outputs.down + c * outputs.right + p.wide.vectors[go.first].first;
+    for (int64_t k = 0; k < go.count * W; k += kLine) __builtin_prefetch(pixel + k, 1, 3);
   }
 }
 
-// A tile's outputs, for the vectors of one panel.
+// A tile's outputs, for vectors that lie side by side.
 NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile& tile,
                               const Domain& from, const WinogradRows& at) {
   const TileOutputs outputs = outputs_of(p, tile);
@@ -223,7 +224,7 @@ NASDET_INLINE void write_tile(const WinogradProduct& p, const WinogradPanel& pan
   }
 }
 
-// The outputs of `count` tiles, for the vectors of one panel.
+// The outputs of `count` tiles, for vectors that lie side by side.
 NASDET_INLINE void write_tiles(const WinogradProduct& p, const WinogradPanel& panel, const WinogradTile* tiles,
                                int64_t count, const Domain& from) {
   WinogradRows{}.for_tiles(

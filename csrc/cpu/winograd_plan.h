@@ -74,7 +74,7 @@ struct WinogradProduct {
   bool transposed;      // the gradient of x: `deep` are y's channels, and the kernel is flipped
   WinogradWrite write;
   const WinogradPanel* panels;
-  int64_t panel_count;
+  int64_t panel_count, panels_of_go;             // the latter plane by plane, and then back to the map
   float* weights;                                // [planes][panel][depth][vectors of the panel]
   int64_t weight_plane, deep_plane, wide_plane;  // floats from plane to plane: of the weights, and of a chunk's scratch
 };

@@ -84,7 +84,7 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
 // Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
 // and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
 constexpr int64_t kFrequencyBlock = 32;
-inline int64_t frequency_outs() { return core_cache() < 1 << 20 ? 32 : 64; }
+inline int64_t frequency_outs() { return frequency_costs().lanes == 8 && core_cache() < 1 << 20 ? 32 : 64; }
 // Bytes of a chunk's folded weights, which are to stay there too.
 inline int64_t folded_bytes() { return std::min<int64_t>(core_cache() * 5 / 16, 320 << 10); }
 

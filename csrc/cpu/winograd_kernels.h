@@ -20,10 +20,13 @@ NASDET_INLINE int64_t panel_of(const WinogradPanel* panels, int64_t v) {
 
 void transform_weights(const WinogradProduct& p, int64_t task) {
   constexpr int64_t kRowsAhead = 4;  // the weights have left the caches since the last call
-  const int64_t v = task / p.deep.count;
-  const int64_t d = task % p.deep.count;
-  const int64_t panel = panel_of(p.panels, v);
-  const int64_t ahead = kRowsAhead * p.panels[panel].count * W;
+  const int64_t panel = panel_of(p.panels, task / p.deep.count);
+  const WinogradPanel& of = p.panels[panel];
+  // Vectors that share cache lines come one after the other, or two threads would each write half of them.
+  const int64_t together = kPartOfLine ? of.count : 1, rest = task - of.first * p.deep.count;
+  const int64_t v = of.first + rest / (together * p.deep.count) * together + rest % together;
+  const int64_t d = rest / together % p.deep.count;
+  const int64_t ahead = kRowsAhead * of.count * W;
   const int64_t rows = p.depth - d * W < W ? p.depth - d * W : W;
   TermTaps terms;
   terms.load(p, v, d);
@@ -31,7 +34,7 @@ void transform_weights(const WinogradProduct& p, int64_t task) {
     float* const out = weight_row(p, panel, v, d * W + k);
     transform_kernel(terms.taps + k * terms.term, terms.step, [&](int plane, Vector value) {
       store(out + plane * p.weight_plane, value);
-      __builtin_prefetch(out + plane * p.weight_plane + ahead, 0, 2);
+      __builtin_prefetch(out + plane * p.weight_plane + ahead, kPartOfLine, 2);
     });
   }
 }

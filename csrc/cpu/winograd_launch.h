@@ -44,43 +44,56 @@ std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>
   return pieces;
 }
 
+// Tiles [begin, end) of a piece.
+struct Chunk {
+  const Piece* piece;
+  int64_t begin, end;
+};
+
+// The chunks of some pieces; `down_the_map`: what one dilation reads of the map is still near when the next one does. On AVX-512 that
+// brought nothing.
+std::vector<Chunk> chunks_in_order(const Piece* pieces, const Piece* end, bool down_the_map) {
+  std::vector<Chunk> chunks;
+  for (const Piece* piece = pieces; piece < end; ++piece)
+    for (int64_t i = 0; i < piece->chunks; ++i)
+      chunks.push_back({piece, piece->tiles * i / piece->chunks, piece->tiles * (i + 1) / piece->chunks});
+  const auto place = [](const Chunk& chunk) {
+    const WinogradTile& tile = chunk.piece->product.tiles[chunk.begin];
+    return std::pair(tile.image, tile.row);
+  };
+  if (down_the_map)
+    std::stable_sort(chunks.begin(), chunks.end(), [&](const Chunk& a, const Chunk& b) { return place(a) < place(b); });
+  return chunks;
+}
+
 // Pieces [first, last) share a round: their weights are transformed together, and then all of their tiles; one after the
 // other where they add to the same map.
 void run_round(std::vector<Piece>& pieces, size_t first, size_t last, const WinogradKernels& kernels, float* weights,
                float* chunks, int64_t chunk_floats, int64_t workers) {
-  std::vector<int64_t> weight_tasks{0}, chunk_tasks{0};
+  std::vector<int64_t> weight_tasks{0};
   for (size_t i = first; i < last; ++i) {
     WinogradProduct& p = pieces[i].product;
     p.panels = pieces[i].panels.data(), p.panel_count = int64_t(pieces[i].panels.size());
     p.weights = weights, weights += kWinogradPlanes * p.weight_plane;
     weight_tasks.push_back(weight_tasks.back() + p.wide.count * p.deep.count);
-    chunk_tasks.push_back(chunk_tasks.back() + pieces[i].chunks);
   }
-  const auto at = [](const std::vector<int64_t>& ends, int64_t task) {
-    return std::upper_bound(ends.begin(), ends.end(), task) - ends.begin() - 1;
-  };
   constexpr int64_t kWeightTasks = 16;
   for_tasks((weight_tasks.back() + kWeightTasks - 1) / kWeightTasks, workers, [&](int64_t, int64_t block) {
     for (int64_t task = block * kWeightTasks; task < std::min(weight_tasks.back(), (block + 1) * kWeightTasks);
          ++task) {
-      const size_t i = at(weight_tasks, task);
-      kernels.weights(pieces[first + i].product, task - weight_tasks[i], task - weight_tasks[i] + 1);
+      const auto end = std::upper_bound(weight_tasks.begin(), weight_tasks.end(), task);
+      kernels.weights(pieces[first + size_t(end - weight_tasks.begin()) - 1].product, task - end[-1],
+                      task - end[-1] + 1);
     }
   });
-  const auto convolve = [&](int64_t worker, int64_t task) {
-    const size_t i = at(chunk_tasks, task);
-    const Piece& piece = pieces[first + i];
-    const int64_t chunk = task - chunk_tasks[i];
-    const int64_t begin = piece.tiles * chunk / piece.chunks;
-    const int64_t end = piece.tiles * (chunk + 1) / piece.chunks;
-    kernels.tiles(piece.product, begin, end - begin, chunks + worker * chunk_floats);
-  };
-  for (size_t i = 0; i + first < last;) {
-    size_t next = i + 1;
-    while (first + next < last && !pieces[first + next].product.transposed) ++next;
-    const int64_t base = chunk_tasks[i];
-    for_tasks(chunk_tasks[next] - base, workers, [&](int64_t worker, int64_t task) { convolve(worker, base + task); });
-    i = next;
+  for (size_t next = first; first < last; first = next) {
+    do ++next;
+    while (next < last && !pieces[next].product.transposed);
+    const std::vector<Chunk> tasks = chunks_in_order(pieces.data() + first, pieces.data() + next, kernels.lanes == 8);
+    for_tasks(int64_t(tasks.size()), workers, [&](int64_t worker, int64_t task) {
+      const Chunk& chunk = tasks[size_t(task)];
+      kernels.tiles(chunk.piece->product, chunk.begin, chunk.end - chunk.begin, chunks + worker * chunk_floats);
+    });
   }
 }
 

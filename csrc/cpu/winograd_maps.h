@@ -6,6 +6,8 @@ namespace nasdet::NASDET_ISA {
 namespace {
 
 constexpr int W = kLanes<float>;
+constexpr int64_t kLine = 64 / sizeof(float);  // floats of a cache line
+constexpr bool kPartOfLine = W < kLine;
 
 // The kernels of a vector of y's channels and of W input channels from `c` on: taps[(c * 9 + tap)] over y's channels, with
 // zeros for what is not there.
@@ -73,8 +75,7 @@ struct TilePixels {
 // Half a cache line is read of every pixel at a time, from places that are too many for the caches' own guesses: the next line of
 // each of `count` is asked for with the first half. Vectors of a whole line were not measured, and ask for nothing.
 template <class Place> NASDET_INLINE void ask_for_next_lines(int64_t vector, int count, const Place& place) {
-  constexpr int64_t kLine = 64 / sizeof(float);
-  if (W >= kLine || vector % (kLine / W) != 0) return;
+  if (!kPartOfLine || vector % (kLine / W) != 0) return;
 #pragma GCC unroll 36
   for (int i = 0; i < count; ++i) __builtin_prefetch(place(i) + kLine, 0, 3);
 }
@@ -193,8 +194,8 @@ NASDET_INLINE TileOutputs outputs_of(const WinogradProduct& p, const WinogradTil
 // While the products of one plane run: its share of the pixels that `count` tiles will write, for the vectors of a go.
 NASDET_INLINE void ask_for_outputs(const WinogradProduct& p, const WinogradPanel& go, const WinogradTile* tiles,
                                    int64_t count, int64_t plane) {
-  constexpr int64_t kLine = 64 / sizeof(float), kPixels = 16;
-  if (W >= kLine || p.write == WinogradWrite::stream) return;
+  constexpr int64_t kPixels = 16;
+  if (!kPartOfLine || p.write == WinogradWrite::stream) return;
   const int64_t end = count * kPixels * (plane + 1) / kWinogradPlanes;
   for (int64_t i = count * kPixels * plane / kWinogradPlanes; i < end; ++i) {
     const WinogradTile& tile = tiles[i / kPixels];
@@ -202,7 +203,7 @@ NASDET_INLINE void ask_for_outputs(const WinogradProduct& p, const WinogradPanel
     if (r >= tile.rows || c >= tile.columns) continue;
     const TileOutputs outputs = outputs_of(p, tile);
     const float* const pixel = outputs.start + r * outputs.down + c * outputs.right + p.wide.vectors[go.first].first;
-    for (int64_t k = 0; k < go.count * W; k += kLine) __builtin_prefetch(pixel + k, 1, 3);
+    for (int64_t k = 0; k < go.count * W; k += kLine) __builtin_prefetch(pixel + k, 0, 3);
   }
 }
 

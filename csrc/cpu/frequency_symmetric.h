@@ -22,7 +22,12 @@ template <int T, int R> struct TapTransform {
   static constexpr int kGrid = 2 * R + 1, kLast = T / 2, kQuarter = T / 4;
 
   // A column of the spectrum by rows of taps: for each parity, as in FrequencyPlace.
-  struct Column { Lane part[4][R + 1]; };
+  static constexpr int kRows = 4 * (R + 1);
+  struct Column {
+    Lane rows[kRows];
+    NASDET_INLINE Lane* part(int parity) { return rows + parity * (R + 1); }
+    NASDET_INLINE const Lane* part(int parity) const { return rows + parity * (R + 1); }
+  };
 
   // What a column of the spectrum takes of each term.
   struct Factors {
@@ -35,35 +40,44 @@ template <int T, int R> struct TapTransform {
     }
   };
 
-  // Parity by parity and row by row: f(parity, y, the row's first term, its end).
-  template <class F> static NASDET_INLINE void for_rows(const FrequencyFold& fold, const F& f) {
-    int begin = 0;
-    unroll<4>([&](auto parity) {
-      unroll<R + 1>([&](auto y) {
-        const int end = fold.ends[parity * (R + 1) + y];
-        f(parity, y, begin, end);
-        begin = end;
-      });
-    });
+  // Of kCount vectors of terms, `apart` floats from each other.
+  template <int kCount>
+  static NASDET_INLINE void add_up(const FrequencyFold& fold, const Factors& factors, const float* terms, int64_t apart,
+                                   Column* columns) {
+    for (int row = 0, i = 0; row < kRows; ++row) {
+      Lane sums[kCount] = {};
+      for (const int end = fold.ends[row]; i < end; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < kCount; ++n) sums[n] += factors.of[i] * load(terms + n * apart + i * kFloats);
+#pragma GCC unroll 4
+      for (int n = 0; n < kCount; ++n) columns[n].rows[row] = sums[n];
+    }
   }
-  static NASDET_INLINE Column column_of(const FrequencyFold& fold, const Factors& factors, const float* terms) {
-    Column column;
-    for_rows(fold, [&](auto parity, auto y, int begin, int end) {
-      Lane sum{};
-      for (int i = begin; i < end; ++i) sum += factors.of[i] * load(terms + i * kFloats);
-      column.part[parity][y] = sum;
-    });
-    return column;
+  template <bool kAdd, int kCount>
+  static NASDET_INLINE void deal_out(const FrequencyFold& fold, const Factors& factors, const Column* columns,
+                                     float* terms, int64_t apart) {
+    for (int row = 0, i = 0; row < kRows; ++row)
+      for (const int end = fold.ends[row]; i < end; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < kCount; ++n) {
+          float* const term = terms + n * apart + i * kFloats;
+          const Lane value = factors.of[i] * columns[n].rows[row];
+          store(term, kAdd ? load(term) + value : value);
+        }
+  }
+
+  // So many vectors share the way through the rows, which are short.
+  static constexpr int kTogether = 4;
+  static NASDET_INLINE void columns_of(const FrequencyFold& fold, const Factors& factors, const float* terms,
+                                       int64_t apart, int count, Column (&columns)[kTogether]) {
+    if (count == kTogether) return add_up<kTogether>(fold, factors, terms, apart, columns);
+    for (int n = 0; n < count; ++n) add_up<1>(fold, factors, terms + n * apart, apart, columns + n);
   }
   template <bool kAdd>
-  static NASDET_INLINE void column_back(const FrequencyFold& fold, const Factors& factors, const Column& column,
-                                        float* terms) {
-    for_rows(fold, [&](auto parity, auto y, int begin, int end) {
-      for (int i = begin; i < end; ++i) {
-        const Lane value = factors.of[i] * column.part[parity][y];
-        store(terms + i * kFloats, kAdd ? load(terms + i * kFloats) + value : value);
-      }
-    });
+  static NASDET_INLINE void columns_back(const FrequencyFold& fold, const Factors& factors,
+                                         const Column (&columns)[kTogether], int count, float* terms, int64_t apart) {
+    if (count == kTogether) return deal_out<kAdd, kTogether>(fold, factors, columns, terms, apart);
+    for (int n = 0; n < count; ++n) deal_out<kAdd, 1>(fold, factors, columns + n, terms + n * apart, apart);
   }
 
   // sum += term cos(tau K / T), or with the sine.
@@ -93,7 +107,7 @@ template <int T, int R> struct TapTransform {
     at = odd + even, mirrored = odd - even;
   }
   // The transposes: y_j = sum_k x_k cos(tau j k / T) over k = 0..T/2, and y_j = sum_k x_k sin(tau j k / T) over 0 < k < T/2.
-  static NASDET_INLINE void cosines_back(const Lane (&x)[kLast + 1], Lane (&y)[R + 1]) {
+  static NASDET_INLINE void cosines_back(const Lane (&x)[kLast + 1], Lane* y) {
     Lane sum[kQuarter + 1], difference[kQuarter];
     unroll<kQuarter>([&](auto k) { sum[k] = x[k] + x[kLast - k], difference[k] = x[k] - x[kLast - k]; });
     sum[kQuarter] = x[kQuarter];
@@ -103,7 +117,7 @@ template <int T, int R> struct TapTransform {
       unroll<kQuarter + 1 - j % 2>([&](auto k) { add<false, j* decltype(k){}>(y[j], j % 2 ? difference[k] : sum[k]); });
     });
   }
-  static NASDET_INLINE void sines_back(const Lane (&x)[kLast + 1], Lane (&y)[R + 1]) {
+  static NASDET_INLINE void sines_back(const Lane (&x)[kLast + 1], Lane* y) {
     Lane sum[kQuarter], difference[kQuarter - 1];  // of frequencies k + 1
     unroll<kQuarter - 1>(
         [&](auto i) { sum[i] = x[i + 1] + x[kLast - 1 - i], difference[i] = x[i + 1] - x[kLast - 1 - i]; });
@@ -135,8 +149,8 @@ template <int T, int R> struct TapTransform {
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], b[2], d[2], e[2];
-      cosines<decltype(k){}>(column.part[0], a[0], a[1]), cosines<decltype(k){}>(column.part[1], b[0], b[1]);
-      sines<decltype(k){}>(column.part[2], d[0], d[1]), sines<decltype(k){}>(column.part[3], e[0], e[1]);
+      cosines<decltype(k){}>(column.part(0), a[0], a[1]), cosines<decltype(k){}>(column.part(1), b[0], b[1]);
+      sines<decltype(k){}>(column.part(2), d[0], d[1]), sines<decltype(k){}>(column.part(3), e[0], e[1]);
       bins(k, a[0], b[0], d[0], e[0]);
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
@@ -152,14 +166,14 @@ template <int T, int R> struct TapTransform {
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], d[2];
-      cosines<decltype(k){}>(column.part[0], a[0], a[1]), sines<decltype(k){}>(column.part[2], d[0], d[1]);
+      cosines<decltype(k){}>(column.part(0), a[0], a[1]), sines<decltype(k){}>(column.part(2), d[0], d[1]);
       bin(k, a[0], d[0]);
       if constexpr (decltype(k){} < kQuarter) bin(Constant<kLast - decltype(k){}>{}, a[1], d[1]);
     });
   }
 
   // Of products with a conjugated factor; T * T / 2 times the taps.
-  static NASDET_INLINE Column complex_planes_back(const float* p, int64_t plane) {
+  static NASDET_INLINE void complex_planes_back(const float* p, int64_t plane, Column& column) {
     Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1];
     unroll<kLast + 1>([&](auto k) {
       a[k] = load(p + 2 * k * plane), b[k] = -load(p + (2 * k + 1) * plane);
@@ -168,12 +182,10 @@ template <int T, int R> struct TapTransform {
         e[k] = re - a[k], d[k] = im + b[k], a[k] += re, b[k] -= im;
       }
     });
-    Column column;
-    cosines_back(a, column.part[0]), cosines_back(b, column.part[1]), sines_back(d, column.part[2]),
-        sines_back(e, column.part[3]);
-    return column;
+    cosines_back(a, column.part(0)), cosines_back(b, column.part(1)), sines_back(d, column.part(2)),
+        sines_back(e, column.part(3));
   }
-  static NASDET_APART Column real_planes_back(const float* planes, int last, int64_t plane) {
+  static NASDET_APART void real_planes_back(const float* planes, int last, int64_t plane, Column& column) {
     const float* const p = planes + 2 * (last * (kLast - 1) - 1) * plane;
     const float* const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
     Lane a[kLast + 1], d[kLast + 1];
@@ -182,9 +194,8 @@ template <int T, int R> struct TapTransform {
       constexpr int k = i + 1;
       a[k] = load(p + 2 * k * plane), d[k] = -load(p + (2 * k + 1) * plane);
     });
-    Column column{};
-    cosines_back(a, column.part[0]), sines_back(d, column.part[2]);
-    return column;
+    column = {};
+    cosines_back(a, column.part(0)), sines_back(d, column.part(2));
   }
 };
 

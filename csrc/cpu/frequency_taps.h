@@ -12,36 +12,50 @@ constexpr int kPanel = 64;
 constexpr int kPanel = 16;  // columns of one matrix product
 #endif
 
-// Row by row of the depth, and along it panel by panel.
-template <class F> NASDET_INLINE void for_vectors(const FrequencyStep& s, int64_t vectors, const F& f) {
-  constexpr int64_t kPanelVectors = kPanel / kFloats;
-  for (int64_t row = 0; row < s.depth; ++row)
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t panel = v / kPanelVectors * kPanelVectors;
-      const int64_t rest = vectors - panel;
-      const int64_t wide = rest < kPanelVectors ? rest : kPanelVectors;
-      f(s.first + row, v, s.planes + (panel * s.depth + row * wide + v - panel) * kFloats);
-    }
+// Where the vectors of a step's weights go, row by row of the depth: panel by panel.
+struct PanelPlace {
+  const FrequencyStep& s;
+  int64_t vectors, row = 0, vector = 0;
+
+  NASDET_INLINE float* planes() const {
+    constexpr int64_t kPanelVectors = kPanel / kFloats;
+    const int64_t panel = vector / kPanelVectors * kPanelVectors, rest = vectors - panel;
+    const int64_t wide = rest < kPanelVectors ? rest : kPanelVectors;
+    return s.planes + (panel * s.depth + row * wide + vector - panel) * kFloats;
+  }
+  NASDET_INLINE void next() {
+    if (++vector == vectors) vector = 0, ++row;
+  }
+};
+
+// [0, count), several at a time: f(first, how many).
+template <int kMost, class F> NASDET_INLINE void for_groups(int64_t count, const F& f) {
+  for (int64_t i = 0; i < count; i += kMost) f(i, int(count - i < kMost ? count - i : kMost));
 }
 
 template <int T, int kGrid, bool kGradient>
 NASDET_APART void step_planes(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
+  using Column = typename Taps::Column;
   const Folded folded(w);
-  if (s.step < T / 2 - 1) {
-    const typename Taps::Factors factors(w.fold, s.step + 1);
-    for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
-      Taps::template complex_planes<kGradient>(Taps::column_of(w.fold, factors, folded.at(row, vector)), planes,
-                                               s.plane);
+  const float* const terms = folded.at(s.first, 0);
+  const auto put_column = [&](int column, const auto& put) {
+    const typename Taps::Factors factors(w.fold, column);
+    PanelPlace to{s, folded.vectors};
+    for_groups<Taps::kTogether>(s.depth * folded.vectors, [&](int64_t i, int count) {
+      Column columns[Taps::kTogether];
+      Taps::columns_of(w.fold, factors, terms + i * folded.terms, folded.terms, count, columns);
+      for (int n = 0; n < count; ++n, to.next()) put(columns[n], to.planes());
     });
-  } else {
-    const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
-    for_vectors(s, folded.vectors, [&](int64_t row, int64_t vector, float* planes) {
-      for (int last = 0; last < 2; ++last)
-        Taps::template real_planes<kGradient>(Taps::column_of(w.fold, factors[last], folded.at(row, vector)), last,
-                                              planes, s.plane);
+  };
+  if (s.step < T / 2 - 1)
+    return put_column(s.step + 1, [&](const Column& column, float* planes) {
+      Taps::template complex_planes<kGradient>(column, planes, s.plane);
     });
-  }
+  for (int last = 0; last < 2; ++last)
+    put_column(last * T / 2, [&](const Column& column, float* planes) {
+      Taps::template real_planes<kGradient>(column, last, planes, s.plane);
+    });
 }
 
 template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const FrequencyStep& s) {
@@ -53,22 +67,27 @@ template <int T, int kGrid> void weight_planes(const FrequencyWeights& w, const 
 template <int T, int kGrid, bool kAdd>
 NASDET_APART void step_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
   using Taps = TapTransform<T, kGrid / 2>;
+  using Column = typename Taps::Column;
   const Folded folded(w);
   float* const terms = folded.at(s.first, 0);
-  if (s.step < T / 2 - 1) {
-    const typename Taps::Factors factors(w.fold, s.step + 1);
-    for (int64_t i = 0; i < s.depth * folded.vectors; ++i)
-      Taps::template column_back<kAdd>(w.fold, factors, Taps::complex_planes_back(s.planes + i * kFloats, s.plane),
-                                       terms + i * folded.terms);
-  } else {
-    const typename Taps::Factors factors[2] = {{w.fold, 0}, {w.fold, T / 2}};
-    for (int64_t i = 0; i < s.depth * folded.vectors; ++i) {
-      Taps::template column_back<kAdd>(w.fold, factors[0], Taps::real_planes_back(s.planes + i * kFloats, 0, s.plane),
-                                       terms + i * folded.terms);
-      Taps::template column_back<true>(w.fold, factors[1], Taps::real_planes_back(s.planes + i * kFloats, 1, s.plane),
-                                       terms + i * folded.terms);
-    }
-  }
+  const auto take_column = [&](auto add, int column, const auto& get) {
+    const typename Taps::Factors factors(w.fold, column);
+    for_groups<Taps::kTogether>(s.depth * folded.vectors, [&](int64_t i, int count) {
+      Column columns[Taps::kTogether];
+      for (int n = 0; n < count; ++n) get(s.planes + (i + n) * kFloats, columns[n]);
+      Taps::template columns_back<add>(w.fold, factors, columns, count, terms + i * folded.terms, folded.terms);
+    });
+  };
+  if (s.step < T / 2 - 1)
+    return take_column(Constant<kAdd>{}, s.step + 1, [&](const float* planes, Column& column) {
+      Taps::complex_planes_back(planes, s.plane, column);
+    });
+  const auto take_last = [&](auto add, int last) {
+    take_column(add, last * T / 2,
+                [&](const float* planes, Column& column) { Taps::real_planes_back(planes, last, s.plane, column); });
+  };
+  take_last(Constant<kAdd>{}, 0);
+  take_last(Constant<1>{}, 1);
 }
 template <int T, int kGrid> void weight_planes_back(const FrequencyWeights& w, const FrequencyStep& s) {
   if (s.add) step_planes_back<T, kGrid, true>(w, s);

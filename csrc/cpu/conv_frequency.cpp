@@ -45,9 +45,7 @@ void frequency_weights(int tile, const FrequencyWeights& w, int64_t begin, int64
   weights(tile, w, begin, end);
 }
 
-void frequency_weight_gradients(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
-  weight_gradients(tile, w, begin, end);
-}
+void frequency_weight_gradients(int tile, const FrequencyWeights& w) { weight_gradients(tile, w); }
 
 void frequency_weight_planes(int tile, int grid, const FrequencyWeights& w, const FrequencyStep& s) {
   for_tile_and_grid(tile, grid, [&](auto size, auto taps) { weight_planes<size, taps>(w, s); });

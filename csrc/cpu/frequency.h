@@ -71,8 +71,7 @@ struct FrequencyWeights {
 // the width; of gradients without panels.
 struct FrequencyStep {
   int step;
-  float* planes;
-  int64_t plane;
+  float* planes;         // frequency_step_plane elements apart
   int64_t first, depth;  // rows of the folded weights
   bool add;              // to the folded gradients
 };
@@ -114,6 +113,13 @@ constexpr int64_t frequency_step_complex(int64_t tile, int64_t step) { return st
 constexpr int64_t frequency_step_real(int64_t tile, int64_t step) { return step < tile / 2 - 1 ? 0 : 4; }
 constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }
 
+// Channels between which products are made at once: outputs in a panel of the widest vectors, or in two of narrower ones,
+// and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
+constexpr int64_t kFrequencyBlock = 32;
+constexpr int64_t frequency_most_outs(int lanes) { return 4 * lanes; }
+// From plane to plane of a step: an odd number of cache lines, and known to the compiler, for transforms are all addresses.
+constexpr int64_t frequency_step_plane(int lanes) { return kFrequencyBlock * frequency_most_outs(lanes) + 16; }
+
 }  // namespace nasdet
 
 // Ranges count tiles x vectors of channels (the latter fastest); of weights, vectors of outs x vectors of ins.
@@ -125,6 +131,6 @@ NASDET_DECLARE_KERNEL(void, frequency_weights, int tile, const FrequencyWeights&
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes, int tile, int grid, const FrequencyWeights&, const FrequencyStep&)
 NASDET_DECLARE_KERNEL(void, frequency_weight_planes_back, int tile, int grid, const FrequencyWeights&,
                       const FrequencyStep&)
-NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, const FrequencyWeights&, int64_t begin, int64_t end)
+NASDET_DECLARE_KERNEL(void, frequency_weight_gradients, int tile, const FrequencyWeights&)
 NASDET_DECLARE_KERNEL(void, frequency_multiply, const FrequencyProduct&)
 NASDET_DECLARE_KERNEL(void, frequency_multiply_gradients, const FrequencyGradientProduct&)

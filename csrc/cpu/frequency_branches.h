@@ -141,7 +141,8 @@ template <int kOuts, int kIns> struct BranchBlock {
     if (last - first < kOuts || taps < kRow) __builtin_memset(to, 0, sizeof(to));
     for (int o = first; o < last; ++o) {
       const float* const p = from + o * row;
-      if (taps == kRow) __builtin_memcpy(to + o * kRow, p, kRow * sizeof(float));
+      if (taps == kRow)  // memcpy would be a string instruction here, which waits for one line after the other
+        unroll<kRow / 8>([&](auto i) { _mm256_storeu_ps(to + o * kRow + 8 * i, _mm256_loadu_ps(p + 8 * i)); });
       else __builtin_memcpy(to + o * kRow, p, size_t(taps) * sizeof(float));
     }
   }
@@ -188,33 +189,36 @@ NASDET_INLINE void fold_block(const FrequencyWeights& w, const Folded& folded, f
   }
 }
 
-// f(out, in, weights from this block to the next): vectors of inputs, the faster, and of outputs.
-template <class F> NASDET_INLINE void for_blocks(const FrequencyWeights& w, int64_t begin, int64_t end, const F& f) {
-  const int64_t in_blocks = (w.ins + kFloats - 1) / kFloats;
+// f(out, in, weights from this block to the next): blocks of kIns inputs, the faster, and vectors of outputs.
+template <int kIns, class F>
+NASDET_INLINE void for_blocks(const FrequencyWeights& w, int64_t begin, int64_t end, const F& f) {
+  const int64_t in_blocks = (w.ins + kIns - 1) / kIns;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t in = i % in_blocks * kFloats;
-    const bool next_row = in + kFloats >= w.ins && i + 1 < end;
-    f(i / in_blocks * kFloats, in, (next_row ? kFloats * w.in_channels - in : kFloats) * kTaps);
+    const int64_t in = i % in_blocks * kIns;
+    const bool next_row = in + kIns >= w.ins && i + 1 < end;
+    f(i / in_blocks * kFloats, in, (next_row ? kFloats * w.in_channels - in : kIns) * kTaps);
   }
 }
 
 inline void weights(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
   const Folded folded(w);
   const float scale = 1.f / float(tile * tile);
-  for_blocks(w, begin, end, [&](int64_t out, int64_t in, int64_t ahead) {
+  for_blocks<kFloats>(w, begin, end, [&](int64_t out, int64_t in, int64_t ahead) {
     for (int part = 0; part < kFloats; part += kTermRows)
       if (w.transposed) fold_block<true>(w, folded, scale, out + part, in, ahead);
       else fold_block<false>(w, folded, scale, out, in + part, ahead);
   });
 }
 
+constexpr int kGradientIns = 16;  // an output's weights of so many inputs are whole cache lines
+
 // The gradients of a block's weights in a branch, and of mix.
 NASDET_INLINE void unfold_block(const FrequencyWeights& w, const Folded& folded, float scale, int64_t out, int64_t in,
                                 const FrequencyBranch& b, int64_t ahead) {
-  const BranchBlock<kFloats, kFloats> block(w, b, w.first_out + out, w.first_in + in);
+  const BranchBlock<kFloats, kGradientIns> block(w, b, w.first_out + out, w.first_in + in);
   if (block.empty()) return;
-  alignas(64) float taps[kFloats * kTaps * kFloats];  // [input][tap][output]
-  for (int64_t r = 0; r < kFloats; ++r) {
+  alignas(64) float taps[kGradientIns * kTaps * kFloats];  // [input][tap][output]
+  for (int64_t r = 0; r < kGradientIns; ++r) {
     NineTaps terms{};
     if (in + r < folded.depth)
       unroll<kTaps>(
@@ -223,35 +227,40 @@ NASDET_INLINE void unfold_block(const FrequencyWeights& w, const Folded& folded,
     unroll<kTaps>([&](auto t) { store(taps + (r * kTaps + t) * kFloats, all.at[t]); });
   }
   Lane sums[kFloats] = {};
-  const bool lines =
-      block.taps == block.kRow &&
-      (reinterpret_cast<uintptr_t>(b.weight_grad + block.offset) | uintptr_t(block.row * 4)) % kBytes == 0;
-  for (int chunk = 0; chunk < kTaps; ++chunk) {
-    Lane rows[kFloats];
-    unroll<kFloats>([&](auto e) { rows[e] = load(taps + (chunk * kFloats + e) * kFloats); });
-    transpose(rows);
-    const int64_t left = block.taps - chunk * kFloats, count = left < kFloats ? left > 0 ? left : 0 : kFloats;
-    for (int o = block.first; o < block.last; ++o) {
-      const int64_t at = block.offset + chunk * kFloats + o * block.row;
-      if (b.mix_grad_part) {
-        sums[o] += rows[o] * load_up_to(b.weight + at, count);
-        __builtin_prefetch(b.weight + at + ahead, 0, 2);
-      }
-      const Lane gradient = b.mix ? rows[o] * b.mix[w.first_out + out + o - b.first] : rows[o];
-      if (!b.weight_grad) continue;
-      if (lines) store_plane(b.weight_grad + at, gradient, true);
-      else store_up_to(b.weight_grad + at, gradient, count);
-    }
+  const bool lines = block.taps == block.kRow &&
+                     (reinterpret_cast<uintptr_t>(b.weight_grad + block.offset) | uintptr_t(block.row * 4)) % 64 == 0;
+  constexpr int kParts = 64 / kBytes;  // of a cache line, which are stored one after the other
+  for (int line = 0; line < kTaps * kGradientIns / (kParts * kFloats); ++line) {
+    Lane rows[kParts][kFloats];
+    unroll<kParts>([&](auto part) {
+      const float* const from = taps + (line * kParts + part) * kFloats * kFloats;
+      unroll<kFloats>([&](auto e) { rows[part][e] = load(from + e * kFloats); });
+      transpose(rows[part]);
+    });
+    for (int o = block.first; o < block.last; ++o)
+      unroll<kParts>([&](auto part) {
+        const int chunk = line * kParts + part;
+        const int64_t left = block.taps - chunk * kFloats, count = left < kFloats ? left > 0 ? left : 0 : kFloats;
+        const int64_t at = block.offset + chunk * kFloats + o * block.row;
+        const Lane row = rows[part][o];
+        if (b.mix_grad_part) sums[o] += row * load_up_to(b.weight + at, count);
+        if (b.mix_grad_part) __builtin_prefetch(b.weight + at + ahead, 0, 2);
+        const Lane gradient = b.mix ? row * b.mix[w.first_out + out + o - b.first] : row;
+        if (!b.weight_grad) return;
+        if (lines) store_streaming(b.weight_grad + at, gradient);
+        else store_up_to(b.weight_grad + at, gradient, count);
+      });
   }
   for (int o = block.first; o < block.last && b.mix_grad_part; ++o)
-    b.mix_grad_part[(w.first_in + in) / kFloats * (b.last - b.first) + w.first_out + out + o - b.first] =
+    b.mix_grad_part[(w.first_in + in) / kGradientIns * (b.last - b.first) + w.first_out + out + o - b.first] =
         horizontal_sum<float>(sums[o]);
 }
 
-inline void weight_gradients(int tile, const FrequencyWeights& w, int64_t begin, int64_t end) {
+inline void weight_gradients(int tile, const FrequencyWeights& w) {
   const Folded folded(w);
   const float scale = 2.f / float(tile * tile);
-  for_blocks(w, begin, end, [&](int64_t out, int64_t in, int64_t ahead) {
+  const int64_t blocks = (w.outs + kFloats - 1) / kFloats * ((w.ins + kGradientIns - 1) / kGradientIns);
+  for_blocks<kGradientIns>(w, 0, blocks, [&](int64_t out, int64_t in, int64_t ahead) {
     for (int64_t n = 0; n < w.branch_count; ++n) unfold_block(w, folded, scale, out, in, w.branches[n], ahead);
   });
   streaming_fence();

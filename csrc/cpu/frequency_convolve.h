@@ -15,7 +15,7 @@ struct Products {
 void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, const Products& m) {
   const int64_t depth = w.transposed ? w.outs : w.ins;
   const int64_t width = padded_to(w.transposed ? w.ins : w.outs, frequency_costs().lanes);
-  const int64_t tile = s.sizes.g.tile;
+  const int64_t tile = s.sizes.g.tile, plane = frequency_step_plane(frequency_costs().lanes);
   s.fold(w);
   s.run_steps([&](int step, float* planes) {
     const int64_t first = step * frequency_step_planes(tile);
@@ -23,11 +23,11 @@ void multiply_by_weights(const WeightScratch& s, const FrequencyWeights& w, cons
       const int64_t rows = std::min(m.from_block, depth - row);
       const float* const from = m.from + row / m.from_block * frequency_planes(tile) * m.from_plane;
       NASDET_FREQUENCY_KERNEL(frequency_weight_planes)(s.sizes.g.tile, s.sizes.g.grid, w,
-                                                       {step, planes, s.step_plane, row, rows, false});
+                                                       {step, planes, row, rows, false});
       NASDET_FREQUENCY_KERNEL(frequency_multiply)
-      ({from + first * m.from_plane, planes, m.to + first * m.to_plane, m.from_plane, s.step_plane, m.to_plane,
-        m.from_block, width, m.tiles, width, rows, frequency_step_complex(tile, step), frequency_step_real(tile, step),
-        m.add || row > 0, row == 0, planes + frequency_step_planes(tile) * s.step_plane});
+      ({from + first * m.from_plane, planes, m.to + first * m.to_plane, m.from_plane, plane, m.to_plane, m.from_block,
+        width, m.tiles, width, rows, frequency_step_complex(tile, step), frequency_step_real(tile, step),
+        m.add || row > 0, row == 0, planes + frequency_step_planes(tile) * plane});
     }
   });
 }
@@ -61,7 +61,7 @@ struct Crew {
 };
 
 WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) {
-  return {plan.sizes(), plan.ins, plan.outs, plan.sizes().step(plan.outs), threads};
+  return {plan.sizes(), plan.ins, plan.outs, plan.sizes().step(), threads};
 }
 
 // `held`: bytes of the spectra of all of the map, if they are there.

@@ -81,11 +81,8 @@ inline bool frequency_geometry(const ConvProblem& p, int tile, FrequencyGeometry
   return true;
 }
 
-// Channels between which products are made at once: outputs in a panel of the widest vectors, or several of narrower ones,
-// and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
-constexpr int64_t kFrequencyBlock = 32;
-inline int64_t frequency_outs() { return frequency_costs().lanes == 8 && core_cache() < 1 << 20 ? 32 : 64; }
-// Bytes of a chunk's folded weights, which are to stay there too.
+inline int64_t frequency_outs() { return frequency_most_outs(frequency_costs().lanes); }
+// Bytes of a chunk's folded weights, which are to stay in the inner cache.
 inline int64_t folded_bytes() { return std::min<int64_t>(core_cache() * 5 / 16, 320 << 10); }
 
 // What the pieces of scratch take, in elements.
@@ -99,14 +96,10 @@ struct FrequencySizes {
     return pieces_of(channels, block) * g.planes() * plane(block);
   }
   int64_t folded(int64_t ins, int64_t outs) const { return ins * outs * terms; }
-  int64_t step_plane(int64_t outs) const { return plane_stride(kFrequencyBlock * outs); }
   // Planes of a step, and operands as they are multiplied.
-  int64_t step(int64_t outs) const {
-    return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * kFrequencyBlock;
-  }
-  int64_t gradient_step(int64_t outs) const {
-    return frequency_step_planes(g.tile) * step_plane(outs) + tiles() * (kFrequencyBlock + 2 * outs);
-  }
+  int64_t step() const { return step_planes() + tiles() * kFrequencyBlock; }
+  int64_t gradient_step(int64_t outs) const { return step_planes() + tiles() * (kFrequencyBlock + 2 * outs); }
+  int64_t step_planes() const { return frequency_step_planes(g.tile) * frequency_step_plane(frequency_costs().lanes); }
 };
 
 // How many of the gradient of the input: of few channels, less at a time leave room in the caches for the spectra they come from.
@@ -187,8 +180,8 @@ class FrequencyPlanner {
       for (int64_t parts = 1; parts == 1 || !whole; parts += (parts + 1) / 2) {
         plan.rows = pieces_of(plan.g.all_rows, parts);
         const FrequencySizes s = plan.sizes();
-        plan.bytes = bytes({s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs), s.folded(plan.ins, plan.outs),
-                            s.step(plan.outs)});
+        plan.bytes = bytes(
+            {s.spectra(in, block_of(in)), s.spectra(plan.outs, plan.outs), s.folded(plan.ins, plan.outs), s.step()});
         plan.seconds = seconds(plan, in, out);
         if (better(plan, best)) best = plan;
         if (plan.rows == 1) break;

@@ -20,6 +20,7 @@ template <int T> constexpr Circle<T> kCircle{};
 template <int T, int R> struct TapTransform {
   static_assert(T % 4 == 0 && 2 * R < T, "quarters of a circle, and taps of which none wraps round onto another");
   static constexpr int kGrid = 2 * R + 1, kLast = T / 2, kQuarter = T / 4;
+  static constexpr int64_t kPlane = frequency_step_plane(kFloats);
 
   // A column of the spectrum by rows of taps: for each parity, as in FrequencyPlace.
   static constexpr int kRows = 4 * (R + 1);
@@ -132,19 +133,19 @@ template <int T, int R> struct TapTransform {
   }
 
   // The frequency re - i minus_im as the factor of a map's gradient, or its conjugate as that of a map.
-  template <bool kGradient> static NASDET_INLINE void put(float* p, int64_t plane, Lane re, Lane minus_im) {
-    store(p, re), store(p + plane, kGradient ? -minus_im : minus_im);
+  template <bool kGradient> static NASDET_INLINE void put(float* p, Lane re, Lane minus_im) {
+    store(p, re), store(p + kPlane, kGradient ? -minus_im : minus_im);
   }
 
   // The planes of a step: one complex column, or the two real ones.
-  template <bool kGradient> static NASDET_INLINE void complex_planes(const Column& column, float* p, int64_t plane) {
+  template <bool kGradient> static NASDET_INLINE void complex_planes(const Column& column, float* p) {
     const auto bins = [&](auto k, Lane a, Lane b, Lane d, Lane e) {  // frequencies k and T - k
       constexpr int at = decltype(k){};
       if constexpr (at % kLast == 0) {
-        put<kGradient>(p + 2 * at * plane, plane, a, b);
+        put<kGradient>(p + 2 * at * kPlane, a, b);
       } else {
-        put<kGradient>(p + 2 * at * plane, plane, a - e, b + d);
-        put<kGradient>(p + 2 * (T - at) * plane, plane, a + e, b - d);
+        put<kGradient>(p + 2 * at * kPlane, a - e, b + d);
+        put<kGradient>(p + 2 * (T - at) * kPlane, a + e, b - d);
       }
     };
     unroll<kQuarter + 1>([&](auto k) {
@@ -155,14 +156,13 @@ template <int T, int R> struct TapTransform {
       if constexpr (decltype(k){} < kQuarter) bins(Constant<kLast - decltype(k){}>{}, a[1], b[1], d[1], e[1]);
     });
   }
-  template <bool kGradient>
-  static NASDET_APART void real_planes(const Column& column, int last, float* planes, int64_t plane) {
-    float* const p = planes + 2 * (last * (kLast - 1) - 1) * plane;
-    float* const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
+  template <bool kGradient> static NASDET_APART void real_planes(const Column& column, int last, float* planes) {
+    float* const p = planes + 2 * (last * (kLast - 1) - 1) * kPlane;
+    float* const real = planes + (4 * (kLast - 1) + 2 * last) * kPlane;
     const auto bin = [&](auto k, Lane a, Lane d) {
       constexpr int at = decltype(k){};
-      if constexpr (at % kLast == 0) store(real + at / kLast * plane, a);
-      else put<kGradient>(p + 2 * at * plane, plane, a, d);
+      if constexpr (at % kLast == 0) store(real + at / kLast * kPlane, a);
+      else put<kGradient>(p + 2 * at * kPlane, a, d);
     };
     unroll<kQuarter + 1>([&](auto k) {
       Lane a[2], d[2];
@@ -173,26 +173,26 @@ template <int T, int R> struct TapTransform {
   }
 
   // Of products with a conjugated factor; T * T / 2 times the taps.
-  static NASDET_INLINE void complex_planes_back(const float* p, int64_t plane, Column& column) {
+  static NASDET_INLINE void complex_planes_back(const float* p, Column& column) {
     Lane a[kLast + 1], b[kLast + 1], d[kLast + 1], e[kLast + 1];
     unroll<kLast + 1>([&](auto k) {
-      a[k] = load(p + 2 * k * plane), b[k] = -load(p + (2 * k + 1) * plane);
+      a[k] = load(p + 2 * k * kPlane), b[k] = -load(p + (2 * k + 1) * kPlane);
       if constexpr (decltype(k){} % kLast != 0) {
-        const Lane re = load(p + 2 * (T - k) * plane), im = load(p + (2 * (T - k) + 1) * plane);
+        const Lane re = load(p + 2 * (T - k) * kPlane), im = load(p + (2 * (T - k) + 1) * kPlane);
         e[k] = re - a[k], d[k] = im + b[k], a[k] += re, b[k] -= im;
       }
     });
     cosines_back(a, column.part(0)), cosines_back(b, column.part(1)), sines_back(d, column.part(2)),
         sines_back(e, column.part(3));
   }
-  static NASDET_APART void real_planes_back(const float* planes, int last, int64_t plane, Column& column) {
-    const float* const p = planes + 2 * (last * (kLast - 1) - 1) * plane;
-    const float* const real = planes + (4 * (kLast - 1) + 2 * last) * plane;
+  static NASDET_APART void real_planes_back(const float* planes, int last, Column& column) {
+    const float* const p = planes + 2 * (last * (kLast - 1) - 1) * kPlane;
+    const float* const real = planes + (4 * (kLast - 1) + 2 * last) * kPlane;
     Lane a[kLast + 1], d[kLast + 1];
-    a[0] = .5f * load(real), a[kLast] = .5f * load(real + plane);
+    a[0] = .5f * load(real), a[kLast] = .5f * load(real + kPlane);
     unroll<kLast - 1>([&](auto i) {
       constexpr int k = i + 1;
-      a[k] = load(p + 2 * k * plane), d[k] = -load(p + (2 * k + 1) * plane);
+      a[k] = load(p + 2 * k * kPlane), d[k] = -load(p + (2 * k + 1) * kPlane);
     });
     column = {};
     cosines_back(a, column.part(0)), sines_back(d, column.part(2));

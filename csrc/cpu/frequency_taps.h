@@ -50,11 +50,11 @@ NASDET_APART void step_planes(const FrequencyWeights& w, const FrequencyStep& s)
   };
   if (s.step < T / 2 - 1)
     return put_column(s.step + 1, [&](const Column& column, float* planes) {
-      Taps::template complex_planes<kGradient>(column, planes, s.plane);
+      Taps::template complex_planes<kGradient>(column, planes);
     });
   for (int last = 0; last < 2; ++last)
     put_column(last * T / 2, [&](const Column& column, float* planes) {
-      Taps::template real_planes<kGradient>(column, last, planes, s.plane);
+      Taps::template real_planes<kGradient>(column, last, planes);
     });
 }
 
@@ -79,12 +79,11 @@ NASDET_APART void step_planes_back(const FrequencyWeights& w, const FrequencySte
     });
   };
   if (s.step < T / 2 - 1)
-    return take_column(Constant<kAdd>{}, s.step + 1, [&](const float* planes, Column& column) {
-      Taps::complex_planes_back(planes, s.plane, column);
-    });
+    return take_column(Constant<kAdd>{}, s.step + 1,
+                       [&](const float* planes, Column& column) { Taps::complex_planes_back(planes, column); });
   const auto take_last = [&](auto add, int last) {
     take_column(add, last * T / 2,
-                [&](const float* planes, Column& column) { Taps::real_planes_back(planes, last, s.plane, column); });
+                [&](const float* planes, Column& column) { Taps::real_planes_back(planes, last, column); });
   };
   take_last(Constant<kAdd>{}, 0);
   take_last(Constant<1>{}, 1);

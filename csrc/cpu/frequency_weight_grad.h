@@ -62,9 +62,10 @@ struct GradientProducts {
   int64_t x_plane, x_block, grad_plane, grad_block, tiles;
   bool add;
 };
-void gather_products(const FrequencySizes& s, const FrequencyWeights& w, float* planes, int64_t step_plane,
-                     const GradientProducts& m) {
-  const int64_t width = padded_to(w.outs, frequency_costs().lanes), tile = s.g.tile, all = frequency_planes(tile);
+void gather_products(const FrequencySizes& s, const FrequencyWeights& w, float* planes, const GradientProducts& m) {
+  const int lanes = frequency_costs().lanes;
+  const int64_t width = padded_to(w.outs, lanes), tile = s.g.tile, all = frequency_planes(tile);
+  const int64_t step_plane = frequency_step_plane(lanes);
   for (int step = 0; step < frequency_steps(tile); ++step) {
     const int64_t first = step * frequency_step_planes(tile);
     for (int64_t row = 0; row < w.ins; row += m.x_block) {
@@ -75,7 +76,7 @@ void gather_products(const FrequencySizes& s, const FrequencyWeights& w, float* 
         frequency_step_complex(tile, step), frequency_step_real(tile, step),
         planes + frequency_step_planes(tile) * step_plane});
       NASDET_FREQUENCY_KERNEL(frequency_weight_planes_back)(s.g.tile, s.g.grid, w,
-                                                            {step, planes, step_plane, row, rows, m.add || step > 0});
+                                                            {step, planes, row, rows, m.add || step > 0});
     }
   }
 }
@@ -147,10 +148,9 @@ class WeightGradients {
       w.first_out = o + part_o;
       w.outs = std::min(crew_.part_outs, outs - part_o);
       w.folded = folded_[size_t(goes ? part : one)];
-      gather_products(sizes_, w, steps_[size_t(one)], sizes_.step_plane(crew_.part_outs),
+      gather_products(sizes_, w, steps_[size_t(one)],
                       {x, grad, x_plane_, x_block_, grad_plane_, grad_block_, tiles, row > 0});
-      if (row + plan_.rows >= g.all_rows)
-        NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, w, 0, vectors_of(w.outs) * vectors_of(w.ins));
+      if (row + plan_.rows >= g.all_rows) NASDET_FREQUENCY_KERNEL(frequency_weight_gradients)(g.tile, w);
     });
   }
 

@@ -44,14 +44,13 @@ struct Slots {
 // What the weights of a chunk need on their way, on so many threads; the plan must outlive it.
 struct WeightScratch {
   const FrequencySizes sizes;
-  int64_t folded_elements, step_plane, threads;
+  int64_t folded_elements, threads;
   Slots steps;
   float *folded = nullptr, *step_data = nullptr;
 
   WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads_at_once)
       : sizes(s),
         folded_elements(s.folded(ins, outs)),
-        step_plane(s.step_plane(outs)),
         threads(threads_at_once),
         steps(frequency_steps(s.g.tile), threads, padded_to(step_elements, 16)) {}
   size_t bytes() const { return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(steps.elements() * 4); }

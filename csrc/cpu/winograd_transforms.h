@@ -64,9 +64,27 @@ NASDET_INLINE void interpolate(const Vector* d, float* out, int64_t plane) {
   for (int j = 0; j < 6; ++j) store(out + j * plane, values[j]);
 }
 
-// The input transform of 6 x 6 pixels, get(row, column), to the 36 planes. Pixels are read again for each pair of lines: that is
-// cheaper than keeping 36 vectors between the passes.
+// The input transform of 6 x 6 pixels, get(row, column), to the 36 planes, the columns first. A loop over the lines keeps them
+// in memory: 16 registers hold too few of them for a compiler to do well with all at once.
+template <class Get> NASDET_INLINE void transform_input_in_two(const Get& get, float* out, int64_t plane) {
+  Vector lines[6][6];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    Vector d[6], values[6];
+#pragma GCC unroll 6
+    for (int r = 0; r < 6; ++r) d[r] = get(r, j);
+    interpolate(d, values);
+#pragma GCC unroll 6
+    for (int r = 0; r < 6; ++r) lines[r][j] = values[r];
+  }
+#pragma GCC unroll 1
+  for (int r = 0; r < 6; ++r) interpolate(lines[r], out + r * 6 * plane, plane);
+}
+
+// The same. Pixels are read again for each pair of lines: with 32 registers that is cheaper than keeping 36 vectors between the
+// passes.
 template <class Get> NASDET_INLINE void transform_input(const Get& get, float* out, int64_t plane) {
+  if constexpr (kLanes<float> == 8) return transform_input_in_two(get, out, plane);
   Vector first[6], second[6];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) first[j] = (get(0, j) + get(4, j)) - 2.5f * get(2, j);

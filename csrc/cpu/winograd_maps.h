@@ -80,42 +80,52 @@ template <class Place> NASDET_INLINE void ask_for_next_lines(int64_t vector, int
   for (int i = 0; i < count; ++i) __builtin_prefetch(place(i) + kLine, 0, 3);
 }
 
+// What is read for a pixel outside of the map, where it has so many channels at most.
+constexpr int64_t kZeros = 2048;
+alignas(64) constexpr float kZeroPixel[kZeros] = {};
+
+// Where each pixel of a tile at the map's edge is read.
+template <int kSize> struct EdgePixels {
+  const TilePixels& pixels;
+  const float* places[kSize * kSize];
+
+  explicit EdgePixels(const TilePixels& of) : pixels(of) {
+    for (int r = 0; r < kSize; ++r)
+      for (int c = 0; c < kSize; ++c)
+        places[r * kSize + c] = pixels.inside(r, c) ? pixels.start + r * pixels.down + c * pixels.right : kZeroPixel;
+  }
+  // f(get), of vector `v` of the channels: get(row, column).
+  template <class F> NASDET_INLINE void with_vector(const WinogradChannels& channels, int64_t v, const F& f) const {
+    ask_for_next_lines(v, kSize * kSize, [&](int i) { return places[i] + channels.first; });
+    if (channels.count == W && channels.first + W <= kZeros)
+      f([&](int r, int c) { return load(places[r * kSize + c] + channels.first); });
+    else f([&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, channels) : Vector{}; });
+  }
+};
+
 // All vectors of a tile that is not whole, transformed by Line.
 template <class Line>
 __attribute__((noinline)) void transform_short_tile(const WinogradSide& side, const WinogradTile& tile,
                                                     const TilePixels& pixels, const Domain& to,
                                                     const WinogradRows& at) {
+  const EdgePixels<Line::from(4)> edge(pixels);
+  float* rows[kWinogradPlanes];
+  for (int64_t plane = 0; plane < kWinogradPlanes; ++plane)
+    rows[plane] = to.data + plane * to.plane + at.of(plane) * to.row;
   for (int64_t v = 0; v < side.count; ++v)
-    transform_sides<Line>(
-        tile.rows, tile.columns,
-        [&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, side.vectors[v]) : Vector{}; },
-        [&](int r, int c, Vector value) {
-          const int64_t plane = r * kWinogradPoints + c;
-          store(to.data + plane * to.plane + at.of(plane) * to.row + v * W, value);
-        });
+    edge.with_vector(side.vectors[v], v, [&](const auto& get) {
+      transform_sides<Line>(tile.rows, tile.columns, get,
+                            [&](int r, int c, Vector value) { store(rows[r * kWinogradPoints + c] + v * W, value); });
+    });
 }
-
-// What is read for a pixel outside of the map, where it has so many channels at most.
-constexpr int64_t kZeros = 2048;
-alignas(64) constexpr float kZeroPixel[kZeros] = {};
 
 // Vectors of a whole tile at the map's edge, or from one that is not full on.
 template <class Line>
 __attribute__((noinline)) void transform_edge_tile(const WinogradChannels* vectors, int64_t count,
                                                    const TilePixels& pixels, float* out, int64_t plane) {
-  constexpr int kSize = Line::from(4);
-  const float* places[kSize * kSize];
-  for (int r = 0; r < kSize; ++r)
-    for (int c = 0; c < kSize; ++c)
-      places[r * kSize + c] = pixels.inside(r, c) ? pixels.start + r * pixels.down + c * pixels.right : kZeroPixel;
-  for (int64_t v = 0; v < count; ++v, out += W) {
-    const WinogradChannels& channels = vectors[v];
-    ask_for_next_lines(v, kSize * kSize, [&](int i) { return places[i] + channels.first; });
-    if (channels.count == W && channels.first + W <= kZeros)
-      Line::whole([&](int r, int c) { return load(places[r * kSize + c] + channels.first); }, out, plane);
-    else
-      Line::whole([&](int r, int c) { return pixels.inside(r, c) ? pixels.at(r, c, channels) : Vector{}; }, out, plane);
-  }
+  const EdgePixels<Line::from(4)> edge(pixels);
+  for (int64_t v = 0; v < count; ++v, out += W)
+    edge.with_vector(vectors[v], v, [&](const auto& get) { Line::whole(get, out, plane); });
 }
 
 // A tile's pixels from (row, column) on, transformed by Line, for all vectors of the side. Its rows in the planes are `at`.

@@ -60,16 +60,12 @@ struct Crew {
   }
 };
 
-WeightScratch weight_scratch(const FrequencyPlan& plan, int64_t threads) {
-  return {plan.sizes(), plan.ins, plan.outs, plan.sizes().step(), threads};
-}
-
 // `held`: bytes of the spectra of all of the map, if they are there.
 Crew crew_of(const FrequencyPlan& plan, int64_t in_padded, int64_t out, size_t held) {
   const FrequencySizes s = plan.sizes();
   return {pieces_of(out, plan.outs), held,
           held ? 0 : Scratch::padded(size_t(s.spectra(in_padded, block_of(in_padded))) * 4), [&](int64_t threads) {
-            return Scratch::padded(size_t(s.spectra(plan.outs, plan.outs)) * 4) + weight_scratch(plan, threads).bytes();
+            return Scratch::padded(size_t(s.spectra(plan.outs, plan.outs)) * 4) + WeightScratch(plan, threads).bytes();
           }};
 }
 
@@ -92,7 +88,7 @@ void convolve(const ConvProblem& p, const FrequencyPlan& plan, const Crew& crew,
   std::vector<float*> results;
   for (int64_t one = 0; one < crew.size; ++one)
     results.push_back(scratch.take<float>(size_t(sizes.spectra(plan.outs, plan.outs))));
-  std::vector<WeightScratch> scratches(size_t(crew.size), weight_scratch(plan, crew.threads));
+  std::vector<WeightScratch> scratches(size_t(crew.size), WeightScratch(plan, crew.threads));
   for (WeightScratch& one : scratches) one.take(scratch);
   FrequencyWeights all{branches.data(),
                        int64_t(branches.size()),

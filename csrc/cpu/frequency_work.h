@@ -48,11 +48,11 @@ struct WeightScratch {
   Slots steps;
   float *folded = nullptr, *step_data = nullptr;
 
-  WeightScratch(const FrequencySizes& s, int64_t ins, int64_t outs, int64_t step_elements, int64_t threads_at_once)
-      : sizes(s),
-        folded_elements(s.folded(ins, outs)),
+  WeightScratch(const FrequencyPlan& plan, int64_t threads_at_once)
+      : sizes(plan.sizes()),
+        folded_elements(sizes.folded(plan.ins, plan.outs)),
         threads(threads_at_once),
-        steps(frequency_steps(s.g.tile), threads, padded_to(step_elements, 16)) {}
+        steps(frequency_steps(sizes.g.tile), threads, padded_to(sizes.step(), 16)) {}
   size_t bytes() const { return Scratch::padded(size_t(folded_elements) * 4) + Scratch::padded(steps.elements() * 4); }
   void take(Scratch& scratch) {
     folded = scratch.take<float>(size_t(folded_elements));

@@ -117,7 +117,8 @@ constexpr int64_t frequency_step_planes(int64_t tile) { return 2 * tile; }
 // and inputs, whose weights' planes of a step stay in the inner cache. Spectra lie in blocks of so many channels.
 constexpr int64_t kFrequencyBlock = 32;
 constexpr int64_t frequency_most_outs(int lanes) { return 4 * lanes; }
-// From plane to plane of a step: an odd number of cache lines, and known to the compiler, for transforms are all addresses.
+// From plane to plane of a step: an odd number of cache lines, and known to the compiler, for to compute the addresses took up to a
+// quarter of a transform.
 constexpr int64_t frequency_step_plane(int lanes) { return kFrequencyBlock * frequency_most_outs(lanes) + 16; }
 
 }  // namespace nasdet

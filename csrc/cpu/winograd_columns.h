@@ -39,7 +39,7 @@ void add_columns(std::vector<WinogradColumns>& to, const Work& work, const Winog
     WinogradProduct product = whole;
     product.wide.vectors += first;
     product.wide.count = vectors * (part + 1) / parts - first;
-    product.weight_plane = plane_floats(kColumnTerms * kColumnOuts);
+    product.weight_plane = plane_floats(kColumnTerms * kColumnVectors * work.kernels.lanes);
     product.wide_plane = plane_floats(tiles * product.wide.count * work.kernels.lanes);
     to.push_back({product, tiles, nullptr, plane, kWinogradPlanes * plane});
   }
@@ -49,19 +49,21 @@ void add_columns(std::vector<WinogradColumns>& to, const Work& work, const Winog
 // in a core's cache, with the sums of all outputs. Wide ones share inputs, which go through the outer caches.
 void add_or_run_columns(std::vector<WinogradColumns>& tasks, const Work& work, const Dilated& d,
                         WinogradProduct product) {
-  const int64_t lanes = work.kernels.lanes, vectors = product.wide.count, panel = kColumnOuts / lanes;
+  constexpr int64_t kNarrow = 64;
+  const int64_t lanes = work.kernels.lanes, vectors = product.wide.count;
   const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
   for (int64_t i = 0; i < goes; ++i) {
     const int64_t begin = all * i / goes, tiles = all * (i + 1) / goes - begin;
-    const int64_t room = core_cache() / (kWinogradPlanes * 4) - kColumnTerms * (tiles + kColumnOuts);
-    const bool narrow = vectors <= 2 * panel && vectors * lanes * tiles <= room;
+    const int64_t room = core_cache() / (kWinogradPlanes * 4) - kColumnTerms * (tiles + kColumnVectors * lanes);
+    const bool narrow = vectors * lanes <= kNarrow && vectors * lanes * tiles <= room;
     product.tiles = d.tiles.data() + begin;
     if (narrow) {
       const int64_t together = product.transposed ? 1 : int64_t(work.dilations.size());
       add_columns(tasks, work, product, tiles, std::min(vectors, (threads() + together - 1) / together));
     } else {
       std::vector<WinogradColumns> columns;
-      add_columns(columns, work, product, tiles, std::max((vectors + panel - 1) / panel, std::min(vectors, threads())));
+      add_columns(columns, work, product, tiles,
+                  std::max((vectors + kColumnVectors - 1) / kColumnVectors, std::min(vectors, threads())));
       run_columns(work, columns, true);
     }
   }

@@ -87,9 +87,8 @@ void column_inputs(const WinogradColumns& job, int64_t first, int64_t count) {
   });
 }
 
-// Through `scratch`: [planes][weights of kColumnOuts], the sums, [planes][tiles][wide], and a block of inputs that are not given.
+// Through `scratch`: [planes][weights of kColumnVectors], the sums, [planes][tiles][wide], and a block of inputs that are not given.
 void convolve_columns(const WinogradColumns& job, float* scratch) {
-  constexpr int64_t kVectors = kColumnOuts / W < kMostVectors ? kColumnOuts / W : kMostVectors;
   const WinogradProduct& whole = job.product;
   const Domain sums{scratch + kWinogradPlanes * whole.weight_plane, whole.wide.count * W, whole.wide_plane};
   Domain inputs{job.inputs ? job.inputs : sums.data + kWinogradPlanes * sums.plane, kColumnTerms, job.input_plane};
@@ -104,8 +103,9 @@ void convolve_columns(const WinogradColumns& job, float* scratch) {
       WinogradRows{}.for_tiles(p.tiles, job.tiles, [&](const WinogradTile& tile, const WinogradRows& at) {
         transform_inputs(p, p.deep, tile, inputs, at);
       });
-    for (int64_t first = 0; first < whole.wide.count; first += kVectors) {
-      const WinogradPanel panel{0, whole.wide.count - first < kVectors ? whole.wide.count - first : kVectors};
+    for (int64_t first = 0; first < whole.wide.count; first += kColumnVectors) {
+      const WinogradPanel panel{0,
+                                whole.wide.count - first < kColumnVectors ? whole.wide.count - first : kColumnVectors};
       p.wide.vectors = whole.wide.vectors + first, p.wide.count = panel.count;
       p.panels = &panel, p.panel_count = 1;
       for (int64_t task = 0; task < panel.count * p.deep.count; ++task) transform_weights(p, task);

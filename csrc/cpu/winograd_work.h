@@ -119,18 +119,20 @@ bool tiles_pay(const ConvProblem& p, const Dilated& d, int64_t lanes) {
 }
 
 // Columns are for few tiles: the weights would go through the outer caches for little use. So many stay in a core's cache beside the
-// weights of kColumnTerms x kColumnOuts, and with all of their channels within half of the scratch's limit. Where the weights
-// would be cut into pieces the columns may take several goes. Each thread has columns of its own.
+// weights of a block of terms, and with all of their channels within half of the scratch's limit. On AVX2 the inputs of wide slices may
+// pass by, for each piece of the weights would make them anew. Where the weights would be cut into pieces the columns may take several
+// goes. Each thread has columns of its own.
 int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
-  constexpr int64_t kPlanes = kWinogradPlanes * 4, kGoes = 3;
-  const auto within = [](int64_t bytes, int64_t terms) {
-    return (bytes / kPlanes - kColumnTerms * kColumnOuts) / (terms + kColumnOuts);
+  constexpr int64_t kPlanes = kWinogradPlanes * 4, kGoes = 3, kWide = 192;
+  const int64_t panel = kColumnVectors * lanes;
+  const auto within = [&](int64_t bytes, int64_t terms) {
+    return (bytes / kPlanes - kColumnTerms * panel) / (terms + panel);
   };
   const int64_t tiles = tiles_of(p, d), outs = int64_t(d.channels.size()) * lanes;
-  const int64_t most = std::min(within(core_cache(), kColumnTerms),
+  const int64_t most = std::min(within(core_cache(), lanes == 8 && outs >= kWide ? 0 : kColumnTerms),
                                 within(scratch_limit() / 2, std::max(p.in_channels, outs) + kColumnTerms));
   const int64_t goes = kPlanes * p.in_channels * outs > kWeightBytes ? kGoes : 1;
-  return outs >= kColumnOuts && most > 0 && tiles <= goes * most ? most : 0;
+  return outs >= panel && most > 0 && tiles <= goes * most ? most : 0;
 }
 
 std::vector<Dilated> dilations_of(const ConvProblem& p, int64_t lanes) {

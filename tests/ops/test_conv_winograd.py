@@ -51,6 +51,8 @@ SHAPES = {
     "one-dilation-in-two-places": Shape(1, 16, 11, 10, (2, 1, 2), (16, 10, 7)),
     "pieces-of-the-weights": Shape(1, 512, 6, 7, (1, 2), (400, 112)),
     "columns-in-several-goes": Shape(1, 520, 46, 50, (1,), (150,)),
+    "wide-columns": Shape(1, 100, 31, 43, (2,), (210,)),
+    "wide-columns-in-several-goes": Shape(1, 370, 52, 58, (1,), (200,)),
     "pieces-of-the-tiles": Shape(2, 200, 50, 46, (1,), (104,)),
     "all-wide": Shape(1, 100, 25, 38, (2, (1, 3)), (97, 130)),
     "wide-and-narrow": Shape(1, 100, 13, 19, (3, 1, 2), (20, 97, 17)),

@@ -14,7 +14,7 @@ constexpr int64_t kGradientBytes =
 struct Piece {
   WinogradProduct product;
   std::vector<WinogradPanel> panels;
-  int64_t tiles, chunks, chunk_floats;
+  int64_t tiles, chunk, chunk_floats;  // tiles of all chunks, and of each but the last
 };
 
 // A piece of each of some dilations, or several where the weights of one would not stay in the caches.
@@ -28,7 +28,7 @@ std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>
     const int64_t step = piece_vectors(work.kernels, depth, bytes);
     // On 16 registers a panel is narrow: a plane of a chunk is read once for all of them, not once for each.
     const int64_t widest = std::min({lanes == 8 ? step : work.kernels.most_vectors, step, vectors});
-    const int64_t chunk = chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors));
+    const int64_t chunk = chunk_size(tiles, chunk_tiles(kWinogradPlanes * 4 * lanes * depth * std::min(step, vectors)));
     for (int64_t first = 0; first < vectors; first += step) {
       WinogradProduct product = whole;
       product.wide.vectors += first;
@@ -37,8 +37,8 @@ std::vector<Piece> pieces_of(const Work& work, const std::vector<const Dilated*>
       product.deep_plane = plane_floats(chunk * product.deep.count * lanes);
       product.wide_plane = plane_floats(chunk * widest * lanes);
       product.panels_of_go = (widest + work.kernels.most_vectors - 1) / work.kernels.most_vectors;
-      pieces.push_back({product, panels_of(product.wide.count, work.kernels.most_vectors), tiles,
-                        chunks_of(tiles, chunk), kWinogradPlanes * (product.deep_plane + product.wide_plane)});
+      pieces.push_back({product, panels_of(product.wide.count, work.kernels.most_vectors), tiles, chunk,
+                        kWinogradPlanes * (product.deep_plane + product.wide_plane)});
     }
   }
   return pieces;
@@ -55,8 +55,8 @@ struct Chunk {
 std::vector<Chunk> chunks_in_order(const Piece* pieces, const Piece* end, bool down_the_map) {
   std::vector<Chunk> chunks;
   for (const Piece* piece = pieces; piece < end; ++piece)
-    for (int64_t i = 0; i < piece->chunks; ++i)
-      chunks.push_back({piece, piece->tiles * i / piece->chunks, piece->tiles * (i + 1) / piece->chunks});
+    for (int64_t begin = 0; begin < piece->tiles; begin += piece->chunk)
+      chunks.push_back({piece, begin, std::min(begin + piece->chunk, piece->tiles)});
   const auto place = [](const Chunk& chunk) {
     const WinogradTile& tile = chunk.piece->product.tiles[chunk.begin];
     return std::pair(tile.image, tile.row);

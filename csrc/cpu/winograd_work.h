@@ -247,5 +247,15 @@ int64_t chunks_of(int64_t tiles, int64_t most) {
   return even * 6 <= tiles ? even : chunks;
 }
 
+// Tiles of each chunk but the last: whole blocks of as many rows as fill the registers of a product, or about equally many where
+// there are few chunks for each thread.
+int64_t chunk_size(int64_t tiles, int64_t most) {
+  constexpr int64_t kRows = 6, kFew = 3;
+  const int64_t whole = most / kRows * kRows;
+  if (tiles >= kFew * threads() * whole) return whole;
+  const int64_t chunks = chunks_of(tiles, most);
+  return (tiles + chunks - 1) / chunks;
+}
+
 }  // namespace
 }  // namespace nasdet

@@ -39,7 +39,7 @@ void add_columns(std::vector<WinogradColumns>& to, const Work& work, const Winog
     WinogradProduct product = whole;
     product.wide.vectors += first;
     product.wide.count = vectors * (part + 1) / parts - first;
-    product.weight_plane = plane_floats(kColumnTerms * kColumnVectors * work.kernels.lanes);
+    product.weight_plane = plane_floats(column_weights(work.kernels.lanes));
     product.wide_plane = plane_floats(tiles * product.wide.count * work.kernels.lanes);
     to.push_back({product, tiles, nullptr, plane, kWinogradPlanes * plane});
   }
@@ -54,7 +54,7 @@ void add_or_run_columns(std::vector<WinogradColumns>& tasks, const Work& work, c
   const int64_t all = int64_t(d.tiles.size()), goes = (all + d.column_tiles - 1) / d.column_tiles;
   for (int64_t i = 0; i < goes; ++i) {
     const int64_t begin = all * i / goes, tiles = all * (i + 1) / goes - begin;
-    const int64_t room = core_cache() / (kWinogradPlanes * 4) - kColumnTerms * (tiles + kColumnVectors * lanes);
+    const int64_t room = core_cache() / (kWinogradPlanes * 4) - kColumnTerms * tiles - column_weights(lanes);
     const bool narrow = vectors * lanes <= kNarrow && vectors * lanes * tiles <= room;
     product.tiles = d.tiles.data() + begin;
     if (narrow) {

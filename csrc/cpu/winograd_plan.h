@@ -82,6 +82,7 @@ struct WinogradProduct {
 // A product of few map tiles: of some vectors of `wide`, whose sums stay in a core's cache over all terms. Of a block of terms at a
 // time the weights of kColumnVectors after kColumnVectors are made, for one use.
 constexpr int64_t kColumnTerms = 64, kColumnVectors = 2;
+constexpr int64_t column_weights(int64_t lanes) { return kColumnTerms * kColumnVectors * lanes; }
 struct WinogradColumns {
   WinogradProduct product;
   int64_t tiles;

@@ -126,7 +126,7 @@ int64_t column_tiles(const ConvProblem& p, const Dilated& d, int64_t lanes) {
   constexpr int64_t kPlanes = kWinogradPlanes * 4, kGoes = 3, kWide = 192;
   const int64_t panel = kColumnVectors * lanes;
   const auto within = [&](int64_t bytes, int64_t terms) {
-    return (bytes / kPlanes - kColumnTerms * panel) / (terms + panel);
+    return (bytes / kPlanes - column_weights(lanes)) / (terms + panel);
   };
   const int64_t tiles = tiles_of(p, d), outs = int64_t(d.channels.size()) * lanes;
   const int64_t most = std::min(within(core_cache(), lanes == 8 && outs >= kWide ? 0 : kColumnTerms),
@@ -234,9 +234,11 @@ int64_t piece_vectors(const WinogradKernels& k, int64_t depth, int64_t bytes) {
   return fit > k.most_vectors ? fit / k.most_vectors * k.most_vectors : fit;
 }
 
+constexpr int64_t kProductRows = 6;  // of tiles, which fill the registers of a product
+
 // Tiles of a chunk: so many by the core's cache, whatever the channels, and half as many where all weights stay there too.
 int64_t chunk_tiles(int64_t weight_bytes) {
-  constexpr int64_t kLeastTiles = 12;  // half of them fill the rows of a product on AVX2
+  constexpr int64_t kLeastTiles = 2 * kProductRows;
   const int64_t tiles = std::max<int64_t>(kTilesPerMiB * core_cache() >> 20, kLeastTiles);
   return weight_bytes <= core_cache() ? (tiles + 1) / 2 : tiles;
 }
@@ -244,14 +246,13 @@ int64_t chunk_tiles(int64_t weight_bytes) {
 // How many chunks of about equal size: as many for each thread, if they are worth it.
 int64_t chunks_of(int64_t tiles, int64_t most) {
   const int64_t chunks = (tiles + most - 1) / most, even = (chunks + threads() - 1) / threads() * threads();
-  return even * 6 <= tiles ? even : chunks;
+  return even * kProductRows <= tiles ? even : chunks;
 }
 
-// Tiles of each chunk but the last: whole blocks of as many rows as fill the registers of a product, or about equally many where
-// there are few chunks for each thread.
+// Tiles of each chunk but the last: whole products, or about equally many where there are few chunks for each thread.
 int64_t chunk_size(int64_t tiles, int64_t most) {
-  constexpr int64_t kRows = 6, kFew = 3;
-  const int64_t whole = most / kRows * kRows;
+  constexpr int64_t kFew = 3;
+  const int64_t whole = most / kProductRows * kProductRows;
   if (tiles >= kFew * threads() * whole) return whole;
   const int64_t chunks = chunks_of(tiles, most);
   return (tiles + chunks - 1) / chunks;

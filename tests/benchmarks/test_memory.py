@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from nasdet.measure.memory import can_reset_high_water, peak_memory
 
 SIZE = 200 * 2**20
-RESIDENT = pytest.param(
-    False,
-    id="resident",
-    marks=pytest.mark.skipif(not can_reset_high_water(), reason="the high-water mark cannot be reset here"),
-)
-BOTH = pytest.mark.parametrize("tensors_only", [RESIDENT, pytest.param(True, id="tensors")])
+ALONE = "NASDET_TEST_ALONE" in os.environ
+BOTH = pytest.mark.parametrize("tensors_only", [not ALONE], ids=["resident" if ALONE else "tensors"])
 
 
 def block(size: int = SIZE) -> torch.Tensor:
     return torch.ones(size // 4)
+
+
+@pytest.mark.skipif(ALONE, reason="this is the process")
+@pytest.mark.skipif(not can_reset_high_water(), reason="the high-water mark cannot be reset here")
+def test_the_resident_set_in_a_process_of_its_own() -> None:
+    """As `peak_memory` asks for: where thousands of tests have run, other threads and libraries take memory as well."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "resident"]
+    environment = os.environ | {"NASDET_TEST_ALONE": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "6 passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-1000:]
 
 
 @BOTH

@@ -164,8 +164,11 @@ NASDET_INLINE void fold_block(const FrequencyWeights& w, const Folded& folded, f
   constexpr int kNext = kTransposed ? Block::kRow : kTaps, kStride = kTransposed ? kTaps : Block::kRow;
   const int64_t row = kTransposed ? out : in, vector = (kTransposed ? in : out) / kFloats;
   const int64_t rows = folded.depth - row < kTermRows ? folded.depth - row : kTermRows;
+  // Not from `folded` in the loops, which would read it again after every store.
+  float* const first = folded.at(row, vector);
+  const int64_t count = folded.terms, stride = folded.vectors * count;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < folded.terms; i += kFloats) store(folded.at(row + r, vector) + i, Lane{});
+    for (int64_t i = 0; i < count; i += kFloats) store(first + r * stride + i, Lane{});
   for (int64_t n = 0; n < w.branch_count; ++n) {
     const Block block(w, w.branches[n], w.first_out + out, w.first_in + in);
     if (block.empty()) continue;
@@ -180,7 +183,7 @@ NASDET_INLINE void fold_block(const FrequencyWeights& w, const Folded& folded, f
       block.prefetch(r, ahead);
       const NineTaps terms = terms_of(load_taps(taps + r * kNext, kStride));
       const Lane factor = kTransposed ? broadcast(factors + r) : load(factors);
-      float* const to = folded.at(row + r, vector);
+      float* const to = first + r * stride;
       unroll<kTaps>([&](auto t) {
         float* const term = to + b.terms[t] * kFloats;
         store(term, load(term) + factor * terms.at[t]);

@@ -37,7 +37,7 @@ def level_points(
 
 def canvas(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[int, int]:
     """Height and width of the padded pictures that the maps were computed from, by the finest map and its stride."""
-    fine = min(range(len(strides)), key=lambda index: strides[index])
+    fine = list(strides).index(min(strides))  # min(..., key=) breaks torch.compile's graph
     return maps[fine].shape[-2] * strides[fine], maps[fine].shape[-1] * strides[fine]
 
 

@@ -1,6 +1,6 @@
-"""Runs an op in Triton's interpreter and prints a verdict for each case: ``python interpret_ops.py OP DTYPE...``.
+"""Runs an op in Triton's interpreter and prints a verdict for each case: ``python interpret_ops.py OP LABEL...``.
 
-A program of its own, because TRITON_INTERPRET is read when triton is imported.
+Labels are those of :func:`dtypes_of`. A program of its own, because TRITON_INTERPRET is read when triton is imported.
 """
 
 from __future__ import annotations
@@ -208,18 +208,25 @@ CONVOLUTIONS_IN_16_BITS = {
 }  # fmt: skip
 
 
+# The interpreter checks every sum and product of integers, which takes half of its time: once per case is enough. The
+# convolutions have a run of their own for that, which is not among the fast tests.
+CHECKED = "fp32-overflow"
+
+
 def dtypes_of(name: str, case: Case) -> dict[str, torch.dtype]:
     """16-bit maps differ in how they are loaded and stored alone: the cases that take seconds need not repeat them."""
-    if name in CONVOLUTION_OPS:
-        every = case.id in CONVOLUTIONS_IN_16_BITS
-    else:
-        every = not case.id.startswith("repshare")
-    return op_checks.DTYPES if every else {"fp32": torch.float32}
+    if name not in CONVOLUTION_OPS:
+        return {"fp32": torch.float32} if case.id.startswith("repshare") else op_checks.DTYPES
+    every = op_checks.DTYPES if case.id in CONVOLUTIONS_IN_16_BITS else {"fp32": torch.float32}
+    return {**every, CHECKED: torch.float32}
+
+
+def checks_overflow(name: str, label: str) -> bool:
+    return label == (CHECKED if name in CONVOLUTION_OPS else "fp32")
 
 
 @contextlib.contextmanager
 def without_overflow_checks(skip: bool) -> Iterator[None]:
-    """The interpreter checks every sum and product of integers, which takes half of its time."""
     from triton.runtime.interpreter import interpreter_builder
 
     options = interpreter_builder.options
@@ -257,7 +264,7 @@ PROPERTIES: dict[str, tuple[Callable[[], None], ...]] = {
 }
 
 
-def main(name: str, dtypes: list[str]) -> None:
+def main(name: str, labels: list[str]) -> None:
     assert INTERPRETING, "TRITON_INTERPRET must be 1"
     torch.set_num_threads(1)
     bfloat16_as_on_a_device()
@@ -266,12 +273,12 @@ def main(name: str, dtypes: list[str]) -> None:
     ensure_registered(name)
     for case in op_checks.cases_of(op):
         for label, dtype in dtypes_of(name, case).items():
-            if label in dtypes:
+            if label in labels:
                 check = functools.partial(op_checks.check, op, case, dtype, "cpu", "triton")
-                with without_overflow_checks(label != "fp32"):
+                with without_overflow_checks(not checks_overflow(name, label)):
                     verdicts[f"{case.id}-{label}"] = verdict(check)
     with without_overflow_checks(True):
-        for test in PROPERTIES.get(name, ()) if "fp32" in dtypes else ():
+        for test in PROPERTIES.get(name, ()) if "fp32" in labels else ():
             verdicts[test.__name__] = verdict(test)
     print(json.dumps(verdicts))
 

@@ -22,9 +22,9 @@ WITH_TRITON = [op.name for op in OPS.values() if any(backend.name == "triton" fo
 TESTS = {
     name: {
         **{
-            f"{case.id}-{dtype}": dtype
+            f"{case.id}-{label}": label
             for case in op_checks.cases_of(OPS[name])
-            for dtype in interpret_ops.dtypes_of(name, case)
+            for label in interpret_ops.dtypes_of(name, case)
         },
         **{test.__name__: "fp32" for test in interpret_ops.PROPERTIES.get(name, ())},
     }
@@ -32,9 +32,9 @@ TESTS = {
 }
 
 
-def slow(name: str, dtype: str) -> bool:
-    """Products of 16-bit matrices take the interpreter a minute."""
-    return name in interpret_ops.CONVOLUTION_OPS and dtype != "fp32"
+def slow(name: str, label: str) -> bool:
+    """Products of 16-bit matrices take the interpreter a minute, as checks of every sum of integers do."""
+    return name in interpret_ops.CONVOLUTION_OPS and label != "fp32"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[st
 
     def of(name: str, slowly: bool) -> dict[str, str]:
         if (name, slowly) not in known:
-            dtypes = [dtype for dtype in op_checks.DTYPES if slow(name, dtype) == slowly]
-            command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name, *dtypes]
+            labels = sorted({label for label in TESTS[name].values() if slow(name, label) == slowly})
+            command = [sys.executable, str(Path(__file__).with_name("interpret_ops.py")), name, *labels]
             environment = program_environment(TRITON_INTERPRET="1")
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             assert result.returncode == 0, result.stderr[-4000:]
@@ -57,15 +57,15 @@ def verdicts(program_environment: Callable[..., dict[str, str]]) -> Callable[[st
 
 @pytest.mark.needs("interpreter")
 @pytest.mark.parametrize(
-    ("name", "test", "dtype"),
+    ("name", "test", "label"),
     [
-        pytest.param(name, test, dtype, id=f"{name}-{test}", marks=pytest.mark.slow if slow(name, dtype) else ())
+        pytest.param(name, test, label, id=f"{name}-{test}", marks=pytest.mark.slow if slow(name, label) else ())
         for name, tests in TESTS.items()
-        for test, dtype in tests.items()
+        for test, label in tests.items()
     ],
 )
-def test_interpreted(verdicts: Callable[[str, bool], dict[str, str]], name: str, test: str, dtype: str) -> None:
-    verdict = verdicts(name, slow(name, dtype))[test]
+def test_interpreted(verdicts: Callable[[str, bool], dict[str, str]], name: str, test: str, label: str) -> None:
+    verdict = verdicts(name, slow(name, label))[test]
     assert verdict == "right", verdict
 
 

@@ -157,6 +157,14 @@ MIXED_BENCH = OpBench(
         # PyTorch 2.13's bfloat16 weight gradient of a grouped convolution is wrong on some CPUs.
         Contestant("eager", lambda: eager, may_fail=True),
         Contestant("eager, folded kernels", lambda: eager_folded, may_fail=True),
+        Contestant(
+            "eager, folded kernels, 2 threads",
+            lambda: eager_folded,
+            may_fail=True,
+            devices=("cpu",),
+            cases=ALL,
+            threads=2,
+        ),
         # Where it is promised something, and beside the smallest maps: it takes long to compile.
         Contestant(
             "torch.compile",
@@ -192,6 +200,7 @@ GROUPED_BENCH = OpBench(
         Contestant("nasdet exact", lambda: _exact, devices=("cpu",)),
         Contestant("split and concatenated", lambda: _split_and_concatenated),
         Contestant("one convolution", lambda: plain, same=False),
+        Contestant("one convolution, 2 threads", lambda: plain, same=False, devices=("cpu",), cases=ALL, threads=2),
     ),
     [
         *_times("nasdet", "one convolution", (1.75, 2.0, 1.8), (1.7, 1.7, 1.7)),

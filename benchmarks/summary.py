@@ -137,7 +137,8 @@ def _against_torchvision(name: str, race: Race) -> str:
 
 def _convolutions(files: dict[str, list[Row]], keys: Sequence[tuple[str, str, str]] | None = None) -> str:
     """Times, peak memory and relative L2 errors against float64; a yardstick of other values has no error."""
-    lines = [cells(["", "nasdet", "PyTorch", "", "peak memory nasdet", "PyTorch", "error nasdet", "PyTorch"])]
+    others = ["peak memory nasdet", "PyTorch", "error nasdet", "PyTorch"]
+    lines = [cells(["", "nasdet", "PyTorch", "", "both on 2 threads", *others])]
     rows: list[Row] = []
     for bench, names in CONVOLUTIONS.items():
         found = races([row for row in files.get(bench, []) if is_plain(row)])
@@ -149,10 +150,19 @@ def _convolutions(files: dict[str, list[Row]], keys: Sequence[tuple[str, str, st
             ours, theirs = race["nasdet"], min(rivals, key=lambda row: row["median_s"])
             errors = [f"{row['error']:.1e}" if "error" in row else "" for row in (ours, theirs)]
             faster = _faster(ours["speedup_over"][theirs["contestant"]])
-            times = [seconds(ours["median_s"]), seconds(theirs["median_s"]), faster]
+            times = [seconds(ours["median_s"]), seconds(theirs["median_s"]), faster, _on_two_threads(race, names)]
             lines.append(cells([f"`{bench}` {race_name(key)}", *times, size(peak(ours)), size(peak(theirs)), *errors]))
             rows += race.values()
     return f"{_place(rows)}:\n\n{with_rule(lines)}" if rows else ""
+
+
+def _on_two_threads(race: Race, rivals: Sequence[str]) -> str:
+    """The ratio to the fastest rival where a race on one thread has contestants on two."""
+    ours, times = race.get("nasdet, 2 threads"), {name: race.get(f"{name}, 2 threads") for name in rivals}
+    there = [row for row in times.values() if row is not None]
+    if ours is None or not there:
+        return ""
+    return _faster(ours["speedup_over"][min(there, key=lambda row: row["median_s"])["contestant"]])
 
 
 def _maps(files: dict[str, list[Row]]) -> str:

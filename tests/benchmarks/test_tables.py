@@ -272,8 +272,22 @@ def test_a_convolution_is_compared_with_the_faster_of_its_rivals(results: Path, 
     record.record(document(tmp_path / "more.json", *rows), results)
     found = tables.convolutions(results)
     line = "| `mixed_dilation_conv2d` 1x128x100x152 fp32, forward | 20.0 ms | 160.0 ms | **8.0x** faster |"
-    assert f"{line} 30 MB | 30 MB | 3.0e-07 | 6.0e-07 |" in found
+    assert f"{line}  | 30 MB | 30 MB | 3.0e-07 | 6.0e-07 |" in found
     assert line in tables.headline(results)
+
+
+def test_both_on_two_threads_have_a_column_beside_those_on_one(results: Path, tmp_path: Path) -> None:
+    grouped = {"bench": "grouped_dilation_conv2d", "phase": "forward"}
+    ratios = {"one convolution": 4.0, "one convolution, 2 threads": 2.125}
+    rows = [
+        row("nasdet", 0.02, "c128-n1", speedup_over={"one convolution": 2.25}, **grouped),
+        row("nasdet, 2 threads", 0.01, "c128-n1", speedup_over=ratios, **grouped),
+        row("one convolution", 0.045, "c128-n1", **grouped),
+        row("one convolution, 2 threads", 0.024, "c128-n1", **grouped),
+    ]
+    record.record(document(tmp_path / "more.json", *rows), results)
+    line = "fp32, forward | 20.0 ms | 45.0 ms | **2.2x** faster | **2.1x** faster | 30 MB |"
+    assert line in tables.convolutions(results) and line in tables.headline(results)
 
 
 def test_the_headline_leaves_a_processor_held_to_less_to_the_page(results: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nasdet.cli import names
+from nasdet.cli.splits import as_searched, placed
 
 if TYPE_CHECKING:
     from nasdet.engine.trunks import Trunk
@@ -62,7 +63,8 @@ examples:
   nasdet pretrain --card runs/detnas/card.json --data imagenet --out runs/found                 retrain what was found
 
 A data folder holds train/CLASS/*.jpg (or jpeg, png, bmp) and val/CLASS/*.jpg; without val/ a fifth of each class is
-held out in its place. Broken images stop the run with their names, or with --skip-bad are left out and counted.
+held out in its place, for --card the one that its search in these classes held out. Broken images stop the run with
+their names, or with --skip-bad are left out and counted.
 
 RUN holds run.json, classifier.json, split.json, metrics.jsonl, tb/ (TensorBoard), checkpoints/last.pt, weights.pt and
 eval.json. A run that was killed goes on with the same command and --resume, and ends with the same weights as one never
@@ -160,6 +162,7 @@ def run(
     from nasdet.detectors.weights import PRETRAINED
     from nasdet.engine.distributed import is_main, restarted
     from nasdet.engine.pretrain import PretrainConfig, pretrain
+    from nasdet.engine.search_classification import SEARCH
 
     resume = resume or restarted()
     given = {name: value for name, value in options.items() if value is not None}
@@ -169,6 +172,9 @@ def run(
     seed, stored = settings.get("seed", 0), out / "split.json"
     split = Split.load(stored) if resume and stored.is_file() else None
     folder = ClassificationFolder(data, split=split, seed=seed, skip_bad=skip_bad)
+    if split is None:  # searches on detection data have seen no classifier's pictures
+        cards = [one for one in placed(settings.get("card")) if one.card.source.get("search") == SEARCH]
+        folder = as_searched(folder, cards)
     network = _network(settings, len(folder.categories))
     settings.setdefault("last", network.last)
     known = {field.name for field in fields(PretrainConfig)}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nasdet.cli import names
 
 if TYPE_CHECKING:
     from nasdet.arch import Card
     from nasdet.data import DataFolder, Split
+    from nasdet.data.folder import Folder
+
+F = TypeVar("F", bound="Folder[Any]")
 
 
 class Placed(NamedTuple):
@@ -48,14 +50,25 @@ def open_divided(
     """
     from nasdet.data import Split, open_data
 
-    if split is not None:
-        folder = open_data(data, split=Split.load(split), skip_bad=skip_bad, masks=masks)
-    else:
-        folder = open_data(data, seed=seed, skip_bad=skip_bad, masks=masks)
-        of_searches = [found for one in cards if (found := _of_search(one, folder)) is not None]
-        of_runs = [Split.load(one.split) for one in cards if one.split is not None]
-        fitting = [one for one in (*of_searches, *of_runs) if one.fingerprint == folder.split.fingerprint]
-        folder = _divided(folder, fitting[0]) if fitting else folder
+    stored = None if split is None else Split.load(split)
+    folder = open_data(data, split=stored, seed=seed, skip_bad=skip_bad, masks=masks)
+    if stored is None:
+        return as_searched(folder, cards)
+    _check_unseen(folder, cards)
+    return folder
+
+
+def as_searched(folder: F, cards: Sequence[Placed]) -> F:
+    """The folder divided as by the searches of ``cards``, where one of them searched in these very data; else as it is.
+
+    Raises ``ValueError`` where pictures of its test part chose one of the cards, and warns where that is not known.
+    """
+    from nasdet.data import Split
+
+    of_searches = [found for one in cards if (found := _of_search(one, folder)) is not None]
+    of_runs = [Split.load(one.split) for one in cards if one.split is not None]
+    fitting = [one for one in (*of_searches, *of_runs) if one.fingerprint == folder.split.fingerprint]
+    folder = folder.divided(fitting[0]) if fitting else folder
     _check_unseen(folder, cards)
     return folder
 
@@ -71,7 +84,7 @@ def with_split(folder: DataFolder, file: Path) -> DataFolder:
         if folder.testset is None:
             warn(f"{folder.path}: not the annotations of {file}: its test part may hold pictures that were trained on")
         return folder
-    return _divided(folder, split)
+    return folder.divided(split)
 
 
 def warn(line: str) -> None:
@@ -82,12 +95,7 @@ def warn(line: str) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _divided(folder: DataFolder, split: Split) -> DataFolder:
-    split.check(folder)
-    return replace(folder, split=split)
-
-
-def _of_search(placed: Placed, folder: DataFolder) -> Split | None:
+def _of_search(placed: Placed, folder: Folder[Any]) -> Split | None:
     """The split that the card was searched with, where it is known to be one of these very data."""
     from nasdet.data import Split
 
@@ -97,11 +105,11 @@ def _of_search(placed: Placed, folder: DataFolder) -> Split | None:
     if placed.split is not None and (stored := Split.load(placed.split)).sha256 == wanted:
         return stored if stored.fingerprint == folder.split.fingerprint else None
     # A split is a function of the pictures and the seed, so the hash tells whether it was this one.
-    drawn = Split.make(folder.trainval, folder.testset, seed=source.get("split_seed", source.get("seed", 0)))
+    drawn = folder.drawn(source.get("split_seed", source.get("seed", 0)))
     return drawn if drawn.sha256 == wanted else None
 
 
-def _check_unseen(folder: DataFolder, cards: Sequence[Placed]) -> None:
+def _check_unseen(folder: Folder[Any], cards: Sequence[Placed]) -> None:
     """Refuse a test part, held out of the training pictures, that holds pictures which chose a card."""
     if folder.testset is not None:  # no search trains on a folder's own test set, or chooses by it
         return

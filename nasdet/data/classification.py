@@ -132,6 +132,10 @@ class ClassificationFolder(Folder[ClassificationDataset]):
             if dataset is not None:
                 dataset.split = split  # whatever is cut from them by hand is still known to hold test images
 
+    def drawn(self, seed: int) -> Split:
+        """A new division of these data, class by class; not the one in use."""
+        return _divide(self.trainval, self.testset, seed)
+
 
 def _classes(folder: Path) -> tuple[str, ...]:
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,6 +19,7 @@ EXPECTED = (
 )
 
 D = TypeVar("D", bound=PictureDataset)
+F = TypeVar("F", bound="Folder")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Folder(Generic[D]):
         for reason, number in (self.testset.skipped if self.testset else {}).items():
             counts[reason] = counts.get(reason, 0) + number
         return counts
+
+    def drawn(self, seed: int) -> Split:
+        """A new division of these data; not the one in use."""
+        return Split.make(self.trainval, self.testset, seed=seed)
+
+    def divided(self: F, split: Split) -> F:
+        """The same data with another division in use. Raises DataError for one that was made for other data."""
+        split.check(self)
+        other = copy.copy(self)
+        object.__setattr__(other, "split", split)
+        return other
 
     def train(self) -> D:
         """All that may be trained on: to train a chosen architecture (role ``"train"``)."""

@@ -27,6 +27,9 @@ from nasdet.engine.trunks import Trunk, trunk
 from nasdet.search.constraints import Constraint
 from nasdet.search.evolution import PRESETS, Evolution, Offspring
 
+SEARCH = "nasdet classification"
+"""What the source of its cards says."""
+
 # What decides which pixels are seen, and so what a score depends on besides the search's own settings.
 _SEEN = ("size", "short", "least_area", "jitter", "flip", "amp", "recalibration_images", "eval_batch", "seed")
 
@@ -165,8 +168,8 @@ def search_classification(
 def _finish(
     search: Evolution, config: ClassificationSearchConfig, data: ClassificationFolder, out: Path, rank: int
 ) -> Card:
-    source = {"search": "nasdet classification", "split": data.split.sha256, "seed": config.seed}
-    source |= {"data": data.path.resolve().name, "evaluations": len(search.history)}
+    source = {"search": SEARCH, "split": data.split.sha256, "seed": config.seed}
+    source |= {"split_seed": data.split.seed, "data": data.path.resolve().name, "evaluations": len(search.history)}
     found = [replace(card, name=config.name, source=source | {"top1": score}) for card, score in search.population]
     if rank == 0:
         for place, card in enumerate(found[: config.top], 1):

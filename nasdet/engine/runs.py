@@ -39,21 +39,22 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def sole_writer(out: str | Path) -> Iterator[None]:
-    """Hold the folder of a run while the block runs; ``ValueError`` where another process does.
+def sole_writer(out: str | Path, *, lock: str = "run.lock", wait: bool = False) -> Iterator[None]:
+    """Hold the folder of a run while the block runs; ``ValueError`` where another process does, or ``wait`` for it.
 
-    Of several processes that share the run, rank 0 holds it. What is dead holds nothing, and where the file system has
-    no locks, nobody does.
+    ``lock`` is the file that is locked, another than a run's where the block writes a single file beside it. Of several
+    processes that share the run, rank 0 holds it. What is dead holds nothing, and where the file system has no locks,
+    nobody does.
     """
     if not distributed.is_main():
         yield
         return
-    path = Path(out) / "run.lock"
+    path = Path(out) / lock
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         try:
             # Not flock: a process that reads pictures would inherit that, and outlives a killed run for seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             advice = "wait until it has ended, or choose another --out"
             raise ValueError(f"{out} is being written by another process: {advice}") from error

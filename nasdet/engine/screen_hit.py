@@ -15,6 +15,7 @@ from nasdet.data import DataFolder
 from nasdet.engine.hit_config import HitSearchConfig, deviations
 from nasdet.engine.hit_run import HitRun
 from nasdet.engine.loop import Loop, Stateful
+from nasdet.engine.runs import sole_writer
 from nasdet.engine.supernet import SearchOptions, run_search
 from nasdet.spaces.hit import PARTS, Screening, alpha_matrix, column_penalty, keep, kept_names, mixed_layers
 
@@ -61,10 +62,11 @@ def screen_hit(
 
 
 def _record(path: Path, records: Mapping[str, Any]) -> None:
-    """Write what was kept beside what other parts kept, screened into the same folder before."""
-    before = read_json(path)["parts"] if path.is_file() else {}
-    parts = {part: {**before, **records}[part] for part in PARTS if part in before or part in records}
-    write_json(path, {"kept": {part: [*record["left"]] for part, record in parts.items()}, "parts": parts})
+    """Write what was kept beside what other parts kept, screened into the same folder before or at the same time."""
+    with sole_writer(path.parent, lock="screening.lock", wait=True):
+        before = read_json(path)["parts"] if path.is_file() else {}
+        parts = {part: {**before, **records}[part] for part in PARTS if part in before or part in records}
+        write_json(path, {"kept": {part: [*record["left"]] for part, record in parts.items()}, "parts": parts})
 
 
 def load_screening(path: str | Path) -> dict[str, list[str]]:

@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from nasdet.engine import hit_run
 from nasdet.engine.checkpoint import load_checkpoint
 from nasdet.engine.hit_config import HitSearchConfig, deviations
 from nasdet.engine.hit_run import build_supernet
-from nasdet.engine.screen_hit import load_screening, screen_hit
+from nasdet.engine.screen_hit import _record, load_screening, screen_hit
 from nasdet.engine.search_hit import GIGA, search_hit
 from nasdet.search.gradient import Bilevel
 from nasdet.spaces.assemble import ModelConfig, build_model
@@ -281,6 +284,33 @@ def test_screening_alone(everything: Path, config: HitSearchConfig, data: DataFo
     assert load_screening(tmp_path / "screening.json") == kept and not (tmp_path / "card.json").exists()
     with pytest.raises(ValueError, match="stage must be joint or all, got 'screen'"):
         search_hit(screening(config, "screen"), data, tmp_path / "other", progress=False)
+
+
+ANOTHER = """
+import fcntl, json, sys
+out = sys.argv[1]
+with open(out + "/screening.lock", "ab") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.readline()
+    with open(out + "/screening.json", "w") as record:
+        json.dump({"kept": {"neck": ["b"]}, "parts": {"neck": {"left": ["b"]}}}, record)
+"""
+
+
+def test_parts_screened_at_the_same_time_are_all_recorded(tmp_path: Path) -> None:
+    """Who comes while another process writes waits, and adds to what that one wrote."""
+    command = [sys.executable, "-c", ANOTHER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None and holder.stdout is not None and holder.stdout.readline() == "held\n"
+        waiting = threading.Thread(target=_record, args=(tmp_path / "screening.json", {"head": {"left": ["a"]}}))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive() and not (tmp_path / "screening.json").exists()
+        holder.stdin.write("\n")
+        holder.stdin.close()
+        waiting.join(60)
+    assert json.loads((tmp_path / "screening.json").read_text())["kept"] == {"neck": ["b"], "head": ["a"]}
 
 
 WHOLE_RECORD: dict[str, Any] = {"part": "neck", "names": ["a"], "keep": 1, "first": 1, "last": 1}

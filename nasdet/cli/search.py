@@ -60,8 +60,10 @@ def run(
     **options: Any,
 ) -> int:
     """Search, and print the derived architecture and where it lies."""
+    from nasdet.arch import load_card
     from nasdet.detectors import WITH_MASKS
     from nasdet.engine.distributed import is_main, restarted
+    from nasdet.spaces import is_backbone
 
     resume = resume or restarted()
     if method not in METHODS:
@@ -97,5 +99,8 @@ def run(
             return 0
         recipe = "" if preset == "paper" else f" --preset {preset}"
         recipe += " --no-flip" if given.get("flip") is False else ""
+        # Those of a searched backbone are a supernet's; others fit the net that was found as well.
+        if places.get("weights") and not is_backbone(load_card(out / "card.json")):
+            recipe += f" --weights {places['weights']}"
         print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
     return 0

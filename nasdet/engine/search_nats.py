@@ -28,6 +28,7 @@ from nasdet.engine.supernet import (
 from nasdet.spaces.assemble import ModelConfig, backbone_name, build_model
 from nasdet.spaces.nats import NATSSpace
 from nasdet.spaces.nats.genotype import dilation_name, genotype_set, to_plain
+from nasdet.spaces.nats.space import CHANNEL_GROUPS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -202,6 +203,15 @@ _COMPARED = {
 }
 
 
+def _other_cut(config: NATSSearchConfig) -> list[str]:
+    """A line where the channels are cut otherwise than the paper cuts those of this backbone (tables 2 and 4)."""
+    groups, channels = config.channel_groups or CHANNEL_GROUPS, config.channels_per_group
+    ours = f"{groups} in a layer" if channels is None else f"of {channels} channels"
+    large = config.backbone in ("resnet101", "resnext101_32x4d")
+    theirs = "of 32 channels" if large else f"{CHANNEL_GROUPS} in a layer"
+    return [] if ours == theirs else [f"channel groups: {ours}; the paper: {theirs}"]
+
+
 def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> list[str]:
     """Every way in which a search differs from the paper's, in words; the first ones hold for every search here."""
     paper = NATSSearchConfig()
@@ -217,6 +227,7 @@ def deviations(config: NATSSearchConfig, data: DataFolder, pretrained: bool) -> 
         ours, theirs = (f"{c.epochs} epochs, {c.frozen_epochs} without alphas" for c in (config, paper))
         found.append(f"schedule: {ours}; the paper: {theirs}")
     found += differences(config, paper, _COMPARED)
+    found += _other_cut(config)
     batches = config.batch, paper.batch
     found += other_rate("learning rate of the weights", (config.lr, paper.lr), batches)
     found += other_rate("learning rate of the weights at the end", (config.final_lr, paper.final_lr), batches)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
-from nasdet.nn.dilation_conv import check_same_conv2d
+from nasdet.nn.dilation_conv import check_same_conv2d, lay_out_weight
 from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
 from nasdet.ops._dilation import autocasts, chosen_algorithm, is_channels_last, torch_is_faster
 from nasdet.ops.depthwise_conv2d import OP as DEPTHWISE
@@ -64,15 +64,6 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
     return pixels * weight.numel() < _SMALL_CALL or (pixels <= _SMALL_MAP and not torch.is_grad_enabled())
 
 
-def _lay_out(convs: list[nn.Conv2d], layout: torch.memory_format) -> None:
-    for conv in convs:
-        shared = conv.weight.is_cpu and conv.weight.is_shared()  # elsewhere torch calls everything shared
-        if shared or conv.weight.untyped_storage().nbytes() != conv.weight.nbytes:
-            continue  # another process, or a flat buffer, would lose it in a new place
-        with torch.inference_mode(conv.weight.is_inference()):  # what could learn still can
-            conv.weight.data = conv.weight.data.contiguous(memory_format=layout)
-
-
 def _shown(name: str) -> str:
     return name or "the model itself"
 
@@ -102,7 +93,8 @@ class Acceleration:
         self._convs = dict(convs)
         # The kernels take taps of a channel side by side, and give gradients so: nothing to turn at every call.
         self._turned = [conv for conv in convs.values() if is_channels_last(conv.weight)]
-        _lay_out(self._turned, torch.contiguous_format)
+        for conv in self._turned:
+            lay_out_weight(conv, torch.contiguous_format)
 
     @property
     def active(self) -> bool:
@@ -118,7 +110,9 @@ class Acceleration:
         for conv in self._convs.values():
             _make_plain(conv)
         self._convs = {name: conv for name, conv in self._convs.items() if type(conv) is not nn.Conv2d}
-        _lay_out([conv for conv in self._turned if type(conv) is nn.Conv2d], torch.channels_last)
+        for conv in self._turned:
+            if type(conv) is nn.Conv2d:
+                lay_out_weight(conv, torch.channels_last)
         self._turned = [conv for conv in self._turned if type(conv) is not nn.Conv2d]
         if self._convs:
             changed = ", ".join(f"{_shown(name)} is a {type(conv).__name__}" for name, conv in self._convs.items())

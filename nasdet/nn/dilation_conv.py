@@ -38,6 +38,15 @@ def check_same_conv2d(conv: nn.Module, name: str = "conv", *, kept: bool = False
     return conv
 
 
+def lay_out_weight(conv: nn.Conv2d | GroupedDilationConv2d, layout: torch.memory_format) -> None:
+    """Lay the weight out anew, but where another process or a flat buffer would lose it in a new place."""
+    weight = conv.weight
+    shared = weight.is_cpu and weight.is_shared()  # elsewhere torch calls everything shared
+    if not shared and weight.untyped_storage().nbytes() == weight.nbytes:
+        with torch.inference_mode(weight.is_inference()):  # what could learn still can
+            weight.data = weight.data.contiguous(memory_format=layout)
+
+
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **how: Any) -> Tensor:
     if x.dim() == 3:
         return _grouped(x.unsqueeze(0), weight, bias, *arguments, **how).squeeze(0)
@@ -185,6 +194,7 @@ class GroupedDilationConv2d(_DilationConv2d):
             )
         made._take(conv, conv.weight)
         made.weight = conv.weight
+        lay_out_weight(made, torch.contiguous_format)  # or every call would copy it
         return made
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,7 +267,8 @@ class MixedDilationConv2d(_DilationConv2d):
             )
         count = len(made.dilations)
         made._take(conv, conv.weight.detach().repeat(count, 1, 1, 1))
-        made.alpha = nn.Parameter(torch.zeros(channel_groups, count, device=conv.weight.device))
+        dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+        made.alpha = nn.Parameter(torch.zeros(channel_groups, count, device=conv.weight.device, dtype=dtype))
         return made
 
     def reset_parameters(self) -> None:

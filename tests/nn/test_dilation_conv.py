@@ -90,6 +90,24 @@ def test_channels_last_modules() -> None:
         torch.testing.assert_close(y, expected)
 
 
+def test_from_a_channels_last_convolution() -> None:
+    conv = nn.Conv2d(8, 12, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before, x = conv.weight.detach().clone(), torch.randn(2, 8, 9, 7)
+    expected = conv(x)
+    for made in (GroupedDilationConv2d.from_conv(conv, [1, 1]), MixedDilationConv2d.from_conv(conv, [1, 1], 3)):
+        assert made.weight.is_contiguous(), "as the kernels read it"
+        torch.testing.assert_close(made(x), expected)
+    assert torch.equal(conv.weight, before)
+
+
+def test_weights_in_a_flat_buffer_stay_there() -> None:
+    conv = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+    flat = torch.randn(2 * conv.weight.numel())
+    conv.weight.data = flat[: conv.weight.numel()].view(12, 3, 3, 8).permute(0, 3, 1, 2)
+    made = GroupedDilationConv2d.from_conv(conv, [1, 2])
+    assert made.weight is conv.weight and made.weight.data_ptr() == flat.data_ptr()
+
+
 def test_gradients_reach_replicas_alphas_and_bias() -> None:
     made = MixedDilationConv2d(4, 6, 3, [1, 2, 3], channel_groups=2)
     made(torch.randn(2, 4, 7, 8)).square().sum().backward()
@@ -103,6 +121,8 @@ def test_from_conv_keeps_what_belongs_to_the_convolution() -> None:
     for made in (GroupedDilationConv2d.from_conv(conv, [1, 2]), MixedDilationConv2d.from_conv(conv, [1, 2])):
         assert made.weight.dtype == torch.float64 and not made.weight.requires_grad and not made.training
         assert made.bias is conv.bias
+    assert MixedDilationConv2d.from_conv(conv, [1, 2]).alpha.dtype == torch.float64
+    assert MixedDilationConv2d.from_conv(conv.half(), [1, 2]).alpha.dtype == torch.float32
     assert GroupedDilationConv2d.from_conv(conv, [1, 2]).splits == (6, 6)
     frozen = MixedDilationConv2d.from_conv(conv, [1, 2])
     assert frozen.alpha.requires_grad, "the alphas of a frozen convolution are still searched"

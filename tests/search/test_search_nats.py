@@ -256,6 +256,15 @@ def test_deviations_tell_everything_that_differs(data: DataFolder, config: NATSS
     assert without == [line for line in paper if line != words], "no warm-up, as in the paper"
     assert NATSSearchConfig(warmup_steps=0).schedule(20_000).at(0) == 0.01
     assert any("of the rate: 70 steps;" in line for line in deviations(NATSSearchConfig(warmup_steps=70), data, True))
+    large = {"backbone": "resnet101", "channel_groups": None}
+    for cut, line in (
+        ({"channel_groups": 8}, "channel groups: 8 in a layer; the paper: 16 in a layer"),
+        ({"channels_per_group": 32}, "channel groups: of 32 channels; the paper: 16 in a layer"),
+        (large, "channel groups: 16 in a layer; the paper: of 32 channels"),
+    ):
+        assert line in deviations(NATSSearchConfig(**cut), data, True)
+    theirs = NATSSearchConfig(**large, channels_per_group=32)
+    assert not any("groups" in line for line in deviations(theirs, data, True))
     ours = deviations(dataclasses.replace(config, index_preserving=True, amp=True), data, False)
     for words in (
         "steps: 6",

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nasdet.arch import load_card
 from nasdet.cli import arch, report, search, search_nats, train
 from nasdet.data import write_digits
+from nasdet.detectors import BACKBONES
 from nasdet.engine.search_nats import NATSSearchConfig
 from nasdet.spaces.assemble import ModelConfig
 
@@ -30,9 +32,13 @@ def test_search_resume_retrain_report(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Call
 ) -> None:
     run = tmp_path / "run"
+    weights = tmp_path / "resnet.pt"
+    torch.save(BACKBONES["resnet50"](width=0.125, norm="bn").state_dict(), weights)
     words = ["nats", "--data", str(digits), "--out", str(run), "--channel-groups", "4", *SMALL]
+    words += ["--weights", str(weights)]
     assert call(search, *words) == 0
     out = capsys.readouterr().out
+    assert out.endswith(f" --preset tiny --no-flip --weights {weights}\n"), "retraining begins with them as well"
     card = load_card(run / "card.json")
     assert str(run / "card.json") in out and "layer4.2.conv2: " in out and "nasdet train --card" in out
     assert card.name == "nats-C-resnet50-seed0" and card.settings["width"] == 0.125

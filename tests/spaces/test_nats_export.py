@@ -72,12 +72,14 @@ def test_hooks_of_a_derived_layer_are_not_lost_in_silence() -> None:
         to_plain_torch(nn.Sequential(part))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_convolution_alone_in_plain_torch(training: bool) -> None:
-    conv = GroupedDilationConv2d(4, 8, 3, [1, (2, 3)], stride=2, groups=2).train(training)
+def test_a_convolution_alone_in_plain_torch(training: bool, groups: int) -> None:
+    conv = GroupedDilationConv2d(4, 8, 3, [1, (2, 3)], stride=2, groups=groups).train(training)
     alone, x = to_plain_torch(conv), torch.randn(1, 4, 9, 7)
     assert type(alone) is SplitConv2d and alone.training == training
     torch.testing.assert_close(alone(x), conv(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone(x[0]), conv(x[0]), rtol=1e-4, atol=1e-5)
     assert list(alone.state_dict()) == ["weight", "bias"] and alone.weight is not conv.weight
 
 

@@ -50,6 +50,47 @@ def test_inside_a_detector_by_prefix() -> None:
     assert sum(p.numel() for p in model.parameters()) == before
 
 
+def deeper(blocks: int) -> nn.Module:
+    """A net whose third stage has so many blocks: its layers have the names of a shallower one's, and more."""
+    net = foreign()
+    net.get_submodule("layer3").extend(Bottleneck(8, 4) for _ in range(blocks - 2))  # type: ignore[operator]
+    return net
+
+
+def test_a_card_of_a_shallower_net_is_refused() -> None:
+    """Half of the layers would be transformed, and the rest left as they were."""
+    card = NATSSpace(backbone="resnet50", width=0.25).random(random.Random(0))
+    net = BACKBONES["resnet101"](width=0.25)
+    before = repr(net)
+    words = "nats-random: network must be the card's resnet50, got one that has layer3.6.conv2 as well"
+    with pytest.raises(ValueError, match=words):
+        NATSSpace.build(card, net)
+    inside = nn.ModuleDict({"body": net})
+    with pytest.raises(ValueError, match=words):
+        NATSSpace.build(card, inside, prefix="body.")
+    assert repr(net) == before
+
+
+def test_parts_of_a_net_and_nets_beside_it_are_left_alone() -> None:
+    card = NATSSpace(backbone="resnet50", width=0.25).random(random.Random(0))
+    part = {name: entries for name, entries in card.genotype.items() if name != "layer3.5.conv2"}
+    own = Card("nats", "part", part, card.settings)
+    assert type(NATSSpace.build(own).get_submodule("layer3.5.conv2")) is nn.Conv2d, "as a selector chose"
+    two = nn.ModuleDict({"one": BACKBONES["resnet50"](width=0.25), "other": deeper(9)})
+    NATSSpace.build(card, two, prefix="one.")
+    assert not any(isinstance(module, GroupedDilationConv2d) for module in two["other"].modules())
+    unnamed = Card("nats", "own", {name: [[2, 1]] for name in bottleneck_convs(foreign())})
+    assert isinstance(NATSSpace.build(unnamed, deeper(5)), nn.Sequential), "a user's card may mean a part"
+
+
+def test_a_missing_layer_says_what_a_prefix_is() -> None:
+    card = NATSSpace(backbone="resnet50", width=0.25).random(random.Random(0))
+    model = nn.ModuleDict({"body": BACKBONES["resnet50"](width=0.25)})
+    for prefix, words in (("", "no prefix, which says where they lie in a larger one"), ("net.", "prefix 'net.'")):
+        with pytest.raises(ValueError, match=f"card's layer layer2.0.conv2, got a ModuleDict without, and {words}"):
+            NATSSpace.build(card, model, prefix=prefix)
+
+
 def test_detectron2_names() -> None:
     net = nn.ModuleDict({f"res{stage}": nn.Sequential(Bottleneck(8, 4)) for stage in (2, 3, 4, 5)})
     assert bottleneck_convs(net) == {f"res{stage}.0.conv2": stage for stage in (3, 4, 5)}
@@ -140,7 +181,7 @@ GOOD: dict[str, Any] = {f"layer{stage}.{block}.conv2": [[1, 1], [2, 1]] for stag
     [
         ({**GOOD, "layer4.1.conv2": [[1, 3]]}, "bad: layer4.1.conv2: counts must sum to a divisor of its 4 .*got 3"),
         ({**GOOD, "layer4.1.conv2": [[0, 1]]}, "genotype.layer4.1.conv2 dilation must be a positive integer"),
-        ({**GOOD, "layer5.0.conv2": [[1, 1]]}, "bad: selector must name modules of Sequential, got 'layer5.0.conv2'"),
+        ({**GOOD, "layer5.0.conv2": [[1, 1]]}, "network must have the card's layer layer5.0.conv2, got a Sequential"),
     ],
 )
 def test_bad_cards_change_nothing(genotype: Any, message: str) -> None:

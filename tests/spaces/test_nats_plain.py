@@ -98,6 +98,15 @@ def test_a_convolution_alone_is_refused() -> None:
     assert not list(conv.children())
 
 
+@pytest.mark.parametrize("name", ["5", "backbone.1", "1.weight"])
+def test_a_network_without_the_layer_is_refused(name: str) -> None:
+    network = net()
+    before = repr(network)
+    with pytest.raises(ValueError, match=f"network must have a module {name}, got a Sequential without"):
+        plain.transform(network, {"1": [[2, 1]], name: [[1, 1]]})
+    assert repr(network) == before
+
+
 @pytest.mark.parametrize("options", [{}, {"padding": "same"}, {"stride": 2}, {"groups": 4}, {"bias": False}])
 def test_both_make_the_same(options: dict[str, Any]) -> None:
     genotype = {"1": [[2, 1], [[1, 3], 1]]}

@@ -44,10 +44,10 @@ class SplitConv2d(nn.Module):
             inputs, groups = x, self.groups
             if self.groups > 1:  # a slice reads the inputs of its own convolution groups only
                 groups = size // width
-                inputs = x[:, first // width * fan : (first // width + groups) * fan]
+                inputs = x.narrow(-3, first // width * fan, groups * fan)
             parts.append(F.conv2d(inputs, weight, bias, self.stride, padding, dilation, groups))
             first += size
-        return torch.cat(parts, 1)
+        return torch.cat(parts, -3)
 
 
 def transform(network: nn.Module, genotype: Mapping[str, Sequence[Sequence[Any]]]) -> nn.Module:
@@ -65,7 +65,7 @@ def transform(network: nn.Module, genotype: Mapping[str, Sequence[Sequence[Any]]
     for name, entries in genotype.items():
         if not isinstance(name, str) or not name:
             raise ValueError(f"genotype layers must be module paths, got {name!r}")
-        conv = _checked(name, network.get_submodule(name))
+        conv = _checked(name, _module(network, name))
         if (other := names.setdefault(conv, name)) != name:
             raise ValueError(f"genotype must name a convolution once, got {other!r} and {name!r} for the same one")
         dilations, counts = _entries(name, entries)
@@ -95,6 +95,13 @@ _PLAIN = (
     "nasdet.nn.depthwise_conv.DepthwiseConv2d",
     "nasdet.nn.accelerate.AcceleratedConv2d",
 )
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"network must have a module {name}, got a {type(network).__name__} without") from None
 
 
 def _checked(name: str, conv: nn.Module) -> nn.Conv2d:

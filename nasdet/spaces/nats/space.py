@@ -29,7 +29,7 @@ from nasdet.spaces.nats.genotype import (
     to_pair,
     to_plain,
 )
-from nasdet.spaces.nats.layers import Layer, Selector, check_own_weights, exchange, find_layers
+from nasdet.spaces.nats.layers import Layer, Selector, bottleneck_convs, check_own_weights, exchange, find_layers
 
 CHANNEL_GROUPS = 16
 
@@ -258,8 +258,8 @@ class NATSSpace:
         ``prefix`` is where the card's layers lie in ``network``, such as ``"backbone.body."``. A convolution with
         several names has them still.
 
-        Raises ``ValueError`` or ``TypeError`` for a network without these layers, or whose channels cannot be cut so;
-        nothing is changed then.
+        Raises ``ValueError`` or ``TypeError`` for a network without these layers, one whose channels cannot be cut so,
+        or a deeper one than the card's backbone; nothing is changed then.
         """
         _check_method(card)
         check_genotype(card.genotype)
@@ -269,6 +269,7 @@ class NATSSpace:
             network = named_backbone(body, card.settings.get("width", 1.0))
         stages = dict.fromkeys((prefix + name for name in card.genotype), 3)
         try:
+            _check_depth(card, network, prefix)
             layers = {layer.name: layer for layer in find_layers(network, lambda _: stages)}
             made: dict[str, nn.Module] = {}
             for name, entries in card.genotype.items():
@@ -324,6 +325,31 @@ def named_backbone(name: str | Mapping[str, Any], width: float = 1.0) -> nn.Modu
 def _check_method(card: Card) -> None:
     if card.method != NATSSpace.method:
         raise ValueError(f"{card.name}: method must be 'nats', got {card.method!r}")
+
+
+def _check_depth(card: Card, network: nn.Module, prefix: str) -> None:
+    """Raise ``ValueError`` where a card's layers are not all in a network, or beside them stand others that the card's
+    backbone lacks: a shallower net's names are all in a deeper one."""
+    held = dict(network.named_modules(remove_duplicate=False))
+    if missing := [name for name in card.genotype if prefix + name not in held]:
+        where = f"prefix {prefix!r}" if prefix else "no prefix, which says where they lie in a larger one"
+        got = f"a {type(network).__name__} without, and {where}"
+        raise ValueError(f"network must have the card's layer {missing[0]}, got {got}")
+    if (body := card.settings.get("backbone")) is None:
+        return
+    stacks = {_stack(name) for name in card.genotype}
+    inside = [name.removeprefix(prefix) for name in bottleneck_convs(network) if name.startswith(prefix)]
+    if more := [name for name in inside if name not in card.genotype and _stack(name) in stacks]:
+        own = body if isinstance(body, str) else body["name"]
+        with torch.device("meta"):
+            known = bottleneck_convs(named_backbone(body, card.settings.get("width", 1.0)))
+        if other := [name for name in more if name not in known]:
+            raise ValueError(f"network must be the card's {own}, got one that has {other[0]} as well")
+
+
+def _stack(name: str) -> str:
+    """Of a block's convolution: what the block is in."""
+    return name.rsplit(".", 2)[0]
 
 
 def _summary(layers: Sequence[Layer]) -> str:

@@ -154,7 +154,7 @@ def backward_kernel(
         tl.store(dlogits + at, dx.to(dlogits.dtype.element_ty), mask=inside)
     if NEED_TARGETS:
         ratio = (1.0 - e) / unsure  # |d(1 - p_t)/dt| / (1 - p_t)
-        by_q = gamma * tl.where(x < 0.0, ratio, -ratio) * entropy
+        by_q = gamma * (tl.where(x < 0.0, ratio, -ratio) * entropy)  # gamma * ratio may be infinite
         dt = g * modulation * (alpha_slope * entropy + weight * (by_q - x))
         tl.store(dtargets + at, dt.to(dtargets.dtype.element_ty), mask=inside)
 

@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -29,8 +30,16 @@ struct Pool {
   std::vector<Piece> idle;
 };
 
+// Never destroyed: threads may outlive static objects. A fork waits until no thread holds the pool, or the child's could never
+// be taken again.
 Pool& pool() {
-  static Pool* const shared = new Pool;  // never destroyed: threads may outlive static objects
+  static Pool* const shared = [] {
+    Pool* const made = new Pool;
+#if defined(__linux__)
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+#endif
+    return made;
+  }();
   return *shared;
 }
 

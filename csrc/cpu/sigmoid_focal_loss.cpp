@@ -73,8 +73,8 @@ template <class T> struct Terms {
   }
 
   NASDET_INLINE vec<T> target_gradient(T gamma, T alpha_slope) const {
-    const vec<T> ratio = (T(1) - e) / unsure;  // |d(1 - p_t)/dt| / (1 - p_t)
-    const vec<T> by_q = gamma * (negative ? ratio : -ratio) * entropy;
+    const vec<T> ratio = (T(1) - e) / unsure;                             // |d(1 - p_t)/dt| / (1 - p_t)
+    const vec<T> by_q = gamma * ((negative ? ratio : -ratio) * entropy);  // gamma * ratio may be infinite
     return modulation<false>(gamma) * (alpha_slope * entropy + alpha * (by_q - x));
   }
 };

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasdet.nn.depthwise_conv import DepthwiseConv2d, add_bias, check_depthwise
+from nasdet.nn.depthwise_conv import DepthwiseConv2d, LibraryConv2d, add_bias, check_depthwise
 from nasdet.nn.dilation_conv import check_same_conv2d, lay_out_weight
 from nasdet.ops import depthwise_conv2d, grouped_dilation_conv2d
-from nasdet.ops._dilation import autocasts, chosen_algorithm, is_channels_last, torch_is_faster
+from nasdet.ops._dilation import autocasts, chosen_algorithm, holds_data, is_channels_last, torch_is_faster
 from nasdet.ops.depthwise_conv2d import OP as DEPTHWISE
 from nasdet.ops.grouped_dilation_conv2d import OP as DENSE
 
@@ -24,36 +24,47 @@ _SMALL_CALL = 25_000_000  # products, below which an op's call costs more than i
 _SMALL_MAP = 64  # pixels of all images, for which a forward does not repay making the weights ready
 
 
-class AcceleratedConv2d(nn.Conv2d):
+class AcceleratedConv2d(LibraryConv2d):
     """An ``nn.Conv2d`` whose forward on the CPU is :func:`nasdet.ops.grouped_dilation_conv2d` with one dilation, or of
     a depthwise one :func:`nasdet.ops.depthwise_conv2d`.
 
     :func:`accelerate` turns convolutions into it and back. It is ``nn.Conv2d`` elsewhere than on the CPU, in float64,
     for unbatched inputs, where TorchScript traces or compiles the model or it is exported, and, in float32 and unless
-    depthwise, for so little work that a call of the op would take longer. ``torch.fx`` takes it as one call. Second
-    derivatives of the library's kernels raise.
+    depthwise, for so little work that a call of the op would take longer, and where padding, dilation or weight were
+    changed to what the op does not take. ``torch.fx`` takes it as one call. Second derivatives of the library's kernels
+    raise.
     """
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.jit.is_scripting():
-            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return _convolved(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    def _library_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolved(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    ours = x.device.type == "cpu" and x.dim() == 4 and x.dtype in _TYPES
+    ours = x.device.type == "cpu" and x.dim() == 4 and x.dtype in _TYPES and _is_odd_square(weight)
     if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if weight.shape[1] == 1 and weight.shape[0] == groups > 1:
         return add_bias(depthwise_conv2d(x, weight, stride, padding, dilation), bias)
-    if _is_small(x, weight):
+    if not _keeps_the_size(padding, dilation, weight) or _is_small(x, weight):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return add_bias(grouped_dilation_conv2d(x, weight, (dilation,), (weight.shape[0],), stride, groups), bias)
 
 
 torch.fx.wrap("_convolved")  # one node in a graph that torch.fx traces: the choice looks at real tensors
+
+
+def _is_odd_square(weight: Tensor) -> bool:
+    """As when the module was accelerated, unless somebody put another weight into it."""
+    return weight.shape[-1] == weight.shape[-2] and weight.shape[-1] % 2 == 1
+
+
+def _keeps_the_size(padding: Any, dilation: Any, weight: Tensor) -> bool:
+    """Whether a stride of 1 would; padding or dilation may have been set since, to whatever ``F.conv2d`` takes."""
+    if not isinstance(dilation, tuple):
+        return False
+    return bool(padding in ("same", tuple(d * (weight.shape[-1] // 2) for d in dilation)))
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
@@ -148,9 +159,9 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     A convolution stays the module that it is: parameters, names in the state dict, hooks and options are untouched, and
     only its class changes, to :class:`AcceleratedConv2d`, and the order of its weight in memory, to contiguous, until
-    ``undo()``; a weight in shared memory, or that is a part of a larger buffer, stays where it lies. Training and
-    ``torch.compile`` work as before. Values agree with torch's to the rounding of float32 (Winograd's algorithm: 1e-6
-    relative).
+    ``undo()``; a weight in shared memory, or that is a part of a larger buffer, stays where it lies, and any other that
+    is channels_last moves, away from a ``state_dict()`` taken before. Training and ``torch.compile`` work as before.
+    Values agree with torch's to the rounding of float32 (Winograd's algorithm: 1e-6 relative).
 
     Swapped are plain ``nn.Conv2d`` on the CPU with an odd square kernel and zero padding: depthwise ones, and of
     others, of any dilation with "same" padding, those for which the op's cost model chooses one of its fast algorithms
@@ -221,6 +232,8 @@ def _why_not(conv: nn.Conv2d) -> str | None:
         return f"its weight is on {conv.weight.device.type}, where torch's convolutions are left alone"
     if conv.weight.dtype not in _TYPES:
         return f"its weight is {conv.weight.dtype}"
+    if not holds_data(conv.weight):
+        return "its weight holds no data here"
     op = DEPTHWISE if _is_depthwise(conv) else DENSE
     compiled = next(backend for backend in op.backends if backend.name == "cpp")
     return compiled.available() or (None if _is_depthwise(conv) else _slower(conv))

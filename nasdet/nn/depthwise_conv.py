@@ -10,16 +10,38 @@ from torch.nn import functional as F
 
 from nasdet._checks import check_whole
 from nasdet.ops import depthwise_conv2d
-from nasdet.ops._dilation import LARGEST_KERNEL, Pair, pair
+from nasdet.ops._dilation import LARGEST_KERNEL, Pair, holds_data, pair
 from nasdet.ops.depthwise_conv2d import checked_padding
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution's fresh result ``[N, C, H, W]`` with its bias, in place: no further map."""
-    return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
+    """A convolution's fresh result ``[N, C, H, W]`` with its bias: in place, which takes no further map, but where it
+    is traced or transformed, for then the bias may be a batch of them."""
+    if bias is None:
+        return y
+    column = bias.to(y.dtype)[:, None, None]
+    return y.add_(column) if holds_data(column) else y + column
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class LibraryConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` that runs ``_library_forward``: all but what TorchScript compiles, and a padding mode that
+    somebody set since."""
+
+    def _library_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.jit.is_scripting():  # which has no super()
+            if self.padding_mode != "zeros":
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+                return F.conv2d(input, weight, bias, self.stride, 0, self.dilation, self.groups)
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.padding_mode != "zeros":
+            return super()._conv_forward(input, weight, bias)
+        return self._library_forward(input, weight, bias)
+
+
+class DepthwiseConv2d(LibraryConv2d):
     """One ``k`` x ``k`` kernel per channel, run by :func:`nasdet.ops.depthwise_conv2d`.
 
     An ``nn.Conv2d`` with as many groups as channels: the same parameters ``weight [C, 1, k, k]`` and ``bias [C]``, in
@@ -80,10 +102,8 @@ class DepthwiseConv2d(nn.Conv2d):
         made.weight, made.bias = conv.weight, conv.bias
         return made.train(conv.training)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.jit.is_scripting():
-            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return _depthwise(input, weight, bias, (self.stride, self.padding, self.dilation), self.backend)
+    def _library_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _depthwise(x, weight, bias, (self.stride, self.padding, self.dilation), self.backend)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, how: tuple[Any, ...], backend: str | None) -> Tensor:

@@ -124,7 +124,8 @@ class _DilationConv2d(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """``.to(memory_format=torch.channels_last)`` included, which would make every call copy the weight."""
         super()._apply(fn, recurse)
-        self.weight.data = self.weight.data.contiguous()
+        if (weight := self._parameters.get("weight")) is not None:  # else it is computed
+            weight.data = weight.data.contiguous()
         return self
 
     def extra_repr(self) -> str:

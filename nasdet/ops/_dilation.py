@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,10 +177,14 @@ def _narrow_groups_are_faster(width: int, slices: int, pixels: int, products: bo
 
 def holds_data(x: Tensor) -> bool:
     """Whether this is a real call, not one that a compiler, an exporter or a transform traces."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):  # a fake tensor has no values
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    return not tracing and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if type(x) not in (Tensor, torch.nn.Parameter):  # a fake tensor has no values
+        return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
+    transforms = torch._C._functorch
+    return not transforms.is_functorch_wrapped_tensor(x) and not transforms.is_legacy_batchedtensor(x)
 
 
 def flat(pairs: Sequence[Pair]) -> list[int]:
@@ -257,7 +260,7 @@ def finite_on_cpu(name: str, value: Tensor) -> None:
     """Refuse NaN and infinity where looking costs no wait: real CPU tensors, outside of tracing and transforms."""
     if value.device.type != "cpu" or not holds_data(value):
         return
-    if not math.isfinite(float(value.detach().abs().sum(dtype=torch.float64))):
+    if not bool(value.detach().isfinite().all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 

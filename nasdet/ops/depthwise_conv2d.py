@@ -97,7 +97,7 @@ def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             )
         if weight.shape[-1] > LARGEST_KERNEL:
             raise ValueError(f"weight must have a kernel of at most {LARGEST_KERNEL}, got {weight.shape[-1]}")
-        return checked_operands(x, weight, "C, 1, k, k", x.shape[1])
+        return checked_operands(x, weight, "C, 1, k, k", int(x.shape[1]))  # a tensor, or symbolic, while traced
     return checked_operands(x, weight, "C, 1, k, k", 1)
 
 

@@ -163,7 +163,7 @@ def _reference_padded(
     order, keep = _kept(boxes, scores, classes, iou_threshold)
     place = torch.where(keep, torch.cumsum(keep, 1) - 1, max_out).clamp(max=max_out)
     padded = order.new_full((order.shape[0], max_out + 1), -1).scatter(1, place, order)
-    return padded[:, :max_out], keep.sum(1).clamp(max=max_out)
+    return padded[:, :max_out].contiguous(), keep.sum(1).clamp(max=max_out)
 
 
 LIBRARY.define("nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold) -> Tensor")

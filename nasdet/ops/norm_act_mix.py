@@ -15,7 +15,7 @@ from nasdet._cases import Case, Inputs
 from nasdet._checks import plain_int
 from nasdet._library import LIBRARY
 from nasdet.ops._checks import checked_maps, checked_number, checked_parameter
-from nasdet.ops._dilation import empty_map, holds_data
+from nasdet.ops._dilation import empty_map, holds_data, in_layout_of
 
 
 def norm_act_mix(
@@ -103,7 +103,7 @@ def _reference(
         term = weights[p] * torch.relu(z)
         total = term if total is None else total + term
     assert total is not None
-    return total.to(xs[0].dtype)
+    return in_layout_of(total.to(xs[0].dtype), xs[0])
 
 
 def _fake(
@@ -124,13 +124,13 @@ def _fake_backward(
     grad: Tensor, xs: Sequence[Tensor], weights: Tensor, gn_weight: Tensor, gn_bias: Tensor, *_: Any
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     dxs = [empty_map(xs[0], xs[0].shape) for _ in xs]
-    return dxs, torch.empty_like(weights), torch.empty_like(gn_weight), torch.empty_like(gn_bias)
+    return dxs, *_fake_backward_inplace(grad, xs, weights, gn_weight, gn_bias)
 
 
 def _fake_backward_inplace(
     grad: Tensor, xs: Sequence[Tensor], weights: Tensor, gn_weight: Tensor, gn_bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(weights), torch.empty_like(gn_weight), torch.empty_like(gn_bias)
+    return weights.new_empty(weights.shape), gn_weight.new_empty(gn_weight.shape), gn_bias.new_empty(gn_bias.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -227,11 +227,14 @@ def _case(
     layouts: Sequence[str] = ("contiguous",),
     normalized: Sequence[bool] | None = None,
     shift: float = 0.0,
+    transposed: bool = False,
     large: bool = False,
 ) -> Case:
     def make(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         xs = [inputs.randn(*shape, layout=layouts[p % len(layouts)], shift=shift) for p in range(maps)]
         gn_weight, gn_bias = inputs.affine(maps, shape[1])
+        if transposed:
+            gn_weight, gn_bias = gn_weight.t().contiguous().t(), gn_bias.t().contiguous().t()
         return (xs, inputs.weights(maps), gn_weight, gn_bias, groups), {"normalized": normalized}
 
     return Case(name, make, large=large, condition=max(1.0, abs(shift)))
@@ -261,6 +264,7 @@ OP = _dispatch.register(
             _case("instance-norm", 2, (2, 10, 4, 17), 10, layouts=("contiguous", "channels_last")),
             _case("mixed-layouts", 3, (2, 16, 6, 5), 4, layouts=("channels_last", "sliced", "contiguous")),
             _case("large-mean", 2, (1, 8, 16, 16), 2, shift=50.0),
+            _case("transposed-affine", 2, (1, 8, 4, 5), 2, transposed=True),
             _case("many-pixels-nhwc", 2, (1, 8, 40, 33), 4, layouts=("channels_last",)),
             _case("empty-batch", 2, (0, 8, 4, 4), 4),
             _case("fpn-p3", 12, (2, 96, 100, 152), 32, large=True),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerated_net import net, picture
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.optimization import fuse
 
 import nasdet
@@ -287,6 +288,82 @@ def test_scripted_as_torchs_convolution(options: dict[str, Any]) -> None:
     expected = model(x)
     assert accelerate(model).swapped == ("0",)
     assert torch.equal(torch.jit.script(model)(x), expected)
+
+
+def _padded_around(conv: nn.Conv2d) -> None:
+    conv.padding_mode = "circular"
+
+
+def _not_padded(conv: nn.Conv2d) -> None:
+    conv.padding = (0, 0)
+
+
+def _padded_by_an_integer(conv: nn.Conv2d) -> None:
+    conv.padding = 2  # type: ignore[assignment]  # torch takes it
+
+
+def _dilated(conv: nn.Conv2d) -> None:
+    conv.dilation = (2, 2)
+
+
+def _dilated_by_an_integer(conv: nn.Conv2d) -> None:
+    conv.dilation = 2  # type: ignore[assignment]  # torch takes it
+
+
+def _dilated_and_padded(conv: nn.Conv2d) -> None:
+    conv.dilation = conv.padding = (3, 3)
+
+
+def _larger(conv: nn.Conv2d) -> None:
+    conv.weight = nn.Parameter(torch.randn(*conv.weight.shape[:2], 5, 5))
+
+
+def _flat(conv: nn.Conv2d) -> None:
+    conv.weight = nn.Parameter(torch.randn(*conv.weight.shape[:2], 1, 3))
+
+
+CHANGES = (
+    _padded_around,
+    _not_padded,
+    _padded_by_an_integer,
+    _dilated,
+    _dilated_by_an_integer,
+    _dilated_and_padded,
+    _larger,
+    _flat,
+)
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_what_is_changed_afterwards_counts(change: Any, groups: int) -> None:
+    """Of several who change a model, such as for seamless tiles, none need know of the others."""
+    conv, x = nn.Conv2d(32, 32, 3, padding=1, groups=groups), torch.randn(1, 32, 60, 70)
+    torch.manual_seed(1)
+    plain = copy.deepcopy(conv)
+    assert accelerate(conv).swapped == ("",)
+    for module in (plain, conv):
+        torch.manual_seed(1)
+        change(module)
+    torch.testing.assert_close(conv(x), plain(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.jit.script(conv)(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+def test_a_batch_of_biases(groups: int) -> None:
+    conv, x, biases = nn.Conv2d(32, 32, 3, padding=1, groups=groups), torch.randn(1, 32, 60, 70), torch.randn(3, 32)
+    assert accelerate(conv).swapped == ("",)
+
+    def call(bias: Tensor) -> Any:
+        return torch.func.functional_call(conv, {"bias": bias}, (x,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(biases), torch.stack([call(bias) for bias in biases]))
+
+
+def test_without_values_all_is_left() -> None:
+    with FakeTensorMode():
+        report = accelerate(net())
+    assert report.swapped == () and "its weight holds no data here" in report.left.values()
 
 
 def test_without_the_library_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

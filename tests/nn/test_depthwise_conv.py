@@ -134,6 +134,15 @@ def test_an_exported_one_needs_no_operator_of_ours() -> None:
     torch.testing.assert_close(torch.jit.script(made)(x), made(x))
 
 
+def test_another_padding_mode_is_torchs() -> None:
+    made, x = DepthwiseConv2d(4, 5), torch.randn(1, 4, 20, 21)
+    conv = nn.Conv2d(4, 4, 5, padding="same", groups=4, padding_mode="reflect")
+    made.load_state_dict(conv.state_dict())
+    made.padding_mode = "reflect"
+    for call in (made, torch.jit.script(made)):
+        torch.testing.assert_close(call(x), conv(x))
+
+
 def test_torch_fx_takes_one_call() -> None:
     model, x = nn.Sequential(DepthwiseConv2d(8, 5, 2), nn.ReLU()), torch.randn(1, 8, 9, 10)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

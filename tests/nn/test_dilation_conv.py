@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -98,6 +99,17 @@ def test_from_a_channels_last_convolution() -> None:
         assert made.weight.is_contiguous(), "as the kernels read it"
         torch.testing.assert_close(made(x), expected)
     assert torch.equal(conv.weight, before)
+
+
+@pytest.mark.parametrize("kind", [GroupedDilationConv2d, MixedDilationConv2d])
+def test_a_weight_that_is_computed_is_not_computed_by_to(kind: Any) -> None:
+    """Spectral norm's vectors move whenever the weight is read."""
+    made = utils.parametrizations.spectral_norm(kind(8, 8, 3, [1, 2]))
+    before = copy.deepcopy(made.state_dict())
+    made.to(torch.float32).to(memory_format=torch.channels_last)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    x = torch.randn(1, 8, 9, 7)
+    assert made.eval()(x).shape == x.shape
 
 
 def test_weights_in_a_flat_buffer_stay_there() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import nasdet
@@ -196,6 +197,17 @@ def test_dtypes_must_agree() -> None:
         depthwise_conv2d(x, weight.float())
     with pytest.raises(TypeError, match="x must be a float32, .*got torch.int64"):
         depthwise_conv2d(x.long(), weight)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_by_older_means_too() -> None:
+    x, weight = (value.float() for value in operands())
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return depthwise_conv2d(x, weight)
+
+    for traced in (torch.jit.trace(call, (x, weight)), make_fx(call, tracing_mode="symbolic")(x, weight)):
+        torch.testing.assert_close(traced(2 * x, weight), call(2 * x, weight))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

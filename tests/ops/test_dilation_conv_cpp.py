@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -189,6 +191,31 @@ def test_sixteen_threads_at_once_have_scratch_of_their_own() -> None:
         thread.join()
     assert len(results) == 64 and all(results)
     nasdet.release_scratch()
+
+
+def test_a_child_forked_meanwhile_has_scratch_too() -> None:
+    """As a loader's processes are, while a thread of the parent runs a net."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            nasdet.release_scratch()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            if (child := os.fork()) == 0:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)  # ends a child that waits forever
+                nasdet.release_scratch()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nasdet.nn import MixedDilationConv2d
 from nasdet.ops import grouped_dilation_conv2d, mixed_dilation_conv2d
 
 DILATIONS = (1, 2, (1, 3), (3, 1))
@@ -161,6 +162,18 @@ def test_empty_batch_gives_zero_gradients() -> None:
     assert y.shape == (0, 6, 9, 10)
     for gradient in torch.autograd.grad(y.sum(), (weight, mix)):
         assert gradient.abs().sum() == 0
+
+
+def test_large_mixing_weights_are_finite() -> None:
+    x, weight = torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.full((2, 1, 1, 1, 1), 1e-308, dtype=torch.float64)
+    y = mixed_dilation_conv2d(x, weight, torch.full((2, 1), 1e308, dtype=torch.float64), [1, 2])
+    torch.testing.assert_close(y, torch.full_like(x, 2.0))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_an_algorithm_that_was_asked_for_is_traced() -> None:
+    module, x = MixedDilationConv2d(16, 16, 3, [1, 2], algorithm="direct"), torch.randn(1, 16, 9, 10)
+    torch.testing.assert_close(torch.jit.trace(module, x)(2 * x), module(2 * x))
 
 
 def test_an_algorithm_is_forced_or_refused_but_never_ignored() -> None:

@@ -275,7 +275,7 @@ def test_padded_holds_the_first_of_nms(backend: str, max_out: int, by_class: boo
     boxes, scores = clustered(Inputs(), 3, 60)
     idxs = torch.randint(3, (3, 60)) if by_class else None
     index, count = nms_padded(boxes, scores, 0.5, max_out, idxs=idxs, backend=backend)
-    assert index.shape == (3, max_out) and index.dtype == count.dtype == torch.int64
+    assert index.shape == (3, max_out) and index.dtype == count.dtype == torch.int64 and index.is_contiguous()
     for b in range(3):
         classes = torch.zeros(60, dtype=torch.int64) if idxs is None else idxs[b]
         expected = batched_nms(boxes[b], scores[b], classes, 0.5)[:max_out]

@@ -132,6 +132,25 @@ def test_maps_without_memory_of_their_own_are_not_overwritten(make: Any) -> None
     assert all(torch.equal(x, y) for x, y in zip(maps, untouched, strict=True))
 
 
+def test_a_batch_of_gradients_is_refused_in_words() -> None:
+    """``is_grads_batched`` has batches whose memory cannot be looked at."""
+    leaf = _inputs(1)[0][0].requires_grad_()
+    _, weights, gamma, beta = _inputs(1)
+    y = norm_act_mix([leaf * 1], weights, gamma, beta, 4, overwrite_inputs=True)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(y, leaf, torch.randn(3, *y.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_reference_keeps_the_first_maps_layout(device: str) -> None:
+    xs, *rest = _inputs()
+    xs[0] = xs[0].to(memory_format=torch.channels_last)
+    xs, rest = [x.to(device) for x in xs], [t.to(device) for t in rest]
+    for first in (0, 1):
+        y = norm_act_mix([xs[first], xs[1 - first]], *rest, 4, backend="reference")
+        assert y.is_contiguous(memory_format=torch.contiguous_format if first else torch.channels_last)
+
+
 @pytest.mark.needs("cpp")
 def test_compiled_calls_overwrite_nothing() -> None:
     leaf = _inputs(1)[0][0].requires_grad_()

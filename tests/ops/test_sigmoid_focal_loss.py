@@ -75,6 +75,18 @@ def test_extreme_logits_have_their_limits_and_finite_gradients(gamma: float, dty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 6.0, 40.0])
+def test_targets_of_certain_logits_have_finite_gradients(gamma: float, dtype: torch.dtype, backend: str) -> None:
+    """The slope of (1 - p_t)^gamma overflows long before what it is multiplied by vanishes."""
+    logits = torch.tensor([88.0, 100.0, 800.0, 1e4, -88.0, -100.0, -800.0, -1e4], dtype=dtype)
+    targets = (logits > 0).to(dtype).requires_grad_()
+    loss = sigmoid_focal_loss(logits, targets, gamma=gamma, backend=backend)
+    (gradient,) = torch.autograd.grad(loss.sum(), targets)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_confident_and_right_keeps_its_digits(gamma: float, backend: str) -> None:
     logits = torch.tensor([8.0, 15.0, 17.0, 25.0], requires_grad=True)  # 1 - p would be 0 in float32 beyond 17

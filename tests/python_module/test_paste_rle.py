@@ -269,6 +269,19 @@ def test_kinds_of_input(backend: str) -> None:
     assert paste_masks(logits[:0], boxes[:0], (45, 35)).shape == (0, 45, 35)
 
 
+def test_another_default_dtype_changes_nothing() -> None:
+    masks, boxes = torch.rand(2, 9, 9), torch.tensor([[3.3, 4.1, 60.7, 50.2], [1.7, 2.9, 30.1, 40.4]])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append([paste_masks(masks, boxes, (80, 90), convention=name) for name in CONVENTIONS])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+
+
 def test_without_the_module_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, boxes = draw_masks(2, 14, torch.Generator().manual_seed(0)), torch.tensor([[1.0, 2, 30, 40]]).repeat(2, 1)
     expected = paste_to_rle(logits, boxes, (45, 35))

@@ -112,7 +112,7 @@ def paste_masks(
     fuses them by CPU and version: its values differ in the last bits.
     """
     masks, boxes, picture = _checked(masks, boxes, size, convention)
-    result = torch.zeros(len(masks), *picture)
+    result = torch.zeros(len(masks), *picture, dtype=torch.float32)
     for mask, box, canvas in zip(masks, boxes, result, strict=True):
         canvas.copy_(_paste(mask, box, picture, convention))
     return result
@@ -144,12 +144,12 @@ def _float32(values: Tensor | np.ndarray, name: str) -> Tensor:
 
 def _paste(mask: Tensor, box: Tensor, size: tuple[int, int], convention: str) -> Tensor:
     """One mask ``[M, M]`` in its picture ``[H, W]``."""
-    side, canvas = len(mask), torch.zeros(size)
+    side, canvas = len(mask), torch.zeros(size, dtype=torch.float32)
     axis = _integer_axis if convention == "torchvision" else _continuous_axis
     columns, rows = (axis(box[i], box[i + 2], side, size[1 - i]) for i in (0, 1))
     if columns is None or rows is None:
         return canvas
-    padded = torch.zeros(side + 3, side + 3)  # two zeros at the far end, so that the last one has a neighbour
+    padded = mask.new_zeros(side + 3, side + 3)  # two zeros at the far end, so that the last one has a neighbour
     padded[1 : side + 1, 1 : side + 1] = mask
     first, low, left, right = columns
     blend = padded[:, low] * left + padded[:, low + 1] * right
@@ -169,7 +169,7 @@ def _integer_axis(a: Tensor, b: Tensor, side: int, limit: int) -> _Axis | None:
     if not bool(corners.isfinite().all()):
         return None
     low, high = corners.clamp(-_FAR, _FAR).to(torch.int64).tolist()
-    scale = torch.tensor(side + 2.0) / torch.tensor(max(high - low + 1, 1)).float()
+    scale = torch.tensor(side + 2.0, dtype=torch.float32) / torch.tensor(max(high - low + 1, 1)).float()
     first, end = max(low, 0), min(high + 1, limit)
     if first >= end:
         return None

@@ -62,7 +62,7 @@ def run(
     **options: Any,
 ) -> int:
     """Count what is named and print it; ``options`` are the other ones of :func:`detector_costs`."""
-    from nasdet.spaces import usual_detector
+    from nasdet.spaces import is_backbone, usual_detector
 
     chosen, backbone = _subject(card, backbone)
     pixels = parse_size(size)
@@ -71,6 +71,8 @@ def run(
             raise ValueError("there must be something to count: a card, --detector or --backbone")
         costs = backbone_costs(backbone, pixels, width=1.0 if width is None else width, norm=norm or "bn")
     else:
+        if chosen is not None and is_backbone(chosen) and backbone is not None:
+            raise ValueError(f"backbone must be left out, as {chosen.name} is one, got {backbone!r}")
         settings = {} if chosen is None else chosen.settings
         costs = detector_costs(
             chosen,

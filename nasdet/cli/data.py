@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ examples:
 
 A data folder is in COCO's layout
   annotations/instances_train*.json  annotations/instances_val*.json  train*/  val*/
-or in PASCAL VOC's
+or in PASCAL VOC's, with its 20 classes (annotations of your own classes: as COCO)
   JPEGImages/  Annotations/  ImageSets/Main/
 """
 
@@ -120,13 +121,13 @@ def digits(
     if classification:
         folder = ClassificationFolder(write_digit_classes(out, **settings))
         print(f"train: {len(folder.train())} images, test: {len(folder.test())}, {len(folder.categories)} classes")
-        print(f"next: nasdet pretrain --backbone resnet18 --data {out} --out RUN --preset tiny --no-flip")
+        print(f"next: nasdet pretrain --backbone resnet18 --data {quote(str(out))} --out RUN --preset tiny --no-flip")
         return 0
     write_digits(out, **settings)
     folder_of_boxes = open_data(out)
     for name, dataset in _annotated(folder_of_boxes).items():
         print(f"{name}: {len(dataset)} images, {_count(dataset)['objects']} objects, {dataset.annotation}")
-    print(f"next: nasdet data check {out}")
+    print(f"next: nasdet data check {quote(str(out))}")
     return 0
 
 

@@ -71,12 +71,17 @@ def run(
     """Run the demo, print its table and the page's place."""
     import torch
 
+    from nasdet._checks import check_whole
     from nasdet.data import write_digits
+    from nasdet.engine.loop import Interrupted
     from nasdet.engine.runs import recorded
     from nasdet.report import write_report
 
     if space not in SPACES:
         raise ValueError(f"space must be one of {', '.join(SPACES)}, got {space!r}")
+    for name, value in (("search_steps", search_steps), ("train_steps", train_steps), ("images", images)):
+        check_whole(name, value)
+    check_whole("seed", seed, least=0)
     out = out or Path("runs/demo" if space == "fad" else f"runs/demo-{space}")
     began, method = time.monotonic(), SPACES[space]
     budget = Budget(search_steps=search_steps, train_steps=train_steps, images=images)
@@ -88,7 +93,11 @@ def run(
         _say("1/5  digits: real handwritten digits over photographs")
         write_digits(out / "data", seed=seed, train=budget.images, val=budget.test_images, size=budget.size)
         info["data"] = str((out / "data").resolve())
-        rows = _compare(out, method, budget, seed)
+        try:
+            rows = _compare(out, method, budget, seed)
+        except Interrupted:
+            words = f"demo stopped; everything is in {out}; run the same command again to go on"
+            raise Interrupted(words) from None
         _write_table(out, method, rows, budget, seed)
         if method.fields:
             _write_fields(out, method)

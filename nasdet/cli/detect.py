@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ examples:
   nasdet detect runs/plain a.jpg b.png holiday/ --out found --threshold 0.5
   nasdet detect runs/plain holiday/ --out found --skip-bad        go on past pictures that cannot be read
 
-found/ gets picture.detections.jpg for each picture, and detections.json: for each picture its file, width, height and
-detections, best first, each with category, score and box [x1, y1, x2, y2] in pixels of the picture as stored, and from
-a detector of masks its mask as COCO run-length encoding.
+found/ gets picture.detections.jpg for each picture (in folders, pictures so named are passed over), and
+detections.json: for each picture its file, width, height and detections, best first, each with category, score and box
+[x1, y1, x2, y2] in pixels of the picture as stored, and from a detector of masks its mask as COCO run-length encoding.
 """
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+DRAWING = ".detections.jpg"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,43 +66,49 @@ def run(
         raise ValueError(f"threshold must be in 0..1, got {threshold}")
     if (out / "run.json").is_file():  # whose detections.json are those of its test part
         raise ValueError(f"out must be a folder of its own, got the run {out}")
-    where = local_device(device)
+    paths, where = pictures(images), local_device(device)
     model, config = load_run(folder, where)
     place_model(model, where)
     names = list(config.categories) or [str(label) for label in range(config.num_classes)]
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     targets: set[Path] = set()
-    for path in pictures(images):
-        try:
-            entry, drawing = _detect(model, path, names, (config.short_side, config.long_side), threshold, where)
-        except DataError as error:
-            if not skip_bad:
-                raise
-            skipped.append({"file": str(path), "reason": str(error)})
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        target = _target(out, path, targets)
-        _save(drawing, target)
-        found.append(entry | {"drawing": target.name})
-        print(f"{path}: {_words(entry['detections'])} -> {target}")
+    try:
+        for path in paths:
+            try:
+                entry, drawing = _detect(model, path, names, (config.short_side, config.long_side), threshold, where)
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                skipped.append({"file": str(path), "reason": str(error)})
+                print(f"skipped: {error}", file=sys.stderr)
+                continue
+            target = _target(out, path, targets)
+            _save(drawing, target)
+            found.append(entry | {"drawing": target.name})
+            print(f"{path}: {_words(entry['detections'])} -> {target}")
+    finally:  # what was found until a bad picture or Ctrl-C is kept, as its drawings are
+        if found:
+            facts = {"run": str(folder), "threshold": threshold}
+            write_json(out / "detections.json", facts | {"images": found, "skipped": skipped})
     if not found:
         raise ValueError(f"no picture could be read, {len(skipped)} skipped")
-    facts = {"run": str(folder), "threshold": threshold}
-    write_json(out / "detections.json", facts | {"images": found, "skipped": skipped})
     return 0
 
 
-def pictures(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files, and for a folder the pictures in it by name."""
+def pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files, and for a folder the pictures in it by name, without drawings of this verb."""
+    found = []
     for path in paths:
         if not path.is_dir():
-            yield path
+            found.append(path)
             continue
         inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        inside = [file for file in inside if not file.name.endswith(DRAWING)]
         if not inside:
             raise ValueError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
-        yield from inside
+        found += inside
+    return found
 
 
 def _detect(
@@ -145,9 +152,9 @@ def _detect(
 
 def _target(out: Path, path: Path, taken: set[Path]) -> Path:
     """A file of its own for each picture, also when two have one name."""
-    target, number = out / f"{path.stem}.detections.jpg", 2
+    target, number = out / f"{path.stem}{DRAWING}", 2
     while target in taken:
-        target, number = out / f"{path.stem}-{number}.detections.jpg", number + 1
+        target, number = out / f"{path.stem}-{number}{DRAWING}", number + 1
     taken.add(target)
     return target
 

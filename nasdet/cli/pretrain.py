@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nasdet.cli import names
@@ -189,7 +190,7 @@ def run(
     if is_main():
         _report(out, network)
         if verb := _next(network.named, settings):
-            print(f"next: nasdet {verb} --weights {out / PRETRAINED} --data DIR --out RUN")
+            print(f"next: nasdet {verb} --weights {quote(str(out / PRETRAINED))} --data DIR --out RUN")
     return 0
 
 

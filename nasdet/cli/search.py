@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,8 @@ def run(
     if "backbone" in given:
         given["backbone"] = names.backbone_option(given["backbone"])
     settings = {**module.PRESETS[preset], **given}
+    if "norm" not in given and (places.get("weights") or given.get("screen_weights")):
+        settings.pop("norm", None)  # a preset's is for random weights: what was pretrained has norms already
     if size is not None:
         settings["short_side"], settings["long_side"] = parse_size(size)
     # A resumed run keeps its division of the images, and so does one that takes another's supernet.
@@ -98,9 +101,11 @@ def run(
         if not (out / "card.json").is_file():
             return 0
         recipe = "" if preset == "paper" else f" --preset {preset}"
+        recipe += f" --size {size}" if recipe and size is not None else ""
         recipe += " --no-flip" if given.get("flip") is False else ""
         # Those of a searched backbone are a supernet's; others fit the net that was found as well.
         if places.get("weights") and not is_backbone(load_card(out / "card.json")):
-            recipe += f" --weights {places['weights']}"
-        print(f"retrain it:  nasdet train --card {out / 'card.json'} --data {data} --out RUN{recipe}")
+            recipe += f" --weights {quote(str(places['weights']))}"
+        named = f"--card {quote(str(out / 'card.json'))} --data {quote(str(data))}"
+        print(f"retrain it:  nasdet train {named} --out RUN{recipe}")
     return 0

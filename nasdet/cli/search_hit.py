@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nasdet.cli.search_options import add_run, add_shared
@@ -154,7 +155,7 @@ def run(settings: dict[str, Any], folder: Any, out: Path, **options: Any) -> lis
         lines = [f"{out / 'screening.json'}", *(f"  {part}: {' '.join(names)}" for part, names in kept.items())]
         again = [f"--detector {config.detector}", f"--layout {config.layout}"]
         again += ["--parts " + " ".join(config.parts)] if config.parts is not None else []
-        words = f"--candidates {out} --data {folder.path} --out RUN {' '.join(again)}"
+        words = f"--candidates {quote(str(out))} --data {quote(str(folder.path))} --out RUN {' '.join(again)}"
         return [*lines, f"search them (as here with --preset):  nasdet search hit {words}"]
     card = search_hit(config, folder, out, **options)
     return [f"{card.name}: {out / 'card.json'}", *(f"  {line}" for line in HitSpace.describe(card))]

@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nasdet.cli import names
@@ -200,7 +201,8 @@ def run(
         for part, figures in (("test", summary), ("masks", summary.get("masks"))):
             if figures is not None:
                 print(f"{part}: AP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f}, AP75 {figures['AP75']:.4f}")
-        print(f"next: nasdet detect {out} IMAGE --out DIR, or nasdet report {out}")
+        run_folder = quote(str(out))
+        print(f"next: nasdet detect {run_folder} IMAGE --out DIR, or nasdet report {run_folder}")
     return 0
 
 

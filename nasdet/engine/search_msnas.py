@@ -113,9 +113,13 @@ class MSNASSearchConfig(OneShotConfig):
         return model_around(self, categories, pretrained, norm=self.norm, **head)
 
 
+def _target(config: MSNASSearchConfig, space: MSNASSpace) -> float | None:
+    return space.target if config.target_macs is None else config.target_macs
+
+
 def constraints(config: MSNASSearchConfig, space: MSNASSpace) -> list[Constraint]:
     """The window of a candidate's MACs, and the limit on its parameters; without either, they are recorded only."""
-    size, target = (config.macs_height, config.macs_width), config.target_macs or space.target
+    size, target = (config.macs_height, config.macs_width), _target(config, space)
 
     def cost(card: Card) -> float:
         return space.macs(card, size, config.rpn_channels)
@@ -283,5 +287,5 @@ def _resolved(config: MSNASSearchConfig) -> MSNASSearchConfig:
     """The settings with the numbers that None stands for."""
     space = config.search_space()
     sizes: dict[str, Any] = {name: getattr(space, name) for name in ("blocks", "channels", "block")}
-    sizes |= {"tuning_batch": config.tuning_batch or config.batch, "target_macs": config.target_macs or space.target}
+    sizes |= {"tuning_batch": config.tuning_batch or config.batch, "target_macs": _target(config, space)}
     return replace(config, **sizes)

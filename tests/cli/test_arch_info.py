@@ -128,6 +128,7 @@ def test_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["--detector", "fcos", "--backbone", "resnet51"], "backbone must be one of resnet18"),
         (["--detector", "yolo"], "detector must be one of fcos"),
         (["resnet50", "--backbone", "resnet18"], "backbone must be given once, got resnet50 and resnet18"),
+        (["detnasnet", "--backbone", "resnet18"], "backbone must be left out, as detnasnet is one, got 'resnet18'"),
         (["--detector", "fcos", "--proposals", "10"], "proposals must be left out for fcos"),
         (["--detector", "faster_rcnn", "--detections", "10"], "detections must be left out for faster_rcnn"),
         (["--detector", "mask_rcnn", "--detections", "0"], "detections must be positive, got 0"),

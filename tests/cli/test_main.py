@@ -92,6 +92,28 @@ def test_a_demo_of_another_budget_is_not_mixed_in(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("option", ["search-steps", "train-steps", "images"])
+def test_a_demo_of_nothing_is_refused_at_once(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another budget is refused once there is a run."""
+    assert main(["demo", "--out", str(tmp_path / "demo"), f"--{option}", "0"]) == 2
+    assert f"{option.replace('-', '_')} must be a positive integer, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_interrupted_demo_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any) -> Any:
+        raise Interrupted("search stopped; run the same command with --resume to go on")
+
+    monkeypatch.setattr("nasdet.data.write_digits", lambda *_, **__: None)
+    monkeypatch.setattr("nasdet.cli.demo._compare", stopped)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    error = capsys.readouterr().err
+    assert error.endswith(f"everything is in {tmp_path}; run the same command again to go on\n")
+    assert "--resume" not in error and json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "names"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,17 +114,35 @@ def compare(file: Path, format: str, name: str, part: str = "plain", batch: int 
     assert str(Path(export.__file__).parent).encode() not in file.read_bytes(), "a path of this machine"
 
 
+def run_the_guide(folder: Path, file: str, images: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The example of docs/export.md that reads ``file``, on two pictures."""
+    guide = Path(__file__).resolve().parents[2] / "docs" / "export.md"
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL) if file in code]
+    assert "[[480, 640]]" in code
+    names = {"images": images}
+    monkeypatch.chdir(folder)
+    exec(compile(code.replace("[[480, 640]]", "[[64, 96], [50, 81]]"), "docs/export.md", "exec"), names)
+    return names
+
+
 @pytest.mark.parametrize(
     ("name", "part", "batch"),
     [pytest.param("fcos", "fad", 1, marks=pytest.mark.slow), ("retinanet", "nats", 2)],
 )
-def test_program_without_nasdet(name: str, part: str, batch: int, tmp_path: Path) -> None:
+def test_program_without_nasdet(
+    name: str, part: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compare(tmp_path / "net.pt2", "torch", name, part, batch)
+    if batch == 2:
+        names = run_the_guide(tmp_path, "net.pt2", torch.randn(2, 3, *SIZE), monkeypatch)
+        assert names["found"]["boxes"].shape[::2] == (2, 4) and names["facts"]["categories"] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", ["fcos", pytest.param("mask_scoring_rcnn", marks=pytest.mark.slow)])
-def test_onnx_without_nasdet(name: str, tmp_path: Path) -> None:
+def test_onnx_without_nasdet(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(tmp_path / "net.onnx", "onnx", name, batch=2)
+    names = run_the_guide(tmp_path, "net.onnx", torch.randn(2, 3, *SIZE).numpy(), monkeypatch)
+    assert names["boxes"].shape[::2] == (2, 4) and set(names["names"]) <= {"a", "b", "c"}
 
 
 # A searched backbone for every detector, searched towers or mask heads for those that have them.

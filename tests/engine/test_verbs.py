@@ -361,6 +361,24 @@ def test_detect_names_a_bad_picture_and_goes_on_when_told(run, tmp_path, capsys,
         verb(detect, run, bad, "--out", tmp_path / "out", "--device", "cpu", "--skip-bad")
 
 
+def test_detect_keeps_what_it_found_before_a_bad_picture(run, tmp_path):
+    good, bad = picture(tmp_path / "a.png"), tmp_path / "b.jpg"
+    bad.write_text("no picture")
+    with pytest.raises(DataError, match=r"b\.jpg"):
+        verb(detect, run, good, bad, "--out", tmp_path / "out", "--device", "cpu")
+    found = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [entry["file"] for entry in found["images"]] == [str(good)] and found["skipped"] == []
+
+
+def test_detect_passes_over_its_own_drawings(run, tmp_path):
+    image = picture(tmp_path / "a.png")
+    for _ in range(2):
+        assert verb(detect, run, tmp_path, "--out", tmp_path, "--device", "cpu") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.detections.jpg", "a.png", "detections.json"]
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert [entry["file"] for entry in found["images"]] == [str(image)]
+
+
 def test_detect_refuses_nonsense(run, tmp_path):
     image = picture(tmp_path / "x.png")
     with pytest.raises(ValueError, match="threshold must be in 0..1"):

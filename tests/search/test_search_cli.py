@@ -6,12 +6,13 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nasdet.arch import load_card
-from nasdet.cli import arch, search, search_fad, search_options
+from nasdet.cli import arch, search, search_fad, search_hit, search_options
 from nasdet.data import write_digits
 
 Call = Callable[..., int]
@@ -54,6 +55,26 @@ def test_search_sizes() -> None:
     for text in ("", "x", "0", "100x50", "1.5"):
         with pytest.raises(ValueError, match="size must"):
             search_options.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "norm"),
+    [
+        ([], "gn"),
+        (["--weights", "mix.pt"], None),
+        (["--screen-weights", "half.pt"], None),
+        (["--weights", "mix.pt", "--norm", "gn"], "gn"),
+    ],
+    ids=["random", "joint", "screening", "given"],
+)
+def test_a_presets_norm_is_for_random_weights(
+    words: list[str], norm: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(search_hit, "run", lambda settings, *_, **__: seen.update(settings) or [])
+    monkeypatch.setattr(search, "open_divided", lambda *_, **__: SimpleNamespace(skipped={}))
+    call(search, "hit", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--preset", "tiny", *words)
+    assert seen.get("norm") == norm
 
 
 def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], call: Call) -> None:

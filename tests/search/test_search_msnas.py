@@ -302,6 +302,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"tuning_lr": 0.0}, "tuning_lr must be a positive number, got 0.0"),
     "size": ({"macs_height": 800}, r"size must be \(height, width\) divisible by 64, got \(800, 64\)"),
     "target": ({"target_macs": -1.0}, "target of macs must be positive"),
+    "target-0": ({"target_macs": 0.0}, "target of macs must be positive"),
     "tolerance": ({"tolerance": 1.0}, r"tolerance in \(0, 1\)"),
     "parents": ({"parents": 5}, "parents must not exceed the population of 4, got 5"),
     "detector": ({"detector": "yolo"}, "detector must be one of fcos, "),

@@ -38,7 +38,8 @@ def test_search_resume_retrain_report(
     words += ["--weights", str(weights)]
     assert call(search, *words) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f" --preset tiny --no-flip --weights {weights}\n"), "retraining begins with them as well"
+    # Retraining begins with the same weights, on pictures of the same size.
+    assert out.endswith(f" --preset tiny --size 64x64 --no-flip --weights {weights}\n")
     card = load_card(run / "card.json")
     assert str(run / "card.json") in out and "layer4.2.conv2: " in out and "nasdet train --card" in out
     assert card.name == "nats-C-resnet50-seed0" and card.settings["width"] == 0.125

@@ -29,8 +29,10 @@ _BFLOAT16_TILES = _library.cpu_tiles() == "hardware"
 
 def pair(name: str, value: Any) -> Pair:
     """A positive int below 2**30, or two of them, as (vertical, horizontal)."""
-    two = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
-    first, second = plain_int(two[0]), plain_int(two[1])
+    first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    if type(first) is int is type(second) and 0 < first < LARGEST and 0 < second < LARGEST:
+        return first, second  # as nearly always: a call of an op makes several pairs
+    first, second = plain_int(first), plain_int(second)
     if not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in (first, second)):
         raise ValueError(f"{name} must be a positive integer or a pair of them, got {value!r}")
     if max(first, second) >= LARGEST:
@@ -44,7 +46,7 @@ def checked_dilations(dilations: Any) -> tuple[Pair, ...]:
         raise TypeError(f"dilations must be a sequence of integers or pairs, got {type(dilations).__name__}")
     if len(dilations) == 0:
         raise ValueError("dilations must hold at least one dilation, got none")
-    return tuple(pair(f"dilations[{index}]", value) for index, value in enumerate(dilations))
+    return tuple([pair(f"dilations[{index}]", value) for index, value in enumerate(dilations)])
 
 
 def checked_splits(splits: Any, count: int, channels: int, groups: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from random import Random
 from typing import Any
 
 from torch import nn
@@ -128,6 +129,11 @@ def _supernet(
             raise ValueError(f"bins must be of a {DetNASSpace.method} space, got them with {name!r}")
         cost = macs_table(space.sizes, classes=classes)
         low, high, step = bins
+        seen = [cost(space.random(Random(f"reach {index}")).genotype) for index in range(200)]
+        least, most = 2 * min(seen) - max(seen), 2 * max(seen) - min(seen)  # beyond any path's
+        if high <= least or low >= most:
+            costs = f"{min(seen) / 1e6:.4g} to {max(seen) / 1e6:.4g} million MACs, as most paths have"
+            raise ValueError(f"bins must lie about {costs}, got {low / 1e6:g} to {high / 1e6:g}")
         draw = binned_draw(space, lambda one: cost(one.genotype), seed, low=low, high=high, width=step)
     paths = Paths(draw, space.activate)
     last = space.sizes.last if method == DetNASSpace.method else None

@@ -83,6 +83,8 @@ def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
         ({"backbone": "resnet18", "bins": (1.0, 2.0, 1.0)}, "bins must be of a space, got them with a backbone"),
         ({"space": "hit-huge"}, "space must be hit-LAYOUT or hit-LAYOUT-half .*got 'hit-huge'"),
         ({"space": "hit-tiny", "width": 0.5}, "width must be 1 for 'hit-tiny', got 0.5"),
+        ({"space": "detnas-tiny", "bins": (900e6, 990e6, 10e6)}, r"bins must lie about .* million MACs, .*got 900 to 990"),
+        ({"space": "detnas-tiny", "bins": (1.0, 2.0, 1.0)}, "as most paths have, got 1e-06 to 2e-06"),
         ({"space": "hit-tiny", "bins": (1.0, 2.0, 1.0)}, "bins must be of a detnas space, got them with 'hit-tiny'"),
         ({"space": "hit-tiny", "memory": "sampled"}, "memory must be full or recompute, got 'sampled'"),
         ({"space": "detnas-tiny", "memory": "full"}, "candidates and memory must be of a hit space, got .*detnas-tiny"),
@@ -90,8 +92,8 @@ def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
         ({"space": "hit-tiny", "shuffle": "halves"}, "shuffle must be of a detnas space, got it with hit-tiny"),
         ({"backbone": "resnet18", "shuffle": "halves"}, "shuffle must be of a detnas space, got it with backbone"),
     ],
-    ids=["none", "two", "backbone", "space", "bins", "layout", "width", "bins-of-hit", "memory", "memory-of-paths"]
-    + ["no-shuffle", "shuffle-of-hit", "shuffle-of-a-backbone"],
+    ids=["none", "two", "backbone", "space", "bins", "layout", "width", "heavy-bins", "light-bins", "bins-of-hit"]
+    + ["memory", "memory-of-paths", "no-shuffle", "shuffle-of-hit", "shuffle-of-a-backbone"],
 )
 def test_bad_names(given, message):
     with pytest.raises(ValueError, match=message):

@@ -83,7 +83,7 @@ def test_every_kind_of_backbone_can_be_a_trunk(name, tmp_path):
         ({"backbone": "resnet18", "bins": (1.0, 2.0, 1.0)}, "bins must be of a space, got them with a backbone"),
         ({"space": "hit-huge"}, "space must be hit-LAYOUT or hit-LAYOUT-half .*got 'hit-huge'"),
         ({"space": "hit-tiny", "width": 0.5}, "width must be 1 for 'hit-tiny', got 0.5"),
-        ({"space": "detnas-tiny", "bins": (900e6, 990e6, 10e6)}, r"bins must lie about .* million MACs, .*got 900 to 990"),
+        ({"space": "detnas-tiny", "bins": (900e6, 990e6, 10e6)}, "bins must lie about .* million .*got 900 to 990"),
         ({"space": "detnas-tiny", "bins": (1.0, 2.0, 1.0)}, "as most paths have, got 1e-06 to 2e-06"),
         ({"space": "hit-tiny", "bins": (1.0, 2.0, 1.0)}, "bins must be of a detnas space, got them with 'hit-tiny'"),
         ({"space": "hit-tiny", "memory": "sampled"}, "memory must be full or recompute, got 'sampled'"),

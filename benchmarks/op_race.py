@@ -42,7 +42,7 @@ __all__ = [
 # so is, over many outputs, the L2 norm of a sum of products with random signs.
 TOLERANCE = {"fp32": 1e-4, TF32: 2**-9, "bf16": 1e-2}
 RIVAL_TOLERANCE = {"fp32": 1e-2, TF32: 1e-2, "bf16": 5e-2}
-SHORTEST = 2e-3  # seconds that one timing takes at least, where calls may be repeated
+SHORTEST = 2e-3  # seconds that one timing takes at least on the CPU, where calls may be repeated
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class OpBench:
     reference: Call | None = None  # the op's own when None
     exact: bool = False  # the reference decides in the inputs' own dtype, and results must be equal
     comparable: Callable[[list[Tensor]], list[Tensor]] = list  # of results whose order rounding may change
-    repeatable: bool = False  # no contestant overwrites its inputs: calls too short for the clock are repeated
+    repeatable: bool = False  # no contestant overwrites its inputs: calls too short for the CPU's clock are repeated
 
     @property
     def name(self) -> str:
@@ -150,7 +150,8 @@ def run_op(bench: OpBench, case: Case, dtype: str, phase: str, *, device: str, t
     """Check every contestant against the reference, then time them interleaved, then probe their memory.
 
     Before each timing the inputs are written anew, so that everyone finds them in the same state of the caches. Where
-    calls may be repeated a timing of short ones is a mean, and finds the caches as the call before it left them.
+    calls may be repeated a timing of short ones on the CPU is a mean, and finds the caches as the call before it left
+    them.
     Products of float32 are float32's in ``"fp32"``, and may be TF32's for everyone in ``"tf32"``.
     """
     torch._dynamo.reset()  # otherwise the cases share one function's limit of recompilations
@@ -167,8 +168,10 @@ def _raced(
     places = {c.name: c.place for c in bench.contestants}
     timed = {name: places[name](functools.partial(step, call)) for name, call in calls.items()}
     clock = make_clock(device)
+    # A GPU's events are exact without, and many calls in a row would take the host longer than the clock hides.
+    repeatable = bench.repeatable and device == "cpu"
     with pinned(threads):
-        repeats = {name: _repeats(clock, call) if bench.repeatable else 1 for name, call in timed.items()}
+        repeats = {name: _repeats(clock, call) if repeatable else 1 for name, call in timed.items()}
         timed = {name: functools.partial(_repeat, call, repeats[name]) for name, call in timed.items()}
         with large_blocks_kept():
             race = run_race(timed, rounds=rounds, clock=clock, prepare=setting.restore)

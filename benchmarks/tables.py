@@ -33,7 +33,10 @@ README = FOLDER.parent / "README.md"
 PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 GUIDE = FOLDER.parent / "docs" / "your-detector.md"
 THEORY = FOLDER.parent / "docs" / "multi_dilation_conv.md"
-SOURCE = "`make bench`, `make bench-rivals` and `make bench-gpu` repeat and rewrite these."
+SOURCE = (
+    "`make bench`, `make bench-rivals` and `make bench-gpu` repeat and rewrite these. Times on a GPU are the device's: "
+    "the host queues each call while the device is kept waiting."
+)
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "mixed_dilation_conv2d": "`mixed_dilation_conv2d`: NATS's set C (five dilations; nine at 512 channels)",

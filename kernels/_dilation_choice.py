@@ -10,21 +10,25 @@ import torch
 from ._dilation_plan import LEAST, Piece, Problem, blocks, cdiv
 from ._tuning import Config
 
-NOWHERE = 1000  # as a compute capability
+HOPPER, NOWHERE = 99, 1000  # as compute capabilities: the last of Hopper's, and none
 
 # Tiles of (pixels, output channels, input channels), warps, stages. Of narrow parts tiles and steps are narrower. What
-# some processors are left out of would spill registers there.
+# some processors are left out of would spill registers there. Of equal estimates the one that stands first is taken.
+# Behind their equals stand those whose products Triton 3.6's ptxas serialises on Hopper, where tiles and steps have one
+# width: (128, 256) in 16 bits, (128, 128) of 8 warps in TF32, and the same of the weights' gradient in 16 bits.
 PRODUCTS = {
     "16-bit": (
         Config(128, 128, 64, 8, 3),
-        Config(128, 256, 64, 8, 3, uneven=90),
         Config(256, 128, 64, 8, 3, least=90),
+        Config(128, 256, 64, 8, 3, uneven=90),
         Config(128, 128, 32, 8, 4),
         Config(128, 64, 64, 4, 3, least=90),
         Config(128, 64, 32, 4, 4, most=89),
         Config(64, 64, 64, 4, 4),
     ),
     "tf32": (
+        Config(128, 128, 32, 4, 3, least=90, most=HOPPER, uneven=NOWHERE),
+        Config(128, 256, 32, 8, 3, least=90, most=HOPPER, uneven=NOWHERE),
         Config(128, 128, 32, 8, 3, uneven=90),
         Config(128, 64, 32, 4, 3, uneven=90),
         Config(64, 64, 32, 4, 4),
@@ -34,9 +38,8 @@ PRODUCTS = {
 # Tiles of (input channels, output channels, pixels) for the gradient of the weights.
 WEIGHT_PRODUCTS = {
     "16-bit": (
+        Config(128, 128, 64, 4, 3, least=90, most=HOPPER, uneven=NOWHERE),
         Config(128, 128, 64, 8, 3),
-        # With 8 warps and one width of tiles Triton 3.6's ptxas lets every product wait for the one before.
-        Config(128, 128, 64, 4, 3, least=90, uneven=NOWHERE),
         Config(128, 256, 64, 8, 3),
         Config(128, 64, 64, 4, 3),
         Config(64, 64, 64, 4, 4),
@@ -86,7 +89,7 @@ def candidates(
     for config in fitting_on(processor, PRODUCTS[kind], dtype.itemsize):
         own = config.cut(max(side(pixels), 64), rows, terms)
         steps = {width for piece in pieces for sums, _ in piece.sums for *_, width in blocks(*sums, own.block_k)}
-        if processor[0] >= config.uneven or len(steps) == len(widths(own, pieces)) == 1:
+        if processor[0] >= config.uneven or (aligned and len(steps) == len(widths(own, pieces)) == 1):
             costs[own] = estimate(own, pieces, pixels)
     return sorted(costs, key=costs.__getitem__)[:MEASURED]
 
@@ -111,7 +114,7 @@ def weight_candidates(
     costs: dict[Config, float] = {}
     for config in fitting_on(processor, WEIGHT_PRODUCTS[kind], dtype.itemsize):
         own = config.cut(columns, rows, pixels)
-        if processor[0] >= config.uneven or len(widths(own, pieces)) == 1:
+        if processor[0] >= config.uneven or (aligned and len(widths(own, pieces)) == 1):
             costs[own] = weight_estimate(own, pieces, chunks)
     return sorted(costs, key=costs.__getitem__)[:MEASURED]
 

@@ -84,6 +84,67 @@ def test_nothing_to_race_is_an_error() -> None:
         interleave.run_race({}, rounds=1)
 
 
+class FakeDevice:
+    """A host and a device of 2 GHz, in seconds: the host queues work, which starts when the device comes to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host, self.free = 1.0, 1.5  # when the host acts next, and when all that was queued is done
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                device.launch(0.0)
+                self.time = device.free
+
+            def synchronize(self) -> None:
+                device.wait()
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.time - self.time)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.launch(cycles / 2e9))
+
+    def work(self, seconds: float) -> None:
+        self.host += seconds
+
+    def launch(self, seconds: float) -> None:
+        self.free = max(self.free, self.host) + seconds
+
+    def wait(self) -> None:
+        self.host = max(self.free, self.host)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds"),
+    [
+        pytest.param([("work", 1e-3), ("launch", 5e-5)], 5e-5, id="host-is-slower"),
+        pytest.param([("work", 1e-5), ("launch", 7e-3), ("work", 1e-5), ("launch", 1e-3)], 8e-3, id="device-is-slower"),
+        pytest.param(
+            [("work", 1e-3), ("launch", 1e-4), ("wait",), ("work", 2e-5), ("launch", 3e-5)], 1.5e-4, id="call-waits"
+        ),
+        pytest.param([("wait",), ("work", 2e-3), ("launch", 1e-4)], 2.1e-3, id="waits-first"),
+        pytest.param([("work", 6e-3), ("launch", 1e-4)], 2.1e-3, id="host-beyond-what-is-hidden"),
+    ],
+)
+def test_gpu_times_are_the_device_s(
+    monkeypatch: pytest.MonkeyPatch, steps: list[tuple[object, ...]], seconds: float
+) -> None:
+    assert interleave.AHEAD / 2e9 == 4e-3
+    device = FakeDevice(monkeypatch)
+
+    def call() -> None:
+        for name, *length in steps:
+            getattr(device, name)(*length)
+
+    for _ in range(2):
+        assert interleave.make_clock("cuda")(call) == pytest.approx(seconds, abs=1e-9)
+
+
 GOOD = torch.arange(1.0, 9.0)
 
 

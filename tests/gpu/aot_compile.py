@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 mix, norm_act_mix, sigmoid_focal_loss = (
@@ -37,7 +37,7 @@ NAMES = {
 }  # fmt: skip
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes that one block may have
 PRODUCTS = ((torch.bfloat16, ""), (torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "ieee"))
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CUOBJDUMP, PTXAS = (Path(triton.__file__).parent / "backends/nvidia/bin" / name for name in ("cuobjdump", "ptxas"))
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, int]]  # kernel, arguments by name, warps and stages
 
@@ -73,11 +73,6 @@ def recorded_launches(dtype: torch.dtype, memory_format: torch.memory_format) ->
     return launches
 
 
-def every_candidate(choice: Any, like: Any, launch: Callable[[Any], None]) -> None:
-    for config in choice.candidates:
-        launch(choice.prepared(config))
-
-
 @contextlib.contextmanager
 def as_on(arch: int, kind: str) -> Iterator[None]:
     """Within the block, convolutions are planned as for a device of this architecture."""
@@ -92,29 +87,46 @@ def as_on(arch: int, kind: str) -> Iterator[None]:
     grouped._plan.cache_clear()
 
 
-def recorded_convolutions(dtype: torch.dtype, precision: str, arch: int) -> list[tuple[str, Launch]]:
-    """Every configuration of every product for a large map, and the first choice for ResNeXt's groups.
+def recorded_convolutions(dtype: torch.dtype, precision: str, arch: int) -> list[tuple[str, Launch, bool]]:
+    """Every configuration of every product for a large map, and the first choice for a narrower one and for ResNeXt's
+    groups; with a label, and whether it is the first choice of its product.
 
     The grouped form has parts of several widths, so that its kernels hold code for each of them.
     """
+    firsts: set[int] = set()
+
+    def every_candidate(choice: Any, like: Any, launch: Callable[[Any], None]) -> None:
+        firsts.add(len(launches))
+        for config in choice.candidates:
+            launch(choice.prepared(config))
+
     x = torch.empty(4, 256, 50, 84, dtype=dtype, device="meta", memory_format=torch.channels_last)
     kernels, factors = torch.empty(5, 256, 256, 3, 3, dtype=dtype, device="meta"), torch.empty(5, 256, device="meta")
     own, dense = (torch.empty(256, fan, 3, 3, dtype=dtype, device="meta") for fan in (8, 256))
     set_c, narrow = [1, 1, 2, 2, 3, 3, 1, 3, 3, 1], [112, 80, 32, 16, 16]
     kind = "16-bit" if dtype != torch.float32 else precision
-    most = mock.patch.object(choices, "MEASURED", 1 if dtype == torch.float16 else 100)
+    first, every = (mock.patch.object(choices, "MEASURED", count) for count in (1, 100))
+    most = first if dtype == torch.float16 else every
     with as_on(arch, kind), recording() as launches:
         with mock.patch.object(convolutions, "run_fastest", every_candidate), most:
             mixed.forward(x, kernels, factors, set_c, 1, 1, 1, 0)
             mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, False, True, True)
             grouped.forward(x, dense, set_c, narrow, 1, 1, 1, 0)
             grouped.backward(x, x, dense, set_c, narrow, 1, 1, 1, 0, True, True)
+        if dtype != torch.float16:  # of which no more is compiled than shows that it is as the other 16 bits
+            half, halves = x[:, :128].contiguous(memory_format=torch.channels_last), kernels[:, :128, :128].contiguous()
+            with mock.patch.object(convolutions, "run_fastest", every_candidate), first:
+                mixed.forward(half, halves, factors[:, :128], set_c, 1, 1, 1, 0)
+                mixed.backward(half, half, halves, factors[:, :128], set_c, 1, 1, 1, 0, True, True, True)
         if dtype == torch.bfloat16:
             mixed.backward(x, x, kernels, factors, set_c, 1, 1, 1, 0, True, False, False)
             splits = [96, 64, 32, 32, 32]
             grouped.forward(x, own, set_c, splits, 1, 1, 32, 0)
             grouped.backward(x, x, own, set_c, splits, 1, 1, 32, 0, True, True)
-    return [(f"{NAMES[dtype]}-{kind}" if "WIDTHS" in launch[1] else NAMES[dtype], launch) for launch in launches]
+    return [
+        (f"{NAMES[dtype]}-{kind}" if "WIDTHS" in launch[1] else NAMES[dtype], launch, index in firsts)
+        for index, launch in enumerate(launches)
+    ]
 
 
 def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
@@ -143,22 +155,36 @@ def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def compiled(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, int], arch: int) -> CompiledKernel:
+    return triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
+
+
 def resources(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, int], arch: int) -> dict[str, Any]:
-    compiled = triton.compile(source_of(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
+    result = compiled(kernel, arguments, options, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(result.asm["cubin"])
         cubin.flush()
         text = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     used = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    ptx = compiled.asm["ptx"]
+    ptx = result.asm["ptx"]
     narrow = len(re.findall(r"ld\.global\.b16|ld\.global\.b8", ptx))  # one element of a 16-bit map at a time
     products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     return {
-        **used, "shared": compiled.metadata.shared, "narrow_loads": narrow, "wide_loads": ptx.count("ld.global.v4"),
+        **used, "shared": result.metadata.shared, "narrow_loads": narrow, "wide_loads": ptx.count("ld.global.v4"),
         "products": products, "async_loads": len(re.findall(r"cp\.async\.c[ag]\.shared\.global .*, 0x10", ptx)),
     }  # fmt: skip
+
+
+def serialised(ptx: str) -> bool:
+    """Whether ptxas says that on Hopper every ``wgmma`` waits for the one before; it names one of several reasons."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [PTXAS, "-v", "-arch=sm_90a", source.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "wgmma.mma_async instructions are serialized" in said.stdout + said.stderr
 
 
 def main(archs: list[int]) -> None:
@@ -177,7 +203,7 @@ def main(archs: list[int]) -> None:
                     report[f"{name}-sm{arch}"] = resources(kernel, arguments, options, arch)
     for arch in archs:
         for dtype, precision in PRODUCTS:
-            for label, (kernel, arguments, options) in recorded_convolutions(dtype, precision, arch):
+            for label, (kernel, arguments, options), first in recorded_convolutions(dtype, precision, arch):
                 name = f"dilation_conv.{kernel.fn.__name__}-{label}"
                 if "WIDTHS" in arguments:
                     sums = arguments["SUMS"] if "SUMS" in arguments else (arguments["BLOCK_K"],)
@@ -185,6 +211,9 @@ def main(archs: list[int]) -> None:
                     name += f"-{arguments['BLOCK_M']}x{rows}x{terms}-{options['num_warps']}w-{options['num_stages']}s"
                 if f"{name}-sm{arch}" not in report:
                     report[f"{name}-sm{arch}"] = resources(kernel, arguments, options, arch)
+                row = report[f"{name}-sm{arch}"]
+                if first and dtype != torch.float16 and row["products"] == "wgmma" and "serialised" not in row:
+                    row["serialised"] = serialised(compiled(kernel, arguments, options, arch).asm["ptx"])
     print(json.dumps(report))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,25 +20,36 @@ def write_atomic(path: str | Path, content: bytes | str | Callable[[IO[bytes]], 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
+    with _errors_about(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(name, 0o666 & ~umask)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
     return path
+
+
+@contextlib.contextmanager
+def _errors_about(path: Path) -> Iterator[None]:
+    """The system's errors in the block name ``path``, not the temporary file that stands for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else it is words, which a file name would take the place of
+            error.filename = str(path)
+            del error.filename2  # None would be printed
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -48,23 +60,25 @@ def write_json(path: str | Path, value: Any) -> Path:
 def write_json_once(path: str | Path, value: Any) -> None:
     """As :func:`write_json`, unless the file is there: of several processes the first writes it, for good."""
     path = Path(path)
-    draft = write_json(path.with_name(f".{path.name}.{uuid.uuid4().hex}"), value)
-    try:
-        os.link(draft, path)  # atomic where os.replace would let the last one win, over NFS too
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        if not path.exists():
-            os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _errors_about(path):
+        draft = write_json(path.with_name(f".{path.name}.{uuid.uuid4().hex}"), value)
+        try:
+            os.link(draft, path)  # atomic where os.replace would let the last one win, over NFS too
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a malformed one is a ``ValueError`` that names the file and the place."""
+    """Read a JSON file; a malformed one is a ``ValueError`` that names the file and what is wrong in it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of Python's limits: of digits in a number, of depth
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 

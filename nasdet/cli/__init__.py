@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from nasdet.engine.signals import handled
 
 # verb -> module; a new verb is a module here and one entry
 VERBS = {
@@ -57,17 +62,79 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit code 2 and one line on stderr for bad input, 130 and how to go on when interrupted."""
-    options = vars(build_parser().parse_args(arguments))
-    verb = options.pop("verb")
-    module = importlib.import_module(f"nasdet.cli.{VERBS[verb]}")
-    try:
-        return int(module.run(**options) or 0)
-    except KeyboardInterrupt as error:
-        print(f"nasdet: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        if "NASDET_TRACEBACK" in os.environ:  # for bug reports
-            raise
-        print(f"nasdet {verb}: {error}", file=sys.stderr)
-        return 2
+    """Run a verb. Exit code 2 and one line on stderr for bad input, 130 and how to go on when interrupted.
+
+    SIGTERM interrupts as Ctrl-C does. Who does not read stdout or stderr (any more) stops nothing.
+    """
+    with _streams():
+        name = "nasdet"
+        try:
+            with handled(signal.default_int_handler, signal.SIGTERM):
+                options = vars(build_parser().parse_args(arguments))
+                verb = options.pop("verb")
+                name = f"nasdet {verb}"
+                module = importlib.import_module(f"nasdet.cli.{VERBS[verb]}")
+                status = int(module.run(**options) or 0)
+                sys.stdout.flush()  # while what the disk does not take can still be told
+                return status
+        except KeyboardInterrupt as error:
+            print(f"nasdet: {str(error) or 'interrupted'}", file=sys.stderr)
+            return 130
+        except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+            if "NASDET_TRACEBACK" in os.environ:  # for bug reports
+                raise
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Standard output and error that can be written to the end, whatever became of those of the process."""
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            stream = getattr(sys, name)  # None where it was closed: `2>&-`
+            if stream is None:
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            patient: Any = _Patient(stream)
+            stack.enter_context(redirect(patient))
+            stack.callback(patient.end)
+        yield
+
+
+class _Patient:
+    """A stream that goes on into nothing once its reader has left (``| head -1``).
+
+    A run of hours must not end for its progress bar, and what is left to print is no error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._into_nothing()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._into_nothing()
+
+    def end(self) -> None:
+        """Leave nothing to the interpreter's own flush at its end, which would complain."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._into_nothing()
+
+    def _into_nothing(self) -> None:
+        # Under the same number: what the stream still holds has to go somewhere too.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

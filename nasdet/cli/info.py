@@ -69,7 +69,7 @@ def run(*, json: bool = False) -> int:
     devices = ", ".join(info["cuda_devices"]) or "none"
     print(f"CUDA:       torch built for {info['torch_cuda'] or 'none'}; devices: {devices}")
     for name, state in info["libraries"].items():
-        print(f"library {name + ':':<5}{state}")
+        print(f"library {name + ':':<6}{state}")
     tiles = f", matrix tiles: {info['matrix_tiles']}" if info["cpu_capability"] else ""
     print(f"CPU:        kernels for {info['cpu_capability'] or 'none: the reference runs'}{tiles}")
     if info["build"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json as _json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,18 @@ def _of_file(path: Path, columns: str) -> tuple[list[float], list[float]]:
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{path}: must be a list of objects, one for each net")
     x, y = ([_number(path, place, row, name) for place, row in enumerate(rows, 1)] for name in names)
+    for name, values in zip(names, (x, y), strict=True):
+        if len(values) > 1 and len(set(values)) == 1:
+            raise ValueError(f"{path}: {name} must differ between nets, got {values[0]!r} for all {len(values)}")
     return x, y
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file: {error}") from error
 
 
 def _number(path: Path, place: int, row: Mapping[str, Any], name: str) -> float:
@@ -93,9 +100,12 @@ def _number(path: Path, place: int, row: Mapping[str, Any], name: str) -> float:
         raise ValueError(f"{path}: net {place} must have {name}, got {', '.join(map(str, row))}; see --columns")
     value = row[name]
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{path}: {name} of net {place} must be a number, got {value!r}") from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{path}: {name} of net {place} must be a finite number, got {value!r}")
+    return number
 
 
 def _of_runs(search: Path, nets: Path) -> tuple[list[float], list[float]]:

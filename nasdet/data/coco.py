@@ -81,7 +81,7 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
         raise DataError("missing annotation file", file) from error
     except OSError as error:
         raise DataError("unreadable annotation file", file, detail=str(error.strerror)) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of Python's limits: of digits in a number, of depth
         raise DataError("malformed JSON", file, detail=str(error)) from error
     if not isinstance(document, dict):
         raise DataError("malformed JSON", file, "top level", f"must be an object, got {type(document).__name__}")

@@ -107,7 +107,7 @@ def open_data(
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError("not a data folder", path, detail="no such folder")
+        raise DataError("not a data folder", path, detail="a file" if path.is_file() else "no such folder")
     if list((path / "annotations").glob("instances_*.json")):
         layout, (trainval, test) = "coco", _open_coco(path, skip_bad, masks)
     elif (path / "ImageSets" / "Main").is_dir():

@@ -75,8 +75,7 @@ class Conditions:
     clock: str | None = None
 
     def __post_init__(self) -> None:
-        if (kind := parse_device(self.device).type) not in ("cpu", "cuda"):
-            raise ValueError(f"device must be a cpu or cuda device, got {kind!r}")
+        kind = parse_device(self.device).type
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be one that is here, got {self.device} but torch finds no GPU")
         if self.threads is not None:
@@ -256,6 +255,8 @@ def _opened(path: Path, setting: Setting) -> Record:
     """The file's record, if it is there, or a new one."""
     if not path.exists():
         return Record(setting, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    if not path.is_file():  # a device such as /dev/full may be read without end
+        raise ValueError(f"{path}: must be a file, or not there yet, got a folder or a device")
     record = Record.load(path)
     if difference := setting.difference(record.setting):
         raise ValueError(f"{path}: {difference}; measure into another file, or remove this one")

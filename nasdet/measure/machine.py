@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from pathlib import Path
 
@@ -19,11 +20,12 @@ def versions() -> dict[str, str]:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """``device`` as torch's; ``ValueError`` for a name that torch does not know."""
-    try:
-        return torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or such as cuda:0, got {device!r}") from None
+    """``device`` as torch's; ``ValueError`` for a name that is neither the CPU's nor a GPU's."""
+    with contextlib.suppress(RuntimeError):  # of a name that torch does not know
+        chosen = torch.device(device)
+        if chosen.type in ("cpu", "cuda"):
+            return chosen
+    raise ValueError(f"device must be cpu, cuda or such as cuda:0, got {str(device)!r}")
 
 
 def device_name(device: torch.device) -> str:

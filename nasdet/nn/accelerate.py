@@ -42,8 +42,9 @@ class AcceleratedConv2d(LibraryConv2d):
 def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    ours = x.device.type == "cpu" and x.dim() == 4 and x.dtype in _TYPES and _is_odd_square(weight)
-    if not ours or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    ours = x.device.type == "cpu" and x.dim() == 4 and x.dtype in _TYPES
+    if traced or not ours or not _is_odd_square(weight):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if weight.shape[1] == 1 and weight.shape[0] == groups > 1:
         return add_bias(depthwise_conv2d(x, weight, stride, padding, dilation), bias)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from nasdet.cli import VERBS, main
 from nasdet.engine.loop import Interrupted
@@ -56,6 +59,101 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert capsys.readouterr().err == f"nasdet: {said}\n"
 
 
+def test_sigterm_interrupts_between_the_parts_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(**options: Any) -> int:
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler  # else the tests would end here
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr("nasdet.cli.info.run", stopped)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "nasdet: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"), [(KeyboardInterrupt(), 130, "interrupted"), (OSError("no torch"), 2, "no torch")]
+)
+def test_what_ends_the_start_is_one_line_too(
+    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def importing() -> Any:
+        raise error
+
+    monkeypatch.setattr("nasdet.cli.build_parser", importing)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == f"nasdet: {said}\n"
+
+
+def talkative(done: list[int]) -> Callable[..., int]:
+    """A run that shows its progress, writes more than a pipe holds back, and notes its steps."""
+
+    def run(**options: Any) -> int:
+        for step in tqdm(range(3), file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 0):
+            print("result " * 5000)
+            done.append(step)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def left_pipe() -> Iterator[Any]:
+    """A stream into a pipe whose reader has left."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("names", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids="+".join)
+def test_who_stops_reading_ends_nothing(names: list[str], left_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr("nasdet.cli.info.run", talkative(done))
+    for name in names:
+        monkeypatch.setattr(sys, name, left_pipe)
+    assert main(["info"]) == 0 and done == [0, 1, 2]
+    assert all(getattr(sys, name) is left_pipe for name in names)
+    left_pipe.flush()  # as the interpreter does at its end
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def worker_lost(**options: Any) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("nasdet.cli.info.run", worker_lost)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "nasdet info: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_closed_streams_are_done_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr("nasdet.cli.info.run", talkative(done))
+    monkeypatch.setattr(sys, name, None)
+    assert main(["info"]) == 0 and done == [0, 1, 2]
+    assert getattr(sys, name) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_output_that_does_not_fit_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(**options: Any) -> int:
+        print("a line")
+        return 0
+
+    monkeypatch.setattr("nasdet.cli.info.run", short)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 2
+    assert "nasdet info: [Errno 28]" in capsys.readouterr().err
+
+
 def test_info_as_json_names_every_operator_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     from nasdet._dispatch import OPS
 
@@ -67,7 +165,8 @@ def test_info_as_json_names_every_operator_and_backend(capsys: pytest.CaptureFix
     assert all(backends["reference"] == "can run" for backends in info["ops"].values())
     assert set(info["libraries"]) == {"cpu", "cuda"}
     assert main(["info"]) == 0
-    assert "norm_act_mix" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "norm_act_mix" in text and f"library cuda: {info['libraries']['cuda']}\n" in text
 
 
 def test_published_net_costs_what_the_paper_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,19 @@ def test_tau_of_a_search_and_its_nets(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["tau"] == pytest.approx(TAU) and found["items"] == 5
 
 
+BAD_SCORES = {
+    "object.json": b"{}",
+    "empty.json": b"[]",
+    "huge.json": b'[{"one_shot": 1' + 400 * b"0" + b', "stand_alone": 1}]',
+    "digits.json": b'[{"one_shot": ' + 5000 * b"1" + b', "stand_alone": 1}]',
+    "deep.json": 100_000 * b"[",
+    "nan.csv": b"one_shot,stand_alone\n1,2\n2,nan\n3,4\n",
+    "same.csv": b"one_shot,stand_alone\n1,2\n2,2\n",
+    "binary.csv": b"\xb0\x01\xff",
+    "long.csv": b"one_shot,stand_alone\n1," + 200_000 * b"1",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,7 +175,14 @@ def test_tau_of_a_search_and_its_nets(tmp_path: Path, capsys: pytest.CaptureFixt
         (["{csv}", "--nets", "{nets}"], "--nets goes with a search's folder"),
         (["{csv}", "--columns", "one_shot"], "columns must be two names with a comma between, got 'one_shot'"),
         (["{csv}", "--columns", "one_shot,AP"], "net 1 must have AP, got net, one_shot, stand_alone"),
-        (["{csv}", "--columns", "net,one_shot"], "net of net 1 must be a number, got 'a'"),
+        (["{csv}", "--columns", "net,one_shot"], "net of net 1 must be a finite number, got 'a'"),
+        (["{nan}"], "nan.csv: stand_alone of net 2 must be a finite number, got 'nan'"),
+        (["{same}"], "same.csv: stand_alone must differ between nets, got 2.0 for all 2"),
+        (["{huge}"], "huge.json: one_shot of net 1 must be a finite number, got 1000"),
+        (["{digits}"], "digits.json: not valid JSON: .*digits"),
+        (["{deep}"], "deep.json: not valid JSON: "),
+        (["{binary}"], "binary.csv: not a CSV file: 'utf-8' codec"),
+        (["{long}"], "long.csv: not a CSV file: field larger"),
         (["{nowhere}"], "nowhere"),
         (["{csv}", "--confidence", "95"], r"confidence must be in \(0, 1\), got 95.0"),
         (["{object}"], "must be a list of objects, one for each net"),
@@ -174,11 +194,11 @@ def test_what_has_no_tau(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search, nets, _ = runs(tmp_path)
-    (tmp_path / "object.json").write_text("{}")
-    (tmp_path / "empty.json").write_text("[]")
     places: dict[str, Any] = {"search": search, "nets": nets, "csv": csv_file(tmp_path)}
     places |= {"nowhere": tmp_path / "nowhere"}
-    places |= {name: tmp_path / f"{name}.json" for name in ("object", "empty")}
+    for name, content in BAD_SCORES.items():
+        places[name.partition(".")[0]] = tmp_path / name
+        (tmp_path / name).write_bytes(content)
     assert main(["measure", "tau", *(one.format(**places) for one in arguments)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nasdet measure: ") and re.search(message, error) and error.count("\n") == 1

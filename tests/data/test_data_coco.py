@@ -293,8 +293,9 @@ def test_masks_need_segmentations(make_coco):
         ),
         ("[" * 100_000, "malformed JSON: "),
         ("\xff\xfe", "malformed JSON: "),
+        ('{"images": ' + 5000 * "1", "malformed JSON: Exceeds the limit"),
     ],
-    ids=["cut", "list", "key", "type", "no category", "no image", "id twice", "name twice", "deep", "bytes"],
+    ids=["cut", "list", "key", "type", "no category", "no image", "id twice", "name twice", "deep", "bytes", "digits"],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_an_unusable_file_is_an_error_even_when_skipping(make_coco, text, message, skip_bad):

@@ -137,7 +137,7 @@ def test_cuda_events_time_a_module() -> None:
     ("options", "message"),
     [
         ({"device": "foo"}, "device must be cpu, cuda or such as cuda:0, got 'foo'"),
-        ({"device": "meta"}, "device must be a cpu or cuda device, got 'meta'"),
+        ({"device": "meta"}, "device must be cpu, cuda or such as cuda:0, got 'meta'"),
         ({"threads": 0}, "threads must be a positive integer, got 0"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"rounds": 0}, "rounds must be a positive integer, got 0"),
@@ -259,6 +259,12 @@ def test_settings_are_not_mixed_in_a_file(change: dict[str, Any], message: str, 
     with pytest.raises(ValueError, match=f"t.json: {message}.*; measure into another file"):
         measure_table(timer=FakeClock(), **arguments | change)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [".", "/dev/null"], ids=["folder", "device"])
+def test_what_is_no_file_is_not_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name}: must be a file, or not there yet, got a folder or a device"):
+        measure_table(tiny(), SIZE, tmp_path / name, rounds=1, warmup=0, timer=FakeClock())
 
 
 def test_a_table_serves_its_own_space_and_size(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def test_search_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
     assert load_card(tmp_path / "run" / "card.json") == card
     words[words.index("--out") + 1] = str(tmp_path / "unmirrored")
     assert call(search, *words, "--no-flip") == 0
-    assert "--preset tiny\n" in out and "--preset tiny --no-flip\n" in capsys.readouterr().out
+    assert "--preset tiny --size 64x64\n" in out
+    assert "--preset tiny --size 64x64 --no-flip\n" in capsys.readouterr().out
 
 
 def test_every_option_of_the_configuration_is_reachable() -> None:

@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from nasdet.engine.signals import handled
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 verb = options.pop("verb")
                 name = f"nasdet {verb}"
                 module = importlib.import_module(f"nasdet.cli.{VERBS[verb]}")
+                _say_what_is_new(options)
                 status = int(module.run(**options) or 0)
                 sys.stdout.flush()  # while what the disk does not take can still be told
                 return status
@@ -85,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"{name}: {error}", file=sys.stderr)
             return 2
+
+
+def _say_what_is_new(options: Mapping[str, Any]) -> None:
+    """That ``--resume`` finds no run, which a mistyped ``--out`` may be the reason of; a new one is what follows."""
+    first = os.environ.get("RANK", "0") == "0"
+    if first and options.get("resume") and not (options["out"] / "run.json").is_file():
+        print(f"nothing to resume in {options['out']}: a new run begins", file=sys.stderr)
 
 
 @contextlib.contextmanager

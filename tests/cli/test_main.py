@@ -199,6 +199,19 @@ def test_a_demo_of_nothing_is_refused_at_once(option: str, tmp_path: Path, capsy
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_is_not_there_cannot_be_resumed_in_silence(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nasdet.cli.train.run", lambda **_: 0)
+    if there:
+        (tmp_path / "run.json").write_text("{}")
+    for resume in ([], ["--resume"]):
+        assert main(["train", "--data", "data", "--out", str(tmp_path), *resume]) == 0
+    expected = "" if there else f"nothing to resume in {tmp_path}: a new run begins\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_an_interrupted_demo_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
